@@ -1,0 +1,446 @@
+"""The encoder's end: announces rooms, writes windows, answers language ranks.
+
+Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
+data calls; one registrar attaches memory. All state is in the core and a few tables, under one lock that is never
+held during a data call, an attachment, or a socket operation.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
+from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.errors import ConnError, DataPathError, DataPathUnavailable, ProtocolError
+from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.messages import (
+    PROTOCOL_VERSION,
+    Heartbeat,
+    Message,
+    Refused,
+    Register,
+    Registered,
+    Resume,
+    decode_from_language,
+    encode,
+)
+from sglang_mm_conn.core.rooms import new_id
+from sglang_mm_conn.core.sender import SenderCore, Session, WindowWrite
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.datapath.base import DataPath, WriteLink
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.25
+
+
+@dataclass
+class _OpenLink:
+    """A session's data link, and how many writes go through it at this moment. Closed only at zero."""
+
+    link: WriteLink
+    register: Register
+    writes: int = 0
+    closing: bool = False
+
+
+@dataclass
+class _ControlPeer:
+    last_seen: float
+    session: str = ""
+
+
+class EncoderEndpoint:
+    """One per encoder process that holds embeddings (rank 0 of each worker)."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        host: str,
+        dtype: str,
+        widest_row_bytes: int,
+        send_timeout: float,
+        data_paths: Mapping[str, DataPath],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``host``: address to bind the control socket to. ``send_timeout``: longest life of a room, in seconds."""
+        self.settings = settings
+        self.incarnation = new_id()
+        self.dtype = dtype
+        self.widest_row_bytes = widest_row_bytes
+        self._data_paths = data_paths
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.core = SenderCore(queues=settings.queues, send_timeout=send_timeout)
+        self._links: dict[str, _OpenLink] = {}
+        self._peers: dict[str, _ControlPeer] = {}
+        self._sources: dict[str, torch.Tensor] = {}
+        self._listeners: dict[str, Callable[[Ended], None]] = {}
+        self._next_heartbeat = 0.0
+        self.transfer_queues: list[queue.SimpleQueue[TransferEmbeddingChunk | None]] = [
+            queue.SimpleQueue() for _ in range(settings.queues)
+        ]
+        self._workers_per_queue = max(1, settings.workers // settings.queues)
+        self._registrar = ThreadPoolExecutor(1, "mm-conn-registrar")
+        self._control = ControlServer(
+            host,
+            max_frame_bytes=settings.max_frame_bytes,
+            on_frame=self._on_frame,
+            on_tick=self._on_tick,
+            tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
+        )
+        # Threads start last: they use everything above.
+        self._threads = [threading.Thread(target=self.embedding_thread, name="mm-conn-embedding", daemon=True)]
+        for index in range(settings.queues):
+            for number in range(self._workers_per_queue):
+                self._threads.append(
+                    threading.Thread(
+                        target=self.transfer_worker, args=(index,), name=f"mm-conn-transfer-{index}.{number}",
+                        daemon=True,
+                    )  # fmt: skip
+                )
+        for thread in self._threads:
+            thread.start()
+        logger.info(
+            "conn_multimodal encoder %s: control port %d on %s, %d transfer queues with %d workers each, data path %s",
+            self.incarnation, self._control.port, host, settings.queues, self._workers_per_queue, settings.data_path,
+        )  # fmt: skip
+
+    @property
+    def bootstrap_info(self) -> BootstrapInfo:
+        """What the bootstrap route answers."""
+        return BootstrapInfo(PROTOCOL_VERSION, [Worker(self.incarnation, self._control.port)])
+
+    # -- what a sender asks for ----------------------------------------------------------------------------------
+
+    def announce(
+        self, room: str, total_tokens: int, row_bytes: int, dtype: str, listener: Callable[[Ended], None]
+    ) -> None:
+        """The size of ``room`` is known. ``listener`` hears its end, once, on a thread of this endpoint or at once."""
+        with self._lock:
+            self._listeners[room] = listener
+            try:
+                ended = self._perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
+            except ConnError:
+                del self._listeners[room]
+                raise
+        self._tell(ended)
+
+    def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
+        """The embedding of ``room`` is there: [tokens, width], contiguous. It must not change until the room's end.
+
+        Raises ConnError where its size is not what was announced. Queues a TransferEmbeddingChunk once every
+        language rank has said Init.
+        """
+        source = embedding.detach().reshape(-1).view(torch.uint8)
+        row_bytes = embedding.shape[1] * embedding.element_size()
+        checksum = zlib.crc32(source.numpy()) if self.settings.checksum else None
+        blocks = -(-embedding.shape[0] // self.settings.block_size)
+        with self._lock:
+            entry = self.core.rooms.get(room)
+            if entry is None:
+                return  # ended; its listener was told
+            if (entry.total_tokens, entry.row_bytes) != (embedding.shape[0], row_bytes):
+                raise ConnError(
+                    f"room {room}: {embedding.shape[0]} rows of {row_bytes} bytes, but "
+                    f"{entry.total_tokens} of {entry.row_bytes} were announced"
+                )
+            self._sources[room] = source
+            ended = self._perform(self.core.add_source(room, range(blocks), metadata, checksum))
+        self._tell(ended)
+
+    def fail(self, room: str, reason: str, code: int) -> None:
+        """The encode of ``room`` failed; its language ranks are told."""
+        with self._lock:
+            ended = self._perform(self.core.fail(room, reason, code, self._clock()))
+        self._tell(ended)
+
+    def poll(self, room: str) -> Poll | None:
+        """None where the room is not (any more) in the tables."""
+        with self._lock:
+            entry = self.core.rooms.get(room)
+            return None if entry is None else entry.poll()
+
+    # -- embedding thread ----------------------------------------------------------------------------------------
+
+    def embedding_thread(self) -> None:
+        """Owns the control socket until ``close``."""
+        self._control.run()
+
+    def _on_frame(self, peer: str, frame: bytes) -> None:
+        now = self._clock()
+        try:
+            message = decode_from_language(frame, self.settings.max_frame_bytes)
+            if isinstance(message, Register):
+                self._registrar.submit(self._register, peer, message)
+                return
+            known = self._peers.get(peer)
+            if known is None:
+                self._send(peer, Refused(reason="this encoder does not know the session", kind="register_first"))
+                return
+            known.last_seen = now
+            if isinstance(message, Heartbeat):
+                return
+            with self._lock:
+                actions = self.core.on_message(peer, message, now)
+                ended = self._perform(actions)
+        except ProtocolError as error:
+            logger.warning("Control message from %s refused: %s", peer, error)
+            return
+        if isinstance(message, Resume):
+            for action in actions:
+                if isinstance(action, TransferEmbeddingChunk):
+                    logger.info(
+                        "Resume transfer triggered: room=%s, queue_idx=%d, src_blocks=%d",
+                        action.room, action.queue_idx, len(action.embedding_indices),
+                    )  # fmt: skip
+        self._tell(ended)
+
+    def _on_tick(self) -> None:
+        now = self._clock()
+        with self._lock:
+            ended = self._perform(self.core.tick(now))
+        self._tell(ended)
+        for peer, known in list(self._peers.items()):
+            if now - known.last_seen > self.settings.peer_timeout:
+                self._drop_peer(peer, f"the language server was silent for {self.settings.peer_timeout:g} s")
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + self.settings.heartbeat
+            for peer in list(self._peers):
+                self._send(peer, Heartbeat(incarnation=self.incarnation))
+
+    def _drop_peer(self, peer: str, reason: str) -> None:
+        known = self._peers.pop(peer, None)
+        if known is None:
+            return
+        with self._lock:
+            session = self.core.sessions.get(known.session)
+            if session is None or session.peer != peer:
+                return  # the session speaks through a newer connection
+            ended = self._perform(self.core.session_lost(known.session, reason, self._clock()))
+            self._close_link(known.session)
+        logger.warning("Language rank %s lost: %s", known.session, reason)
+        self._tell(ended)
+
+    # -- registration (registrar thread) -------------------------------------------------------------------------
+
+    def _register(self, peer: str, message: Register) -> None:
+        try:
+            problem = self._mismatch(message)
+            if problem:
+                logger.error("Language rank %s refused: %s", message.mooncake_session_id, problem)
+                self._send(peer, Refused(reason=problem, kind="mismatch"))
+                return
+            with self._lock:
+                open_link = self._links.get(message.mooncake_session_id)
+                reuse = open_link is not None and open_link.register == message and not open_link.closing
+                busy = open_link is not None and open_link.closing
+            if busy:
+                reason = "the session's previous link has a write under way"
+                self._send(peer, Refused(reason=reason, kind="register_first"))
+                return
+            if not reuse:
+                link = self._open(message)
+        except (DataPathUnavailable, ProtocolError) as error:
+            logger.warning("Language rank %s: %s", message.mooncake_session_id, error)
+            self._send(peer, Refused(reason=str(error), kind="data_path"))
+            return
+        except Exception as error:
+            logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
+            self._send(peer, Refused(reason=f"{type(error).__name__}: {error}", kind="data_path"))
+            return
+        session = Session(
+            mooncake_session_id=message.mooncake_session_id,
+            peer=peer,
+            incarnation=message.incarnation,
+            server=message.server,
+            rank=message.rank,
+            size=message.size,
+            geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
+        )
+        now = self._clock()
+        with self._lock:
+            if not reuse:
+                ended = self._perform(
+                    self.core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
+                )
+                self._close_link(message.mooncake_session_id)
+                self._links[message.mooncake_session_id] = _OpenLink(link, message)
+            else:
+                ended = []
+            self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
+            self._send(
+                peer, Registered(mooncake_session_id=message.mooncake_session_id, incarnation=self.incarnation)
+            )
+            ended += self._perform(self.core.register(session, now))
+        logger.info(
+            "Language rank %d of %d registered: session=%s path=%s pool=%d blocks of %d bytes",
+            message.rank, message.size, message.mooncake_session_id, message.data_path,
+            session.geometry.blocks, message.block_bytes,
+        )  # fmt: skip
+        self._tell(ended)
+
+    def _mismatch(self, message: Register) -> str:
+        """Why the two sides do not fit, naming both values; empty where they do."""
+        for what, theirs, ours in (
+            ("block size (SGLANG_EMBEDDING_CACHE_BLOCK_SIZE)", message.block_size, self.settings.block_size),
+            ("dtype", message.dtype, self.dtype),
+        ):
+            if theirs != ours:
+                return f"{what} is {theirs} on the language server and {ours} on the encoder"
+        if self.widest_row_bytes > message.row_bytes:
+            return (
+                f"the encoder's widest row has {self.widest_row_bytes} bytes, "
+                f"the language server expects at most {message.row_bytes}"
+            )
+        if self.settings.data_path not in ("auto", message.data_path):
+            return (
+                f"SGLANG_MM_CONN_DATA_PATH is {self.settings.data_path} on the encoder, "
+                f"but the language server offers {message.data_path}"
+            )
+        if message.rank >= message.size:
+            return f"rank {message.rank} of {message.size}"
+        length = message.blocks_per_region * message.block_bytes
+        if any(region.length != length for region in message.regions):
+            return f"a region is not {message.blocks_per_region} blocks of {message.block_bytes} bytes long"
+        return ""
+
+    def _open(self, message: Register) -> WriteLink:
+        path = self._data_paths.get(message.data_path)
+        if path is None:
+            raise DataPathUnavailable(
+                f"this encoder has no data path {message.data_path!r} (it has {', '.join(self._data_paths) or 'none'})"
+            )
+        with self._lock:
+            # The slot's lock belongs to the old attachment of the same process until that is closed.
+            self._close_link(message.mooncake_session_id)
+        return path.open(message)
+
+    def _close_link(self, session: str) -> None:
+        """Under the lock. Closes at once, or when the last write through the link has returned."""
+        open_link = self._links.get(session)
+        if open_link is None:
+            return
+        open_link.closing = True
+        if open_link.writes == 0:
+            del self._links[session]
+            open_link.link.close()
+
+    # -- transfer workers ----------------------------------------------------------------------------------------
+
+    def transfer_worker(self, index: int) -> None:
+        """Serves transfer queue ``index`` until ``close``. A room's failure, of whatever kind, ends only that room."""
+        while (chunk := self.transfer_queues[index].get()) is not None:
+            try:
+                while self._write_window(chunk.room):
+                    pass
+            except Exception as error:
+                logger.exception("Transfer worker: room %s failed", chunk.room)
+                self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
+
+    def _write_window(self, room: str) -> bool:
+        with self._lock:
+            write = self.core.begin_write(room)
+            if write is None:
+                return False
+            source = self._sources[room]
+            open_link = self._links.get(write.session.mooncake_session_id)
+            if open_link is not None:
+                open_link.writes += 1
+            row_bytes = self.core.rooms[room].row_bytes
+        error, in_doubt = "", False
+        try:
+            if open_link is None or open_link.closing:
+                raise DataPathError("the session's data link is closed", in_doubt=False)
+            first = write.first_token * row_bytes
+            nbytes = write.tokens * row_bytes
+            runs = window_runs(write.session.geometry, write.blocks, nbytes)
+            open_link.link.write(source[first : first + nbytes], runs)
+        except DataPathError as failure:
+            error, in_doubt = str(failure), failure.in_doubt
+        except Exception as failure:
+            # Nothing is known about what a data call did that ended in a way it should not.
+            logger.exception("Data call for room %s failed", room)
+            error, in_doubt = f"{type(failure).__name__}: {failure}", True
+        self._written(write, open_link, error, in_doubt)
+        return True
+
+    def _written(self, write: WindowWrite, open_link: _OpenLink | None, error: str, in_doubt: bool) -> None:
+        with self._lock:
+            if open_link is not None:
+                open_link.writes -= 1
+                if open_link.closing and open_link.writes == 0:
+                    if self._links.get(write.session.mooncake_session_id) is open_link:
+                        del self._links[write.session.mooncake_session_id]
+                    open_link.link.close()
+            entry = self.core.rooms[write.room]
+            ended = self._perform(self.core.on_written(write, error, in_doubt, self._clock()))
+        for action in ended:
+            if action.success:
+                took = self._clock() - entry.started
+                logger.info(
+                    "Embedding sent: room=%s tokens=%d windows=%d path=%s ms=%.1f",
+                    action.room, entry.total_tokens, entry.windows,
+                    open_link.link.name if open_link is not None else "none", took * 1000,
+                )  # fmt: skip
+        self._tell(ended)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _send(self, peer: str, message: Message) -> None:
+        self._control.send(peer, encode(message))
+
+    def _perform(self, actions: list[Action]) -> list[Ended]:
+        """Under the lock, so that messages leave in the order of the decisions. Returns the ends, to be told after."""
+        ended = []
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action.peer, action.message)
+            elif isinstance(action, TransferEmbeddingChunk):
+                self.transfer_queues[action.queue_idx].put(action)
+            elif isinstance(action, Ended):
+                # A worker that writes from this tensor keeps its own reference until its data call returns.
+                self._sources.pop(action.room, None)
+                ended.append(action)
+            elif isinstance(action, Move):
+                raise ConnError("an encoder moves nothing")
+        return ended
+
+    def _tell(self, ended: list[Ended]) -> None:
+        for action in ended:
+            if not action.success:
+                logger.warning("Embedding not sent: room=%s code=%d reason=%s", action.room, action.code, action.reason)
+            with self._lock:
+                listener = self._listeners.pop(action.room, None)
+            if listener is not None:
+                try:
+                    listener(action)
+                except Exception:
+                    logger.exception("Listener of room %s failed", action.room)
+
+    def close(self) -> None:
+        """Stop all threads; for tests and orderly shutdown."""
+        self._control.stop()
+        for transfer_queue in self.transfer_queues:
+            for _ in range(self._workers_per_queue):
+                transfer_queue.put(None)
+        for thread in self._threads:
+            thread.join(10)
+        self._registrar.shutdown(wait=True)
+        with self._lock:
+            for session in list(self._links):
+                self._close_link(session)
+        for path in self._data_paths.values():
+            path.close()

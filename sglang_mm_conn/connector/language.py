@@ -1,0 +1,285 @@
+"""The language rank's end: offers blocks, moves rows out of them, hands finished embeddings over.
+
+Threads: ``embedding_thread`` owns the control sockets; a few movers copy rows out of blocks; a small pool looks up
+encoders. Callers (the scheduler's tick) only read states and take results. All state is in the core and a few tables,
+under one lock that is never held during a copy or a socket operation.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from sglang_mm_conn.connector.encoders import Encoders
+from sglang_mm_conn.connector.metadata import dtype_of
+from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.control.client import ControlClient
+from sglang_mm_conn.control.wakeup import Wakeup
+from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, decode_from_encoder, encode
+from sglang_mm_conn.core.receiver import Peer, ReceiverCore, ReceiverRoom
+from sglang_mm_conn.core.rooms import new_id
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.core.tombstones import Verdict
+from sglang_mm_conn.memory.pool import BlockPool, pool_geometry
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.1
+
+Result = TypeVar("Result")
+
+
+class LanguageEndpoint:
+    """One per language rank (scheduler process)."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        server: str,
+        host: str,
+        dtype: str,
+        widest_row_bytes: int,
+        rank: int = 0,
+        size: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``server``: incarnation of the language server, the prefix of its rooms. ``host``: where Mooncake peers
+        reach this process. Raises MemoryUnavailable, DataPathUnavailable."""
+        self.settings = settings
+        self.server = server
+        self.incarnation = new_id()
+        self._clock = clock
+        self._lock = threading.Lock()
+        shared = settings.data_path != "mooncake"
+        self.pool = BlockPool(pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared)
+        self.core = ReceiverCore(
+            BlockAllocator(self.pool.geometry.blocks),
+            self.pool.geometry,
+            first_offer=settings.first_offer,
+            claim_timeout=settings.claim_timeout,
+            max_embedding_bytes=settings.max_embedding_bytes,
+        )
+        self._sessions = Sessions(
+            settings, self.pool, host=host, incarnation=self.incarnation, server=server, rank=rank, size=size,
+            widest_row_bytes=widest_row_bytes, dtype=dtype,
+        )  # fmt: skip
+        self._size = size
+        self._results: dict[str, torch.Tensor] = {}
+        self._labels: dict[str, str] = {}
+        self.completions = Wakeup()  # rung when a room ends
+        self._movers = ThreadPoolExecutor(settings.movers, "mm-conn-mover")
+        self._encoders = Encoders(
+            self._sessions,
+            self.incarnation,
+            peer_timeout=settings.peer_timeout,
+            heartbeat=settings.heartbeat,
+            on_ready=self._on_ready,
+            on_lost=self._on_lost,
+            on_refused=self._on_refused,
+            clock=clock,
+        )
+        self._control = ControlClient(
+            max_frame_bytes=settings.max_frame_bytes + settings.max_metadata_bytes,
+            on_frame=self._on_frame,
+            on_connected=self._encoders.on_connected,
+            on_disconnected=self._encoders.on_disconnected,
+            on_tick=self._on_tick,
+            tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
+        )
+        self._encoders.control = self._control
+        # The thread starts last: it uses everything above.
+        self._thread = threading.Thread(target=self.embedding_thread, name="mm-conn-embedding", daemon=True)
+        self._thread.start()
+
+    # -- what a receiver asks for --------------------------------------------------------------------------------
+
+    def use_encoder(self, url: str) -> None:
+        """Connect to the encoder at ``url``, where that has not been done."""
+        self._encoders.use(url)
+
+    def expect(self, room: str, encoder: str, timeout: float, label: str) -> None:
+        """A request waits for ``room`` from ``encoder`` (its URL) for ``timeout`` seconds. ``label`` is for logs."""
+        now = self._clock()
+        with self._lock:
+            self._labels[room] = label
+            actions = self.core.expect(room, encoder, now + timeout, now, required_dst_info_num=self._size)
+            self._perform(actions)
+        self._encoders.use(encoder)
+
+    def poll(self, room: str) -> Poll:
+        """Raises ConnError where the room is unknown."""
+        return self._room(room).poll()
+
+    def verdict(self, room: str) -> Verdict:
+        """Why the room failed."""
+        return self._room(room).verdict or Verdict("", 200)
+
+    def take(self, room: str) -> tuple[torch.Tensor, bytes]:
+        """The embedding [tokens, width] and metadata of a room that ended in Success; the caller owns the memory."""
+        with self._lock:
+            entry = self._room(room)
+            if entry.poll() is not Poll.Success or room not in self._results:
+                raise ConnError(f"room {room} has no embedding to take")
+            flat = self._results.pop(room)
+        dtype = dtype_of(entry.dtype)
+        return flat.view(dtype).reshape(entry.total_tokens, -1), entry.metadata
+
+    def abort(self, room: str, reason: str, code: int = 499) -> None:
+        """Give the room up. Its blocks are reused only when nobody can write them any more."""
+        with self._lock:
+            self._perform(self.core.abort(room, reason, code, self._clock()))
+
+    def forget(self, room: str) -> None:
+        """Drop what is kept of an ended room."""
+        with self._lock:
+            self.core.forget(room)
+            self._results.pop(room, None)
+            self._labels.pop(room, None)
+
+    def submit(self, work: Callable[[], Result]) -> Future[Result]:
+        """Run something large off the caller's thread; rings ``completions`` when it is done."""
+        future = self._movers.submit(work)
+        future.add_done_callback(lambda _: self.completions.ring())
+        return future
+
+    def _room(self, room: str) -> ReceiverRoom:
+        entry = self.core.rooms.get(room)
+        if entry is None:
+            raise ConnError(f"room {room} is unknown here")
+        return entry
+
+    # -- embedding thread ----------------------------------------------------------------------------------------
+
+    def embedding_thread(self) -> None:
+        """Owns the control sockets until ``close``."""
+        self._control.run()
+
+    def _on_frame(self, incarnation: str, frame: bytes) -> None:
+        limit = self.settings.max_frame_bytes + self.settings.max_metadata_bytes
+        try:
+            message = decode_from_encoder(frame, limit)
+            self._encoders.on_seen(incarnation)
+            if isinstance(message, Heartbeat):
+                return
+            if isinstance(message, Registered):
+                self._encoders.on_registered(incarnation, message)
+            elif isinstance(message, Refused):
+                self._encoders.on_refused(incarnation, message)
+            else:
+                with self._lock:
+                    self._perform(self.core.on_message(incarnation, message, self._clock()))
+        except ProtocolError as error:
+            logger.warning("Control message from encoder process %s refused: %s", incarnation, error)
+
+    def _on_ready(self, peer: Peer) -> None:
+        with self._lock:
+            self._perform(self.core.peer_ready(peer, self._clock()))
+
+    def _on_lost(self, incarnation: str, reason: str) -> None:
+        with self._lock:
+            self._perform(self.core.peer_lost(incarnation, reason, self._clock()))
+
+    def _on_refused(self, encoder: str, reason: str) -> None:
+        with self._lock:
+            self._perform(self.core.encoder_failed(encoder, reason, 502, self._clock()))
+
+    def _on_tick(self) -> None:
+        self._encoders.tick()
+        with self._lock:
+            self._perform(self.core.tick(self._clock()))
+            suspects = {peer.incarnation: peer.data_path for peer in self.core.suspects()}
+        for incarnation, path in suspects.items():
+            slot = self._encoders.slot_of(incarnation)
+            if path == "shm" and slot is not None and self._sessions.writer_gone(slot):
+                with self._lock:
+                    logger.info("Encoder process %s is gone for certain: its blocks are free again", incarnation)
+                    self._perform(self.core.writer_gone(incarnation, self._clock()))
+        self._encoders.forget_slots(keep=set(suspects))
+
+    # -- movers --------------------------------------------------------------------------------------------------
+
+    def _move(self, move: Move) -> None:
+        error = ""
+        try:
+            with self._lock:
+                flat = self._results.get(move.room)
+            if flat is None:
+                flat = torch.empty(move.total_tokens * move.row_bytes, dtype=torch.uint8)
+                if (move.row_bytes % dtype_of(move.dtype).itemsize) != 0:
+                    raise ProtocolError(f"a row of {move.row_bytes} bytes is not whole values of {move.dtype}")
+                with self._lock:
+                    self._results[move.room] = flat
+            first = move.first_token * move.row_bytes
+            self.pool.read(move.blocks, flat[first : first + move.tokens * move.row_bytes])
+            if move.last and self.settings.checksum:
+                error = self._checksum_error(flat, move.checksum)
+        except Exception as failure:
+            logger.exception("Moving rows of room %s failed", move.room)
+            error = f"{type(failure).__name__}: {failure}"
+        with self._lock:
+            self._perform(self.core.on_moved(move.room, move.window, error, self._clock()))
+            entry = self.core.rooms.get(move.room)
+            if entry is None or entry.poll() is Poll.Failed:
+                self._results.pop(move.room, None)
+
+    @staticmethod
+    def _checksum_error(flat: torch.Tensor, expected: int | None) -> str:
+        if expected is None:
+            return "no checksum came: set SGLANG_MM_CONN_CHECKSUM=1 on the encoder too"
+        actual = zlib.crc32(flat.numpy())
+        return "" if actual == expected else f"checksum {actual:#010x}, but {expected:#010x} was sent"
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: list[Action]) -> None:
+        """Under the lock, so that messages leave in the order of the decisions."""
+        for action in actions:
+            if isinstance(action, Send):
+                self._control.send(action.peer, encode(action.message))
+            elif isinstance(action, Move):
+                self._movers.submit(self._move, action)
+            elif isinstance(action, Ended):
+                self._ended(action)
+            elif isinstance(action, TransferEmbeddingChunk):
+                raise ConnError("a language rank writes nothing")
+
+    def _ended(self, action: Ended) -> None:
+        entry = self.core.rooms[action.room]
+        label = self._labels.get(action.room, "")
+        seconds = max(entry.ended - entry.started, 1e-9)
+        if action.success:
+            nbytes = entry.total_tokens * entry.row_bytes
+            logger.info(
+                "Embedding received: room=%s rid=%s tokens=%d bytes=%d windows=%d resumes=%d path=%s ms=%.1f rate=%.1fMB/s",
+                action.room, label, entry.total_tokens, nbytes, entry.window + 1, entry.resumes,
+                entry.peer.data_path if entry.peer is not None else "none", seconds * 1000, nbytes / seconds / 1e6,
+            )  # fmt: skip
+        else:
+            self._results.pop(action.room, None)
+            logger.warning(
+                "Embedding failed: room=%s rid=%s peer=%s code=%d reason=%s",
+                action.room, label, entry.peer.incarnation if entry.peer is not None else entry.encoder,
+                action.code, action.reason,
+            )  # fmt: skip
+        self.completions.ring()
+
+    def close(self) -> None:
+        """Stop all threads and unlink the segment; for tests and orderly shutdown."""
+        self._control.stop()
+        self._thread.join(10)
+        self._encoders.close()
+        self._movers.shutdown(wait=True)
+        self._sessions.close()
+        self.pool.close()

@@ -1,0 +1,30 @@
+"""Which data paths an encoder opens links of, from the settings."""
+
+from __future__ import annotations
+
+import logging
+
+from sglang_mm_conn.core.errors import DataPathUnavailable
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.datapath.base import DataPath
+from sglang_mm_conn.datapath.mooncake import MooncakePath, engine_factory
+from sglang_mm_conn.datapath.shm import ShmPath
+from sglang_mm_conn.memory.segment import sweep_stale_segments
+
+logger = logging.getLogger(__name__)
+
+
+def encoder_data_paths(settings: Settings, host: str) -> dict[str, DataPath]:
+    """The paths that ``settings`` allow. Raises DataPathUnavailable where Mooncake is forced and not installed."""
+    sweep_stale_segments()
+    paths: dict[str, DataPath] = {}
+    if settings.data_path in ("auto", "shm"):
+        paths["shm"] = ShmPath()
+    if settings.data_path in ("auto", "mooncake"):
+        try:
+            paths["mooncake"] = MooncakePath(engine_factory(settings, host), settings.staging_bytes)
+        except DataPathUnavailable as error:
+            if settings.data_path == "mooncake":
+                raise
+            logger.warning("Only shared memory is available: %s", error)
+    return paths

@@ -1,0 +1,117 @@
+"""The language rank's sessions: the pool as encoders on this host and on others may write it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+from typing import Any
+
+from sglang_mm_conn.core.messages import Region, Register
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.datapath import mooncake
+from sglang_mm_conn.memory.pool import BlockPool
+
+logger = logging.getLogger(__name__)
+
+
+class Sessions:
+    """One session for shared memory, and one for Mooncake that is made when it is first needed.
+
+    The engine listens on all interfaces, so a deployment on one host never makes it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: BlockPool,
+        *,
+        host: str,
+        incarnation: str,
+        server: str,
+        rank: int,
+        size: int,
+        widest_row_bytes: int,
+        dtype: str,
+    ) -> None:
+        """Raises DataPathUnavailable where SGLANG_MM_CONN_DATA_PATH=mooncake and Mooncake cannot be had."""
+        self._settings = settings
+        self._pool = pool
+        self._host = host
+        self._lock = threading.Lock()
+        self._slots = itertools.count()
+        self._engine: Any = None
+        self._mooncake_session = ""
+        # A session id is host:port, and the shard rule sums ports: this socket owns a port and never listens.
+        self._port_holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._port_holder.bind(("127.0.0.1", 0))
+        self._shm_session = f"127.0.0.1:{self._port_holder.getsockname()[1]}"
+        self._common: dict[str, Any] = {
+            "incarnation": incarnation,
+            "server": server,
+            "rank": rank,
+            "size": size,
+            "block_size": settings.block_size,
+            "block_bytes": pool.geometry.block_bytes,
+            "blocks_per_region": pool.geometry.blocks_per_region,
+            "row_bytes": widest_row_bytes,
+            "dtype": dtype,
+        }
+        if self.first_path == "mooncake":
+            self._start_mooncake()
+
+    @property
+    def first_path(self) -> str:
+        """The path to try first with a new encoder."""
+        return "mooncake" if self._settings.data_path == "mooncake" else "shm"
+
+    def other_path(self, refused: str) -> str | None:
+        """What to try after ``refused`` was impossible; None where nothing else is allowed."""
+        return "mooncake" if self._settings.data_path == "auto" and refused == "shm" else None
+
+    def new_slot(self) -> int:
+        """A writer slot for an encoder process: the byte it locks as long as it may write."""
+        return next(self._slots)
+
+    def writer_gone(self, slot: int) -> bool:
+        return self._pool.segment is not None and self._pool.segment.writer_gone(slot)
+
+    def register_message(self, path: str, slot: int) -> Register:
+        """How this rank presents itself over ``path``. Making the Mooncake engine for the first time takes a while."""
+        if path == "shm":
+            segment = self._pool.segment
+            assert segment is not None
+            return Register(
+                mooncake_session_id=self._shm_session,
+                data_path="shm",
+                regions=[Region(0, 0, region.length) for region in self._pool.describe()],
+                segment=segment.name,
+                nonce=segment.nonce,
+                writer_slot=slot,
+                **self._common,
+            )
+        self._start_mooncake()
+        return Register(
+            mooncake_session_id=self._mooncake_session,
+            data_path="mooncake",
+            regions=self._pool.describe(),
+            **self._common,
+        )
+
+    def _start_mooncake(self) -> None:
+        with self._lock:
+            if self._engine is not None:
+                return
+            engine = mooncake.engine_factory(self._settings, self._host)()
+            for region in self._pool.regions:
+                mooncake.register_memory(engine, region)
+            self._mooncake_session = mooncake.session_id(engine, self._host)
+            self._engine = engine
+            logger.info("Mooncake session %s: %d regions registered", self._mooncake_session, len(self._pool.regions))
+
+    def close(self) -> None:
+        """The Mooncake engine ends with the process."""
+        self._port_holder.close()
+
+

@@ -1,0 +1,75 @@
+"""Finding an encoder's control sockets: a route on the encoder's own HTTP port, so that no further port is needed."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+import msgspec
+import requests
+
+from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.messages import PROTOCOL_VERSION
+
+ROUTE = "/conn_multimodal"
+_CONNECT_SECONDS = 2.0
+_READ_SECONDS = 5.0
+_MAX_BYTES = 1 << 20
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """One encoder process: its incarnation and control port."""
+
+    incarnation: str
+    control_port: int
+
+
+class BootstrapInfo(msgspec.Struct, frozen=True):
+    """What the route answers."""
+
+    version: int
+    workers: list[Worker]
+
+
+class EncoderAbsent(ConnError):
+    """Nothing answers at the encoder's URL; ``refused``: the connection was refused, so no process listens there."""
+
+    def __init__(self, message: str, *, refused: bool) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+def look_up(encoder_url: str) -> BootstrapInfo:
+    """Ask an encoder for its control sockets. Raises EncoderAbsent, or ProtocolError where it speaks something else."""
+    url = encoder_url.rstrip("/") + ROUTE
+    try:
+        with requests.Session() as http:
+            http.trust_env = False  # a proxy has no business between servers of one cluster
+            answer = http.get(url, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True)
+            body = answer.raw.read(_MAX_BYTES, decode_content=True)
+            status = answer.status_code
+    except requests.ConnectionError as error:
+        raise EncoderAbsent(f"{url}: {error}", refused="refused" in str(error)) from None
+    except (requests.RequestException, OSError) as error:
+        raise EncoderAbsent(f"{url}: {error}", refused=False) from None
+    if status in (502, 503, 504):
+        raise EncoderAbsent(f"{url} answered HTTP {status}", refused=False)
+    if status != 200:
+        raise ProtocolError(
+            f"{url} answered HTTP {status}: is the encoder started with "
+            "--disaggregation-transfer-backend conn_multimodal?"
+        )
+    try:
+        info = msgspec.json.decode(body, type=BootstrapInfo)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"{url} answered something else: {error}") from None
+    if info.version != PROTOCOL_VERSION:
+        raise ProtocolError(f"{url} speaks protocol version {info.version}, this side {PROTOCOL_VERSION}")
+    return info
+
+
+def control_address(encoder_url: str, worker: Worker) -> str:
+    """The ZMQ address of ``worker``: the host of the encoder's URL with the worker's port."""
+    host = urlsplit(encoder_url).hostname
+    if not host:
+        raise ProtocolError(f"encoder URL {encoder_url!r} has no host")
+    return f"tcp://[{host}]:{worker.control_port}" if ":" in host else f"tcp://{host}:{worker.control_port}"

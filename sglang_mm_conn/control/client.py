@@ -1,0 +1,170 @@
+"""The language rank's control sockets: one DEALER per encoder process, all owned by one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sglang_mm_conn.control.wakeup import Wakeup
+
+logger = logging.getLogger(__name__)
+
+_HIGH_WATER_MARK = 10_000
+_BATCH = 256
+
+
+class _Link:
+    def __init__(self, context: zmq.Context[Any], address: str, max_frame_bytes: int) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, _HIGH_WATER_MARK),
+            (zmq.RCVHWM, _HIGH_WATER_MARK),
+            (zmq.MAXMSGSIZE, max_frame_bytes),
+            # Nothing waits for a connection that is down: what a lost connection swallowed is compared on reconnect,
+            # and a message from before must not arrive after that.
+            (zmq.IMMEDIATE, 1),
+            (zmq.RECONNECT_IVL, 50),
+            (zmq.RECONNECT_IVL_MAX, 1000),
+            (zmq.IPV6, 1 if "[" in address else 0),
+        ):
+            self.socket.setsockopt(option, value)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.socket.connect(address)
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(0)
+
+
+class ControlClient:
+    """Owns the DEALERs. ``run`` is the only place that touches them; the rest may be called from any thread.
+
+    ``key`` names a link; the callbacks run on the thread of ``run``.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_frame_bytes: int,
+        on_frame: Callable[[str, bytes], None],
+        on_connected: Callable[[str], None],
+        on_disconnected: Callable[[str], None],
+        on_tick: Callable[[], None],
+        tick_seconds: float,
+    ) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._max_frame_bytes = max_frame_bytes
+        self._on_frame = on_frame
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        self._on_tick = on_tick
+        self._tick_seconds = tick_seconds
+        self._links: dict[str, _Link] = {}
+        self._work: deque[Callable[[], None]] = deque()
+        self._wakeup = Wakeup()
+        self._stopping = False
+
+    def connect(self, key: str, address: str) -> None:
+        """Open link ``key`` to ``address`` (``tcp://host:port``); it reconnects by itself until it is closed."""
+        self.call(lambda: self._connect(key, address))
+
+    def disconnect(self, key: str) -> None:
+        self.call(lambda: self._disconnect(key))
+
+    def send(self, key: str, frame: bytes) -> None:
+        """Queue ``frame`` for link ``key``, in the order of the calls. Dropped where the link is down."""
+        self.call(lambda: self._send(key, frame))
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the thread of ``run``."""
+        self._work.append(work)
+        self._wakeup.ring()
+
+    def stop(self) -> None:
+        """Make ``run`` return."""
+        self._stopping = True
+        self._wakeup.ring()
+
+    def run(self) -> None:
+        """Serve until ``stop``. Whatever one event raises is logged and hurts nobody else."""
+        next_tick = time.monotonic() + self._tick_seconds
+        while not self._stopping:
+            poller = zmq.Poller()
+            poller.register(self._wakeup.fileno(), zmq.POLLIN)
+            links = list(self._links.values())
+            for link in links:
+                poller.register(link.socket, zmq.POLLIN)
+                poller.register(link.monitor, zmq.POLLIN)
+            while not self._stopping and links == list(self._links.values()):
+                poller.poll(max(0.0, next_tick - time.monotonic()) * 1000)
+                self._wakeup.clear()
+                self._run_work()
+                for key, link in list(self._links.items()):
+                    self._receive(key, link)
+                    self._watch(key, link)
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + self._tick_seconds
+                    self._guarded(self._on_tick)
+                self._run_work()
+        self._run_work()
+        for link in self._links.values():
+            link.close()
+        self._context.term()
+        self._wakeup.close()
+
+    def _run_work(self) -> None:
+        while self._work:
+            self._guarded(self._work.popleft())
+
+    def _connect(self, key: str, address: str) -> None:
+        self._disconnect(key)
+        self._links[key] = _Link(self._context, address, self._max_frame_bytes)
+
+    def _disconnect(self, key: str) -> None:
+        link = self._links.pop(key, None)
+        if link is not None:
+            link.close()
+
+    def _send(self, key: str, frame: bytes) -> None:
+        link = self._links.get(key)
+        if link is not None:
+            with contextlib.suppress(zmq.Again):  # down, or does not read: noticed by its silence
+                link.socket.send(frame, zmq.NOBLOCK)
+
+    def _receive(self, key: str, link: _Link) -> None:
+        for _ in range(_BATCH):
+            try:
+                parts = link.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return
+            if len(parts) == 1:
+                self._guarded(lambda frame=parts[0]: self._on_frame(key, frame))  # type: ignore[misc]
+            else:
+                logger.warning("Control message of %d frames dropped", len(parts))
+
+    def _watch(self, key: str, link: _Link) -> None:
+        while True:
+            try:
+                event = recv_monitor_message(link.monitor, zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return
+            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._guarded(lambda: self._on_connected(key))
+            elif event["event"] == zmq.EVENT_DISCONNECTED:
+                self._guarded(lambda: self._on_disconnected(key))
+
+    @staticmethod
+    def _guarded(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            logger.exception("Control thread: one event failed, going on")

@@ -1,0 +1,110 @@
+"""The encoder's control socket: one ROUTER that every language rank connects to."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+
+from sglang_mm_conn.control.wakeup import Wakeup
+
+logger = logging.getLogger(__name__)
+
+# Frames that may wait for one peer; one that does not read loses what is beyond (it is slow or dead, and is dropped
+# by its silence), nobody waits for it.
+_HIGH_WATER_MARK = 10_000
+# Messages read from the socket before others get their turn.
+_BATCH = 256
+
+
+class ControlServer:
+    """Owns the ROUTER. ``run`` is the only place that touches it; ``send`` may be called from any thread."""
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        max_frame_bytes: int,
+        on_frame: Callable[[str, bytes], None],
+        on_tick: Callable[[], None],
+        tick_seconds: float,
+    ) -> None:
+        """Bind ``host`` on a port of the kernel's choosing (``port``). Peers are named by their routing id in hex."""
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, _HIGH_WATER_MARK),
+            (zmq.RCVHWM, _HIGH_WATER_MARK),
+            (zmq.MAXMSGSIZE, max_frame_bytes),
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.IPV6, 1 if ":" in host else 0),
+        ):
+            self._socket.setsockopt(option, value)
+        bound = f"[{host}]" if ":" in host else host
+        self.port = self._socket.bind_to_random_port(f"tcp://{bound}", min_port=20000, max_port=60999, max_tries=1000)
+        self._on_frame = on_frame
+        self._on_tick = on_tick
+        self._tick_seconds = tick_seconds
+        self._outbox: deque[tuple[str, bytes]] = deque()
+        self._wakeup = Wakeup()
+        self._stopping = False
+
+    def send(self, peer: str, frame: bytes) -> None:
+        """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
+        self._outbox.append((peer, frame))
+        self._wakeup.ring()
+
+    def stop(self) -> None:
+        """Make ``run`` return."""
+        self._stopping = True
+        self._wakeup.ring()
+
+    def run(self) -> None:
+        """Serve until ``stop``. Whatever one frame or tick raises is logged and hurts nobody else."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        next_tick = time.monotonic() + self._tick_seconds
+        while not self._stopping:
+            poller.poll(max(0.0, next_tick - time.monotonic()) * 1000)
+            self._wakeup.clear()
+            self._receive()
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + self._tick_seconds
+                self._guarded(self._on_tick)
+            self._flush()
+        self._flush()
+        self._socket.close()
+        self._context.term()
+        self._wakeup.close()
+
+    def _receive(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(parts) == 2:
+                self._guarded(lambda parts=parts: self._on_frame(parts[0].hex(), parts[1]))  # type: ignore[misc]
+            else:
+                logger.warning("Control message of %d frames dropped", len(parts))
+
+    def _flush(self) -> None:
+        while self._outbox:
+            peer, frame = self._outbox.popleft()
+            try:
+                self._socket.send_multipart([bytes.fromhex(peer), frame], zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                # EHOSTUNREACH: gone. EAGAIN: does not read. Both are noticed by the peer's silence.
+                logger.debug("Control message to %s dropped: %s", peer, error)
+
+    @staticmethod
+    def _guarded(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:
+            logger.exception("Control thread: one event failed, going on")

@@ -1,0 +1,56 @@
+"""What a core asks its surroundings to do, in this order. Cores never act themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sglang_mm_conn.core.messages import Message
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send ``message`` to the control peer ``peer``."""
+
+    peer: str
+    message: Message
+
+
+@dataclass(frozen=True)
+class Move:
+    """Move the first ``tokens`` rows of window ``window`` out of ``blocks``, to row ``first_token`` of the result."""
+
+    room: str
+    window: int
+    blocks: tuple[int, ...]
+    first_token: int
+    tokens: int
+    row_bytes: int
+    total_tokens: int
+    dtype: str
+    last: bool
+    checksum: int | None
+
+
+@dataclass(frozen=True)
+class TransferEmbeddingChunk:
+    """Work for a transfer queue: serve the offered windows of ``room`` (the seed's name and fields)."""
+
+    room: str
+    queue_idx: int
+    embedding_indices: tuple[int, ...]
+    is_last: bool
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """``room`` reached its final state. ``code`` is an HTTP status, ``reason`` says why a failed one failed."""
+
+    room: str
+    success: bool
+    reason: str = ""
+    code: int = 0
+
+
+Action: TypeAlias = Send | Move | TransferEmbeddingChunk | Ended

@@ -1,0 +1,72 @@
+"""Where the bytes of a window lie: blocks in allocation order, regions, merged runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_mm_conn.core.errors import ProtocolError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a pool: ``regions`` regions of ``blocks_per_region`` blocks of ``block_bytes`` bytes."""
+
+    block_bytes: int
+    blocks_per_region: int
+    regions: int
+
+    @property
+    def blocks(self) -> int:
+        return self.blocks_per_region * self.regions
+
+    @property
+    def region_bytes(self) -> int:
+        return self.blocks_per_region * self.block_bytes
+
+    def capacity(self, block_count: int, row_bytes: int) -> int:
+        """Rows of ``row_bytes`` that ``block_count`` blocks hold. Rows are packed: one may straddle two blocks."""
+        return block_count * self.block_bytes // row_bytes
+
+    def blocks_for(self, tokens: int, row_bytes: int) -> int:
+        """Blocks needed for ``tokens`` rows of ``row_bytes``."""
+        return -(-tokens * row_bytes // self.block_bytes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """``length`` bytes at ``offset`` in region ``region``, which are bytes ``start``... of the window."""
+
+    region: int
+    offset: int
+    length: int
+    start: int
+
+
+def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int) -> list[Run]:
+    """The runs that bytes 0...``nbytes`` of a window occupy, neighbouring blocks merged within a region.
+
+    Token order is the order of ``blocks`` (allocation order), whatever their numbers are. Raises ProtocolError where
+    a block does not exist, occurs twice, or the blocks hold less than ``nbytes``.
+    """
+    if len(set(blocks)) != len(blocks):
+        raise ProtocolError(f"a block occurs twice in {list(blocks)[:8]}...")
+    if nbytes > len(blocks) * geometry.block_bytes:
+        raise ProtocolError(f"{nbytes} bytes do not fit {len(blocks)} blocks of {geometry.block_bytes}")
+    runs: list[Run] = []
+    start = 0
+    for block in blocks:
+        if not 0 <= block < geometry.blocks:
+            raise ProtocolError(f"block {block} is not one of {geometry.blocks}")
+        if start >= nbytes:
+            continue
+        region, number = divmod(block, geometry.blocks_per_region)
+        offset = number * geometry.block_bytes
+        length = min(geometry.block_bytes, nbytes - start)
+        last = runs[-1] if runs else None
+        if last is not None and last.region == region and last.offset + last.length == offset:
+            runs[-1] = Run(region, last.offset, last.length + length, last.start)
+        else:
+            runs.append(Run(region, offset, length, start))
+        start += length
+    return runs

@@ -1,0 +1,203 @@
+"""The control messages: tagged msgspec structs, one version byte in front, length-limited. No pickle.
+
+Names follow the seed. Times are durations in seconds: the clocks of two hosts are never compared.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+from sglang_mm_conn.core.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+
+Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+Positive = Annotated[int, Meta(ge=1, le=1 << 48)]
+Block = Annotated[int, Meta(ge=0, le=1 << 32)]
+Blocks = Annotated[list[Block], Meta(min_length=1, max_length=1 << 20)]
+Seconds = Annotated[float, Meta(ge=0, le=1e7)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Text = Annotated[str, Meta(max_length=4096)]
+
+
+class Region(Struct, frozen=True, array_like=True):
+    """One registered region of a pool: its epoch, address in its owner's process, and length in bytes."""
+
+    epoch: Count
+    address: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    length: Positive
+
+
+class Message(Struct, frozen=True, tag_field="t", kw_only=True):
+    """Base of all control messages."""
+
+
+# language server -> encoder
+
+
+class Register(Message, frozen=True, kw_only=True, tag="register"):
+    """A language rank presents one session and the memory it may be written to through it."""
+
+    mooncake_session_id: Name
+    incarnation: Name  # of this rank's process
+    server: Name  # incarnation of its server: the prefix of its rooms
+    rank: Count
+    size: Positive
+    data_path: Name
+    block_size: Positive
+    block_bytes: Positive
+    blocks_per_region: Positive
+    regions: Annotated[list[Region], Meta(min_length=1, max_length=64)]
+    row_bytes: Positive  # of the model's widest row
+    dtype: Name
+    segment: Text = ""  # shared memory: name, proof that it is this one, and the byte the writer locks
+    nonce: Text = ""
+    writer_slot: Count = 0
+
+
+class Init(Message, frozen=True, kw_only=True, tag="init"):
+    """Window 0 of a room: blocks for ``allocated_tokens`` rows."""
+
+    room: Name
+    mooncake_session_id: Name
+    dst_embedding_indices: Blocks
+    allocated_tokens: Positive
+    required_dst_info_num: Positive
+    deadline: Seconds  # what is left of it; the encoder's is never later
+
+
+class Resume(Message, frozen=True, kw_only=True, tag="resume"):
+    """Window ``window`` > 0: blocks for ``allocated_tokens`` further rows after ``sent_tokens`` confirmed ones."""
+
+    room: Name
+    mooncake_session_id: Name
+    window: Positive
+    dst_embedding_indices: Blocks
+    sent_tokens: Count
+    allocated_tokens: Positive
+    deadline: Seconds
+
+
+class Abort(Message, frozen=True, kw_only=True, tag="abort"):
+    """The session gives the room up; asks for Drained."""
+
+    room: Name
+    mooncake_session_id: Name
+    reason: Text
+
+
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
+    """Both directions: the sender lives."""
+
+    incarnation: Name
+
+
+# encoder -> language server
+
+
+class Registered(Message, frozen=True, kw_only=True, tag="registered"):
+    """The session's memory was checked and can be written."""
+
+    mooncake_session_id: Name
+    incarnation: Name  # of the encoder's process
+
+
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
+    """The session is not (or no longer) registered, and why.
+
+    ``mismatch``: the two sides do not fit. ``data_path``: only this data path is impossible, another may do.
+    ``register_first``: the encoder does not know this peer (any more).
+    """
+
+    reason: Text
+    kind: Literal["mismatch", "data_path", "register_first"]
+
+
+class Announce(Message, frozen=True, kw_only=True, tag="announce"):
+    """The size of a room is known; the embedding may not be computed yet."""
+
+    room: Name
+    total_tokens: Positive
+    row_bytes: Positive
+    dtype: Name
+
+
+class Progress(Message, frozen=True, kw_only=True, tag="progress"):
+    """Window ``window`` landed; ``sent_tokens`` rows are confirmed in all and rows remain.
+
+    Also the truthful answer to a Resume or Init that was refused (``refused`` says why) or repeated.
+    """
+
+    room: Name
+    window: int  # -1: nothing is confirmed yet
+    sent_tokens: Count
+    metadata: bytes = b""  # with window 0
+    refused: Text = ""
+
+
+class Done(Message, frozen=True, kw_only=True, tag="done"):
+    """The last window landed: all ``total_tokens`` rows are confirmed."""
+
+    room: Name
+    window: Count
+    total_tokens: Positive
+    metadata: bytes = b""  # with window 0
+    checksum: int | None = None
+
+
+class Failed(Message, frozen=True, kw_only=True, tag="failed"):
+    """The room failed on the encoder. ``drained``: no write into its blocks is under way or will come."""
+
+    room: Name
+    reason: Text
+    code: Annotated[int, Meta(ge=400, le=599)]
+    drained: bool
+
+
+class Drained(Message, frozen=True, kw_only=True, tag="drained"):
+    """Answer to Abort: no write into the room's blocks is under way or will come."""
+
+    room: Name
+
+
+FromLanguage: TypeAlias = Register | Init | Resume | Abort | Heartbeat
+FromEncoder: TypeAlias = Registered | Refused | Announce | Progress | Done | Failed | Drained | Heartbeat
+
+_ENCODER = msgspec.msgpack.Encoder()
+_FROM_LANGUAGE: msgspec.msgpack.Decoder[FromLanguage] = msgspec.msgpack.Decoder(FromLanguage)
+_FROM_ENCODER: msgspec.msgpack.Decoder[FromEncoder] = msgspec.msgpack.Decoder(FromEncoder)
+_VERSION = bytes([PROTOCOL_VERSION])
+
+
+def encode(message: Message) -> bytes:
+    """One frame: the version byte and the message."""
+    return _VERSION + _ENCODER.encode(message)
+
+
+def _body(frame: bytes, limit: int) -> memoryview:
+    if len(frame) > limit:
+        raise ProtocolError(f"frame of {len(frame)} bytes is longer than the limit of {limit}")
+    if not frame:
+        raise ProtocolError("empty frame")
+    if frame[0] != PROTOCOL_VERSION:
+        raise ProtocolError(f"peer speaks protocol version {frame[0]}, this side {PROTOCOL_VERSION}")
+    return memoryview(frame)[1:]
+
+
+def decode_from_language(frame: bytes, limit: int) -> FromLanguage:
+    """Parse what an encoder received. Raises ProtocolError for anything that is not one valid message."""
+    try:
+        return _FROM_LANGUAGE.decode(_body(frame, limit))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"malformed message: {error}") from None
+
+
+def decode_from_encoder(frame: bytes, limit: int) -> FromEncoder:
+    """Parse what a language server received. Raises ProtocolError for anything that is not one valid message."""
+    try:
+        return _FROM_ENCODER.decode(_body(frame, limit))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"malformed message: {error}") from None

@@ -1,0 +1,503 @@
+"""The language side's rooms: claims, offers, resumes, quarantine. Pure; returns what is to be done as actions.
+
+Who owns a block, at each moment:
+
+- *free*: nobody, the allocator may hand it out;
+- from the offer (Init, Resume) on: **the encoder**, which may write it at any moment;
+- from the encoder's Progress or Done for exactly that window on: **this side**, which moves the rows out and frees it
+  (those messages are sent after the data call returned 0, and one window is written once);
+- a room that fails while it is offered: **quarantine**, until one of the proofs that no write is to come: Progress or
+  Done of that window, Drained, Failed with ``drained``, or (shared memory) the proof that the writing process is gone.
+
+A room that waits for blocks holds none: the rows it has were moved out first. So waiting can never be circular.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from sglang_mm_conn.core.actions import Action, Ended, Move, Send
+from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.layout import Geometry
+from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume
+from sglang_mm_conn.core.states import RECEIVER_MOVES, Machine, Poll, ReceiverState
+from sglang_mm_conn.core.tombstones import Tombstones, Verdict
+
+# The encoder is told a deadline that lies this much before ours, so that the journey of the message and the answer
+# cannot make the encoder's the later one.
+DEADLINE_MARGIN_SECONDS = 1.0
+DEADLINE_MARGIN_SHARE = 0.1
+# An encode may outlive its room by its own timeout; a tombstone must outlive the encode.
+TOMBSTONE_SECONDS = 3600.0
+PARKED_LIMIT = 65536
+
+RoomMessage = Announce | Progress | Done | Failed | Drained
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One encoder process as this side knows it: its incarnation, the encoder it belongs to, and our session to it."""
+
+    incarnation: str
+    encoder: str
+    mooncake_session_id: str
+    data_path: str
+
+
+@dataclass
+class ReceiverRoom:
+    """One room. ``sent_tokens`` rows are confirmed *and* moved out."""
+
+    room: str
+    encoder: str
+    deadline: float
+    started: float
+    required_dst_info_num: int
+    machine: Machine[ReceiverState] = field(
+        default_factory=lambda: Machine(RECEIVER_MOVES, ReceiverState.EXPECTED)
+    )
+    peer: Peer | None = None
+    total_tokens: int = 0
+    row_bytes: int = 0
+    dtype: str = ""
+    window: int = -1
+    blocks: list[int] = field(default_factory=list)
+    allocated_tokens: int = 0
+    sent_tokens: int = 0
+    metadata: bytes = b""
+    last: bool = False
+    verdict: Verdict | None = None
+    ended: float = 0.0
+    forgotten: bool = False
+
+    @property
+    def state(self) -> ReceiverState:
+        return self.machine.state
+
+    @property
+    def resumes(self) -> int:
+        return max(0, self.window)
+
+    def poll(self) -> Poll:
+        """Monotonic: Failed and Success are final, a resume does not lead back from Transferring."""
+        if self.state is ReceiverState.FAILED:
+            return Poll.Failed
+        if self.state is ReceiverState.SUCCESS:
+            return Poll.Success
+        if self.state is ReceiverState.EXPECTED:
+            return Poll.Bootstrapping
+        if self.state is ReceiverState.QUEUED and self.window < 0:
+            return Poll.WaitingForInput
+        return Poll.Transferring
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Blocks of a failed room that its encoder may still write."""
+
+    owner: tuple[str, int]
+    peer: Peer
+    blocks: tuple[int, ...]
+    since: float
+
+
+@dataclass(frozen=True)
+class Parked:
+    """An announcement (or failure) of a room that no request has claimed yet."""
+
+    peer: Peer
+    message: Announce | Failed
+    until: float
+
+
+class ReceiverCore:
+    """All rooms of one language rank. Not thread-safe: its surroundings hold one lock around every call."""
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        geometry: Geometry,
+        *,
+        first_offer: int | None,
+        claim_timeout: float,
+        max_embedding_bytes: int,
+    ) -> None:
+        self.allocator = allocator
+        self.geometry = geometry
+        self.rooms: dict[str, ReceiverRoom] = {}
+        self.quarantine: dict[str, Quarantine] = {}
+        self.tombstones = Tombstones()
+        self.parked: dict[str, Parked] = {}
+        self._peers: dict[str, Peer] = {}
+        self._waiting: deque[ReceiverRoom] = deque()  # FIFO; rooms that ended meanwhile are skipped
+        self._first_offer = first_offer
+        self._claim_timeout = claim_timeout
+        self._max_embedding_bytes = max_embedding_bytes
+
+    # -- what the request asks for -------------------------------------------------------------------------------
+
+    def expect(
+        self, room: str, encoder: str, deadline: float, now: float, required_dst_info_num: int = 1
+    ) -> list[Action]:
+        """A request waits for ``room`` from ``encoder``. Raises ConnError where the room was expected before."""
+        if room in self.rooms or room in self.tombstones:
+            raise ConnError(f"room {room} was expected before")
+        entry = ReceiverRoom(room, encoder, deadline, now, required_dst_info_num)
+        self.rooms[room] = entry
+        parked = self.parked.pop(room, None)
+        return [] if parked is None else self.on_message(parked.peer.incarnation, parked.message, now)
+
+    def abort(self, room: str, reason: str, code: int, now: float) -> list[Action]:
+        """The request gives ``room`` up. Changes nothing where the room has ended or is unknown."""
+        entry = self.rooms.get(room)
+        return [] if entry is None else self._fail(entry, reason, code, now)
+
+    def forget(self, room: str) -> None:
+        """Drop the record of an ended room (its tombstone stays) as soon as nothing reads its blocks."""
+        entry = self.rooms.get(room)
+        if entry is not None and entry.machine.final:
+            entry.forgotten = True
+            if not entry.blocks:
+                del self.rooms[room]
+
+    # -- peers ---------------------------------------------------------------------------------------------------
+
+    def peer_ready(self, peer: Peer, now: float) -> list[Action]:
+        """``peer`` answered Registered: for the first time, or after a lost connection, when both compare notes."""
+        self._peers[peer.incarnation] = peer
+        actions: list[Action] = []
+        for entry in list(self.rooms.values()):
+            if entry.peer is None or entry.peer.incarnation != peer.incarnation:
+                continue
+            if entry.peer != peer:
+                actions += self._fail(entry, "the session to the encoder changed in mid-transfer", 502, now)
+            else:
+                actions += self._offer_again(entry, now)
+        for room, held in self.quarantine.items():
+            if held.peer.incarnation == peer.incarnation:
+                actions.append(self._abort_message(held.peer, room, "asked again after a lost connection"))
+        return actions
+
+    def peer_lost(self, incarnation: str, reason: str, now: float) -> list[Action]:
+        """The encoder process is gone or silent: its rooms fail. Offered blocks stay in quarantine."""
+        self._peers.pop(incarnation, None)
+        for room in [room for room, item in self.parked.items() if item.peer.incarnation == incarnation]:
+            del self.parked[room]
+        actions: list[Action] = []
+        for entry in list(self.rooms.values()):
+            if entry.peer is not None and entry.peer.incarnation == incarnation:
+                actions += self._fail(entry, reason, 502, now, tell_peer=False)
+        return actions
+
+    def encoder_failed(self, encoder: str, reason: str, code: int, now: float) -> list[Action]:
+        """No process of ``encoder`` can be used: rooms that it has not announced fail."""
+        actions: list[Action] = []
+        for entry in list(self.rooms.values()):
+            if entry.encoder == encoder and entry.state is ReceiverState.EXPECTED:
+                actions += self._fail(entry, reason, code, now)
+        return actions
+
+    def writer_gone(self, incarnation: str, now: float) -> list[Action]:
+        """It is proven that the process ``incarnation`` does not exist any more (shared memory: its lock is free)."""
+        for room, held in list(self.quarantine.items()):
+            if held.peer.incarnation == incarnation:
+                self._absolve(room)
+        return self._serve_waiting(now)
+
+    def suspects(self) -> set[Peer]:
+        """Peers that quarantined blocks wait for."""
+        return {held.peer for held in self.quarantine.values()}
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def on_message(self, incarnation: str, message: RoomMessage, now: float) -> list[Action]:
+        """A message about a room. Late, early, repeated and contradictory ones are harmless.
+
+        Raises ProtocolError where ``incarnation`` is not registered.
+        """
+        peer = self._peers.get(incarnation)
+        if peer is None:
+            raise ProtocolError(f"{type(message).__name__} from {incarnation}, which is not registered")
+        entry = self.rooms.get(message.room)
+        if entry is None or entry.machine.final:
+            return self._on_ended(peer, message, now)
+        if entry.peer is not None and entry.peer.incarnation != incarnation:
+            # Two processes claim one room; only the one that was answered first is served.
+            return [self._abort_message(peer, message.room, "the room is served by another encoder process")]
+        if isinstance(message, Announce):
+            return self._on_announce(entry, peer, message, now)
+        if isinstance(message, Failed):
+            return self._on_failed(entry, peer, message, now)
+        if entry.peer is None:
+            return self._fail(entry, f"{type(message).__name__} before Announce", 502, now)
+        if isinstance(message, Drained):
+            return self._fail(entry, "the encoder gave the room up without being asked", 502, now)
+        return self._on_progress(entry, message, now)
+
+    def _on_announce(self, entry: ReceiverRoom, peer: Peer, message: Announce, now: float) -> list[Action]:
+        if entry.state is not ReceiverState.EXPECTED:
+            same = (entry.total_tokens, entry.row_bytes, entry.dtype) == (
+                message.total_tokens, message.row_bytes, message.dtype,
+            )  # fmt: skip
+            if not same:
+                return self._fail(entry, "announced twice with different sizes", 502, now)
+            return self._offer_again(entry, now)
+        if peer.encoder != entry.encoder:
+            # The request will hear from its own encoder; this one must not hold the embedding for us.
+            return [self._abort_message(peer, message.room, f"expected from {entry.encoder}, not {peer.encoder}")]
+        entry.peer = peer
+        if message.row_bytes > self.geometry.block_bytes:
+            return self._fail(
+                entry,
+                f"a row of {message.row_bytes} bytes does not fit a block of {self.geometry.block_bytes} bytes",
+                500, now,
+            )  # fmt: skip
+        if message.total_tokens * message.row_bytes > self._max_embedding_bytes:
+            return self._fail(
+                entry,
+                f"{message.total_tokens} rows of {message.row_bytes} bytes are more than "
+                f"SGLANG_MM_CONN_MAX_EMBEDDING_BYTES={self._max_embedding_bytes}",
+                413, now,
+            )  # fmt: skip
+        entry.total_tokens, entry.row_bytes, entry.dtype = message.total_tokens, message.row_bytes, message.dtype
+        entry.machine.to(ReceiverState.QUEUED)
+        self._waiting.append(entry)
+        return self._serve_waiting(now)
+
+    def _on_failed(self, entry: ReceiverRoom, peer: Peer, message: Failed, now: float) -> list[Action]:
+        if entry.peer is None:
+            if peer.encoder != entry.encoder:
+                return []
+            entry.peer = peer
+        actions = self._fail(entry, message.reason, message.code, now, tell_peer=False)
+        if message.drained:
+            self._absolve(entry.room)
+            actions += self._serve_waiting(now)
+        return actions
+
+    def _on_progress(self, entry: ReceiverRoom, message: Progress | Done, now: float) -> list[Action]:
+        done = isinstance(message, Done)
+        if isinstance(message, Progress) and message.refused:
+            return self._fail(entry, f"the encoder refused the offer: {message.refused}", 502, now)
+        if message.window < entry.window or (
+            message.window == entry.window and entry.state in (ReceiverState.MOVING, ReceiverState.QUEUED)
+        ):
+            return []  # the answer to a repeated offer, or a repeated confirmation: it changes nothing
+        confirmed = entry.sent_tokens + entry.allocated_tokens
+        claimed = message.total_tokens if isinstance(message, Done) else message.sent_tokens
+        if (
+            entry.state is not ReceiverState.OFFERED
+            or message.window != entry.window
+            or claimed != confirmed
+            or done != (confirmed == entry.total_tokens)
+        ):
+            return self._fail(
+                entry,
+                f"{type(message).__name__} of window {message.window} with {claimed} rows, "
+                f"but window {entry.window} offered rows {entry.sent_tokens} to {confirmed} of {entry.total_tokens}",
+                502, now,
+            )  # fmt: skip
+        if entry.window == 0:
+            entry.metadata = message.metadata
+        entry.machine.to(ReceiverState.MOVING)
+        entry.last = done
+        return [
+            Move(
+                room=entry.room,
+                window=entry.window,
+                blocks=tuple(entry.blocks),
+                first_token=entry.sent_tokens,
+                tokens=entry.allocated_tokens,
+                row_bytes=entry.row_bytes,
+                total_tokens=entry.total_tokens,
+                dtype=entry.dtype,
+                last=done,
+                checksum=message.checksum if isinstance(message, Done) else None,
+            )
+        ]
+
+    def _on_ended(self, peer: Peer, message: RoomMessage, now: float) -> list[Action]:
+        """About a room that nobody waits for: ended, or not claimed yet."""
+        room = message.room
+        held = self.quarantine.get(room)
+        if held is not None and held.peer.incarnation == peer.incarnation:
+            window = held.owner[1]
+            if (
+                isinstance(message, Drained)
+                or (isinstance(message, Failed) and message.drained)
+                or (isinstance(message, Progress | Done) and message.window == window)
+            ):
+                self._absolve(room)
+                return self._serve_waiting(now)
+            return []
+        if room in self.tombstones or room in self.rooms:
+            if isinstance(message, Announce):
+                return [self._abort_message(peer, room, "nobody waits for this room any more")]
+            return []
+        if isinstance(message, Announce | Failed) and len(self.parked) < PARKED_LIMIT:
+            self.parked[room] = Parked(peer, message, now + self._claim_timeout)
+        return []
+
+    # -- the rows were moved out ---------------------------------------------------------------------------------
+
+    def on_moved(self, room: str, window: int, error: str, now: float) -> list[Action]:
+        """The mover is done with the blocks of ``window``; ``error`` is empty where every row is in place."""
+        entry = self.rooms[room]
+        if window != entry.window or not entry.blocks:
+            raise ConnError(f"room {room}: window {window} was moved, but {entry.window} is current")
+        self.allocator.release((room, window), entry.blocks)
+        entry.blocks = []
+        actions: list[Action] = []
+        if entry.state is ReceiverState.MOVING:
+            entry.sent_tokens += entry.allocated_tokens
+            entry.allocated_tokens = 0
+            if error:
+                actions += self._fail(entry, error, 500, now)
+            elif entry.last:
+                entry.machine.to(ReceiverState.SUCCESS)
+                entry.ended = now
+                self.tombstones.put(room, Verdict("", 200), now + TOMBSTONE_SECONDS)
+                actions.append(Ended(room, success=True))
+            else:
+                entry.machine.to(ReceiverState.QUEUED)
+                self._waiting.append(entry)
+        elif entry.forgotten:
+            del self.rooms[room]
+        return actions + self._serve_waiting(now)
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Action]:
+        """Enforce deadlines, release announcements nobody claimed, forget old tombstones."""
+        actions: list[Action] = []
+        for entry in list(self.rooms.values()):
+            if not entry.machine.final and now >= entry.deadline:
+                actions += self._fail(
+                    entry,
+                    f"not finished after {now - entry.started:.1f} s (state {entry.state.value}, "
+                    f"{entry.sent_tokens} of {entry.total_tokens} rows)",
+                    408, now,
+                )  # fmt: skip
+        for room, item in list(self.parked.items()):
+            if now >= item.until:
+                del self.parked[room]
+                if isinstance(item.message, Announce):
+                    self.tombstones.put(room, Verdict("never claimed", 408), now + TOMBSTONE_SECONDS)
+                    actions.append(self._abort_message(item.peer, room, "no request claimed the room"))
+        self.tombstones.sweep(now)
+        self._waiting = deque(entry for entry in self._waiting if entry.state is ReceiverState.QUEUED)
+        return actions
+
+    # -- offers --------------------------------------------------------------------------------------------------
+
+    def _serve_waiting(self, now: float) -> list[Action]:
+        """Offer what is free to whoever has waited longest. The head takes what there is, so nobody starves."""
+        actions: list[Action] = []
+        while self._waiting and self.allocator.free_count:
+            entry = self._waiting.popleft()
+            if entry.state is not ReceiverState.QUEUED:
+                continue
+            tokens = entry.total_tokens - entry.sent_tokens
+            if entry.window < 0 and self._first_offer is not None:
+                tokens = min(tokens, self._first_offer)
+            count = min(self.geometry.blocks_for(tokens, entry.row_bytes), self.allocator.free_count)
+            blocks = self.allocator.allocate((entry.room, entry.window + 1), count)
+            tokens = min(tokens, self.geometry.capacity(count, entry.row_bytes))
+            actions.append(self.resume_transfer(entry, blocks, entry.sent_tokens, tokens, now))
+        return actions
+
+    def resume_transfer(
+        self, entry: ReceiverRoom, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int, now: float
+    ) -> Send:
+        """Offer the next window of a room that holds no blocks: Init for window 0, Resume for any later one."""
+        if sent_tokens != entry.sent_tokens:
+            raise ConnError(f"room {entry.room}: {sent_tokens} rows named, {entry.sent_tokens} are here")
+        entry.machine.to(ReceiverState.OFFERED)
+        entry.window += 1
+        entry.blocks = embedding_indices
+        entry.allocated_tokens = allocated_tokens
+        return self._offer(entry, now)
+
+    def _offer(self, entry: ReceiverRoom, now: float) -> Send:
+        assert entry.peer is not None
+        left = entry.deadline - now
+        left = max(0.0, left - min(DEADLINE_MARGIN_SECONDS, left * DEADLINE_MARGIN_SHARE))
+        session = entry.peer.mooncake_session_id
+        if entry.window == 0:
+            return Send(
+                entry.peer.incarnation,
+                Init(
+                    room=entry.room,
+                    mooncake_session_id=session,
+                    dst_embedding_indices=list(entry.blocks),
+                    allocated_tokens=entry.allocated_tokens,
+                    required_dst_info_num=entry.required_dst_info_num,
+                    deadline=left,
+                ),
+            )
+        return Send(
+            entry.peer.incarnation,
+            Resume(
+                room=entry.room,
+                mooncake_session_id=session,
+                window=entry.window,
+                dst_embedding_indices=list(entry.blocks),
+                sent_tokens=entry.sent_tokens,
+                allocated_tokens=entry.allocated_tokens,
+                deadline=left,
+            ),
+        )
+
+    def _offer_again(self, entry: ReceiverRoom, now: float) -> list[Action]:
+        """Repeat the current offer (the encoder answers a repeated one with the truth)."""
+        return [self._offer(entry, now)] if entry.state is ReceiverState.OFFERED else []
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _fail(
+        self, entry: ReceiverRoom, reason: str, code: int, now: float, *, tell_peer: bool = True
+    ) -> list[Action]:
+        if entry.machine.final:
+            return []
+        offered = entry.state is ReceiverState.OFFERED
+        entry.machine.to(ReceiverState.FAILED)
+        entry.verdict = Verdict(reason, code)
+        entry.ended = now
+        self.tombstones.put(entry.room, entry.verdict, now + TOMBSTONE_SECONDS)
+        actions: list[Action] = []
+        if offered:
+            assert entry.peer is not None
+            owner = (entry.room, entry.window)
+            self.allocator.quarantine(owner, entry.blocks)
+            self.quarantine[entry.room] = Quarantine(owner, entry.peer, tuple(entry.blocks), now)
+            entry.blocks = []
+        # Blocks of a window that is being moved are freed by on_moved: the mover still reads them.
+        if tell_peer and entry.peer is not None and not entry.last:
+            actions.append(self._abort_message(entry.peer, entry.room, reason))
+        actions.append(Ended(entry.room, success=False, reason=reason, code=code))
+        return actions
+
+    def _absolve(self, room: str) -> None:
+        held = self.quarantine.pop(room, None)
+        if held is not None:
+            self.allocator.absolve(held.owner, held.blocks)
+
+    @staticmethod
+    def _abort_message(peer: Peer, room: str, reason: str) -> Send:
+        return Send(
+            peer.incarnation,
+            Abort(room=room, mooncake_session_id=peer.mooncake_session_id, reason=reason[:1000]),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise unless every block is accounted for: free, held by an open window, or quarantined on record."""
+        self.allocator.check_integrity()
+        held = sum(len(entry.blocks) for entry in self.rooms.values())
+        quarantined = sum(len(item.blocks) for item in self.quarantine.values())
+        if held != self.allocator.held_count or quarantined != self.allocator.quarantined_count:
+            raise ConnError(
+                f"rooms hold {held} blocks, the allocator says {self.allocator.held_count}; "
+                f"quarantine lists {quarantined}, the allocator says {self.allocator.quarantined_count}"
+            )

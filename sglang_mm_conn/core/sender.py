@@ -1,0 +1,491 @@
+"""The encoder side's rooms: announcements, windows, answers. Pure; returns what is to be done as actions.
+
+One room serves one or more language ranks, each through its session. Progress is kept per (room, session): a resume
+of one session never touches another's blocks. What may be written, and when:
+
+- a window is written at most once, between ``begin_write`` and ``on_written``;
+- a failed or aborted room begins no further write; one that is under way goes on until its data call returns, and
+  only then is Drained said. After a data call that leaves the matter in doubt, Drained is never said.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sglang_mm_conn.core.actions import Action, Ended, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume
+from sglang_mm_conn.core.rooms import server_of
+from sglang_mm_conn.core.sharding import port_sum_queue_index
+from sglang_mm_conn.core.states import SENDER_MOVES, WINDOW_MOVES, Machine, Poll, SenderState, WindowState
+from sglang_mm_conn.core.tombstones import Tombstones, Verdict
+
+# A tombstone must outlive the requests and encodes that may still name its room.
+TOMBSTONE_SECONDS = 3600.0
+# Completion messages kept, in case the connection was lost with one of them on its way.
+DONE_LIMIT = 1024
+
+
+@dataclass(frozen=True)
+class Session:
+    """One language rank's session, as registered: who speaks for it and the shape of its memory."""
+
+    mooncake_session_id: str
+    peer: str  # control peer that registered it
+    incarnation: str
+    server: str
+    rank: int
+    size: int
+    geometry: Geometry
+
+
+@dataclass
+class TransferEmbeddingInfo:
+    """Progress of one (room, session): its current window, and what is confirmed (the seed's name and fields)."""
+
+    room: str
+    mooncake_session_id: str
+    required_dst_info_num: int
+    dst_embedding_indices: list[int]
+    allocated_tokens: int
+    sent_tokens: int = 0
+    window: int = 0
+    src_embedding_indices: tuple[int, ...] | None = None
+    total_tokens: int = 0
+    abort_requested: bool = False
+    machine: Machine[WindowState] = field(default_factory=lambda: Machine(WINDOW_MOVES, WindowState.OFFERED))
+
+    @property
+    def state(self) -> WindowState:
+        return self.machine.state
+
+
+@dataclass(frozen=True)
+class WindowWrite:
+    """One data call: rows ``first_token``... of the source into ``blocks`` of ``session``."""
+
+    room: str
+    session: Session
+    window: int
+    blocks: tuple[int, ...]
+    first_token: int
+    tokens: int
+
+
+@dataclass
+class SenderRoom:
+    """One room over all its sessions (``transfer_infos`` by session id)."""
+
+    room: str
+    server: str
+    total_tokens: int
+    row_bytes: int
+    dtype: str
+    deadline: float
+    started: float
+    machine: Machine[SenderState] = field(default_factory=lambda: Machine(SENDER_MOVES, SenderState.ANNOUNCED))
+    transfer_infos: dict[str, TransferEmbeddingInfo] = field(default_factory=dict)
+    required_dst_info_num: int = 0
+    queue_idx: int | None = None
+    source: tuple[int, ...] | None = None  # source blocks; None: the embedding is not there yet
+    metadata: bytes = b""
+    checksum: int | None = None
+    busy: bool = False  # a worker serves this room; windows of one room are written in order
+    verdict: Verdict | None = None
+
+    @property
+    def state(self) -> SenderState:
+        return self.machine.state
+
+    def poll(self) -> Poll:
+        return {
+            SenderState.ANNOUNCED: Poll.Bootstrapping,
+            SenderState.READY: Poll.WaitingForInput,
+            SenderState.TRANSFERRING: Poll.Transferring,
+            SenderState.SUCCESS: Poll.Success,
+            SenderState.FAILED: Poll.Failed,
+        }[self.state]
+
+    @property
+    def windows(self) -> int:
+        return max((info.window + 1 for info in self.transfer_infos.values()), default=0)
+
+
+class SenderCore:
+    """All rooms of one encoder process. Not thread-safe: its surroundings hold one lock around every call."""
+
+    def __init__(self, *, queues: int, send_timeout: float) -> None:
+        self.rooms: dict[str, SenderRoom] = {}
+        self.sessions: dict[str, Session] = {}
+        self.tombstones = Tombstones()
+        self._done: OrderedDict[tuple[str, str], Send] = OrderedDict()  # to be repeated after a lost connection
+        self._queues = queues
+        self._send_timeout = send_timeout
+
+    # -- sessions ------------------------------------------------------------------------------------------------
+
+    def register(self, session: Session, now: float) -> list[Action]:
+        """A session's memory was checked and attached. Announces to it what waits for its server."""
+        actions: list[Action] = []
+        old = self.sessions.get(session.mooncake_session_id)
+        if old is not None and old.incarnation != session.incarnation:
+            actions += self.session_lost(session.mooncake_session_id, "the language server was restarted", now)
+        self.sessions[session.mooncake_session_id] = session
+        for entry in self.rooms.values():
+            if (
+                entry.server == session.server
+                and not entry.machine.final
+                and session.mooncake_session_id not in entry.transfer_infos
+            ):
+                actions.append(self._announcement(entry, session))
+        return actions
+
+    def session_lost(self, mooncake_session_id: str, reason: str, now: float) -> list[Action]:
+        """The language rank is gone or silent: its rooms fail."""
+        if self.sessions.pop(mooncake_session_id, None) is None:
+            return []
+        actions: list[Action] = []
+        for entry in list(self.rooms.values()):
+            if mooncake_session_id in entry.transfer_infos:
+                actions += self._fail(entry, reason, 502, now)
+        return actions
+
+    # -- what the encode asks for --------------------------------------------------------------------------------
+
+    def announce(self, room: str, total_tokens: int, row_bytes: int, dtype: str, now: float) -> list[Action]:
+        """The size of ``room`` is known. Raises ConnError where it was announced before."""
+        if room in self.rooms:
+            raise ConnError(f"room {room} was announced before")
+        verdict = self.tombstones.get(room)
+        if verdict is not None:
+            return [Ended(room, success=False, reason=verdict.reason, code=verdict.code)]
+        entry = SenderRoom(
+            room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now
+        )
+        self.rooms[room] = entry
+        return [self._announcement(entry, session) for session in self._sessions_of(entry.server)]
+
+    def add_source(
+        self, room: str, src_embedding_indices: Sequence[int], metadata: bytes, checksum: int | None
+    ) -> list[Action]:
+        """The embedding of ``room`` is there. Queues it as soon as the room is complete."""
+        entry = self.rooms.get(room)
+        if entry is None or entry.machine.final:
+            return []
+        if entry.source is not None:
+            raise ConnError(f"room {room} has a source already")
+        entry.source, entry.metadata, entry.checksum = tuple(src_embedding_indices), metadata, checksum
+        return self._advance(entry)
+
+    def fail(self, room: str, reason: str, code: int, now: float) -> list[Action]:
+        """The encode failed, before or after its size was announced."""
+        entry = self.rooms.get(room)
+        if entry is not None:
+            return self._fail(entry, reason, code, now)
+        if room in self.tombstones:
+            return []
+        self.tombstones.put(room, Verdict(reason, code), now + TOMBSTONE_SECONDS)
+        actions: list[Action] = [
+            Send(session.peer, Failed(room=room, reason=reason[:1000], code=code, drained=True))
+            for session in self._sessions_of(server_of(room))
+        ]
+        return [*actions, Ended(room, success=False, reason=reason, code=code)]
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def on_message(self, peer: str, message: Init | Resume | Abort, now: float) -> list[Action]:
+        """A message about a room. Raises ProtocolError where ``peer`` does not speak for the session it names."""
+        session = self.sessions.get(message.mooncake_session_id)
+        if session is None or session.peer != peer:
+            raise ProtocolError(f"session {message.mooncake_session_id} is not registered by this peer")
+        if isinstance(message, Abort):
+            return self._on_abort(session, message, now)
+        entry = self.rooms.get(message.room)
+        if entry is None or entry.machine.final:
+            done = self._done.get((message.room, session.mooncake_session_id))
+            if done is not None:
+                return [Send(peer, done.message)]
+            return [Send(peer, self._verdict_message(message.room, session, entry))]
+        entry.deadline = min(entry.deadline, now + message.deadline)
+        if isinstance(message, Init):
+            return self._on_init(entry, session, message, now)
+        return self._on_resume(entry, session, message)
+
+    def _on_init(self, entry: SenderRoom, session: Session, message: Init, now: float) -> list[Action]:
+        info = entry.transfer_infos.get(session.mooncake_session_id)
+        if info is not None:
+            repeated = info.window == 0 and self._same_offer(info, message)
+            return [self._truth(entry, info, session, "" if repeated or info.window > 0 else "another Init came first")]
+        refusal = self._offer_problem(entry, session, message, entry.total_tokens)
+        if not refusal and session.server != entry.server:
+            refusal = f"the room belongs to language server {entry.server}, not {session.server}"
+        if not refusal and message.required_dst_info_num != session.size:
+            refusal = f"required_dst_info_num={message.required_dst_info_num}, but the server has {session.size} ranks"
+        if refusal:
+            return [Send(session.peer, Progress(room=entry.room, window=-1, sent_tokens=0, refused=refusal))]
+        entry.required_dst_info_num = message.required_dst_info_num
+        entry.transfer_infos[session.mooncake_session_id] = TransferEmbeddingInfo(
+            room=entry.room,
+            mooncake_session_id=session.mooncake_session_id,
+            required_dst_info_num=message.required_dst_info_num,
+            dst_embedding_indices=list(message.dst_embedding_indices),
+            allocated_tokens=message.allocated_tokens,
+        )
+        return self._advance(entry)
+
+    def _on_resume(self, entry: SenderRoom, session: Session, message: Resume) -> list[Action]:
+        info = entry.transfer_infos.get(session.mooncake_session_id)
+        if info is None:
+            return [Send(session.peer, Progress(room=entry.room, window=-1, sent_tokens=0, refused="no Init before"))]
+        if message.window == info.window and self._same_offer(info, message):
+            return [self._truth(entry, info, session, "")]  # repeated: it changes nothing
+        if info.state is not WindowState.PARTIAL:
+            refusal = f"window {info.window} is {info.state.value}"
+        elif message.window != info.window + 1:
+            refusal = f"window {message.window} named, {info.window + 1} is next"
+        elif message.sent_tokens != info.sent_tokens:
+            refusal = f"sent_tokens={message.sent_tokens} named, {info.sent_tokens} are confirmed"
+        else:
+            refusal = self._offer_problem(entry, session, message, entry.total_tokens - info.sent_tokens)
+        if refusal:
+            return [self._truth(entry, info, session, refusal)]
+        info.machine.to(WindowState.OFFERED)
+        info.window = message.window
+        info.dst_embedding_indices = list(message.dst_embedding_indices)
+        info.allocated_tokens = message.allocated_tokens
+        # The seed's bug: without new work for the same queue the transfer would hang for ever.
+        return [self._chunk(entry)]
+
+    def _on_abort(self, session: Session, message: Abort, now: float) -> list[Action]:
+        entry = self.rooms.get(message.room)
+        if entry is None:
+            verdict = self.tombstones.get(message.room)
+            if verdict is None:
+                # The encode may still be on its way here: it ends as soon as it announces.
+                self.tombstones.put(message.room, Verdict(message.reason, 499), now + TOMBSTONE_SECONDS)
+            elif not verdict.drained:
+                return []
+            return [Send(session.peer, Drained(room=message.room))]
+        if session.server != entry.server:
+            raise ProtocolError(f"session of server {session.server} aborts room {entry.room}")
+        info = entry.transfer_infos.get(session.mooncake_session_id)
+        actions: list[Action] = []
+        if info is not None and info.state is WindowState.WRITING:
+            info.abort_requested = True  # Drained follows when the data call has returned
+        elif info is None or info.state is not WindowState.IN_DOUBT:
+            if info is not None and not info.machine.final:
+                info.machine.to(WindowState.CLOSED)
+            actions.append(Send(session.peer, Drained(room=entry.room)))
+        return actions + self._fail(
+            entry, f"aborted by the language server: {message.reason}", 499, now, except_session=session
+        )
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def begin_write(self, room: str) -> WindowWrite | None:
+        """What a worker shall write now; None where another worker serves the room or nothing is offered.
+
+        The caller reports the write with ``on_written`` and calls ``begin_write`` again, until it answers None: so
+        the windows of one room are written in order, and one offered in the meantime is not forgotten.
+        """
+        entry = self.rooms.get(room)
+        if entry is None or entry.busy or entry.state is not SenderState.TRANSFERRING:
+            return None
+        for session_id, info in entry.transfer_infos.items():
+            session = self.sessions.get(session_id)
+            if info.state is not WindowState.OFFERED or session is None:
+                continue
+            if info.src_embedding_indices is None:
+                info.src_embedding_indices = entry.source
+                info.total_tokens = entry.total_tokens
+            info.machine.to(WindowState.WRITING)
+            entry.busy = True
+            blocks = tuple(info.dst_embedding_indices)
+            return WindowWrite(room, session, info.window, blocks, info.sent_tokens, info.allocated_tokens)
+        return None
+
+    def on_written(self, write: WindowWrite, error: str, in_doubt: bool, now: float) -> list[Action]:
+        """The data call of ``write`` returned; ``error`` is empty where it returned 0."""
+        entry = self.rooms[write.room]
+        entry.busy = False
+        session = write.session
+        info = entry.transfer_infos[session.mooncake_session_id]
+        actions: list[Action]
+        if error:
+            info.machine.to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
+            others = self._fail(entry, f"{error} (to {session.mooncake_session_id})", 502, now, except_session=session)
+            assert entry.verdict is not None
+            actions = [Send(session.peer, self._failed(entry.room, entry.verdict, drained=not in_doubt)), *others]
+        elif entry.machine.final:
+            info.machine.to(WindowState.CLOSED)
+            actions = [Send(session.peer, Drained(room=entry.room))]
+        else:
+            info.sent_tokens += info.allocated_tokens
+            done = info.sent_tokens == entry.total_tokens
+            info.machine.to(WindowState.DONE if done else WindowState.PARTIAL)
+            answer = self._truth(entry, info, session, "")
+            actions = [answer]
+            if done:
+                self._remember_done(entry.room, session, answer)
+            if self._complete(entry) and all(
+                other.state is WindowState.DONE for other in entry.transfer_infos.values()
+            ):
+                entry.machine.to(SenderState.SUCCESS)
+                entry.verdict = Verdict("", 200)
+                actions.append(Ended(entry.room, success=True))
+        self._drop_if_over(entry, now)
+        return actions
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Action]:
+        """Enforce deadlines, forget old tombstones."""
+        actions: list[Action] = []
+        for entry in list(self.rooms.values()):
+            if not entry.machine.final and now >= entry.deadline:
+                actions += self._fail(
+                    entry,
+                    f"not finished after {now - entry.started:.1f} s "
+                    f"({len(entry.transfer_infos)} of {entry.required_dst_info_num or 'unknown'} ranks said Init)",
+                    504, now,
+                )  # fmt: skip
+        self.tombstones.sweep(now)
+        return actions
+
+    def _remember_done(self, room: str, session: Session, answer: Send) -> None:
+        self._done[room, session.mooncake_session_id] = answer
+        while len(self._done) > DONE_LIMIT:
+            self._done.popitem(last=False)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _sessions_of(self, server: str) -> list[Session]:
+        return [session for session in self.sessions.values() if session.server == server]
+
+    @staticmethod
+    def _announcement(entry: SenderRoom, session: Session) -> Send:
+        return Send(
+            session.peer,
+            Announce(
+                room=entry.room, total_tokens=entry.total_tokens, row_bytes=entry.row_bytes, dtype=entry.dtype
+            ),
+        )
+
+    @staticmethod
+    def _complete(entry: SenderRoom) -> bool:
+        return 0 < entry.required_dst_info_num == len(entry.transfer_infos)
+
+    def _advance(self, entry: SenderRoom) -> list[Action]:
+        if not self._complete(entry):
+            return []
+        if entry.source is None:
+            entry.machine.to(SenderState.READY)
+            return []
+        entry.machine.to(SenderState.TRANSFERRING)
+        entry.queue_idx = port_sum_queue_index(entry.transfer_infos, self._queues)
+        return [self._chunk(entry)]
+
+    @staticmethod
+    def _chunk(entry: SenderRoom) -> TransferEmbeddingChunk:
+        assert entry.queue_idx is not None and entry.source is not None
+        return TransferEmbeddingChunk(
+            room=entry.room,
+            queue_idx=entry.queue_idx,
+            embedding_indices=entry.source,
+            is_last=True,
+            total_tokens=entry.total_tokens,
+        )
+
+    @staticmethod
+    def _same_offer(info: TransferEmbeddingInfo, message: Init | Resume) -> bool:
+        return (
+            info.dst_embedding_indices == message.dst_embedding_indices
+            and info.allocated_tokens == message.allocated_tokens
+        )
+
+    @staticmethod
+    def _offer_problem(entry: SenderRoom, session: Session, message: Init | Resume, remaining: int) -> str:
+        """Why the offer cannot be taken; empty where it can. Nothing is written on an unchecked index or length."""
+        if message.allocated_tokens > remaining:
+            return f"allocated_tokens={message.allocated_tokens}, but {remaining} rows remain"
+        try:
+            window_runs(session.geometry, message.dst_embedding_indices, message.allocated_tokens * entry.row_bytes)
+        except ProtocolError as error:
+            return str(error)
+        return ""
+
+    def _truth(self, entry: SenderRoom, info: TransferEmbeddingInfo, session: Session, refused: str) -> Send:
+        """What is confirmed for (room, session): the answer to completion, to a repeated and to a refused offer."""
+        if info.state is WindowState.DONE and not refused:
+            return Send(
+                session.peer,
+                Done(
+                    room=entry.room,
+                    window=info.window,
+                    total_tokens=entry.total_tokens,
+                    metadata=entry.metadata if info.window == 0 else b"",
+                    checksum=entry.checksum,
+                ),
+            )
+        confirmed = info.window if info.state in (WindowState.PARTIAL, WindowState.DONE) else info.window - 1
+        return Send(
+            session.peer,
+            Progress(
+                room=entry.room,
+                window=confirmed,
+                sent_tokens=info.sent_tokens,
+                metadata=entry.metadata if confirmed == 0 and not refused else b"",
+                refused=refused,
+            ),
+        )
+
+    def _verdict_message(self, room: str, session: Session, entry: SenderRoom | None) -> Failed:
+        """What a session is told about a room that has ended or was never here."""
+        if entry is not None and entry.verdict is not None:
+            info = entry.transfer_infos.get(session.mooncake_session_id)
+            drained = info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
+            return self._failed(room, entry.verdict, drained=drained)
+        verdict = self.tombstones.get(room) or Verdict("the encoder does not know this room", 404)
+        return self._failed(room, verdict, drained=verdict.drained)
+
+    @staticmethod
+    def _failed(room: str, verdict: Verdict, *, drained: bool) -> Failed:
+        code = verdict.code if 400 <= verdict.code <= 599 else 410
+        return Failed(room=room, reason=verdict.reason[:1000] or "the room has ended", code=code, drained=drained)
+
+    def _fail(
+        self, entry: SenderRoom, reason: str, code: int, now: float, *, except_session: Session | None = None
+    ) -> list[Action]:
+        if entry.machine.final:
+            return []
+        entry.machine.to(SenderState.FAILED)
+        entry.verdict = Verdict(reason, code)
+        actions: list[Action] = []
+        for session in self._sessions_of(entry.server):
+            if except_session is not None and session.mooncake_session_id == except_session.mooncake_session_id:
+                continue
+            info = entry.transfer_infos.get(session.mooncake_session_id)
+            drained = info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
+            # One whose write is under way hears Drained when its data call returns.
+            actions.append(Send(session.peer, self._failed(entry.room, entry.verdict, drained=drained)))
+        for info in entry.transfer_infos.values():
+            if info.state in (WindowState.OFFERED, WindowState.PARTIAL):
+                info.machine.to(WindowState.CLOSED)
+        actions.append(Ended(entry.room, success=False, reason=reason, code=code))
+        self._drop_if_over(entry, now)
+        return actions
+
+    def _drop_if_over(self, entry: SenderRoom, now: float) -> None:
+        """Replace an ended room by its tombstone once no write of it is under way."""
+        infos = entry.transfer_infos.values()
+        if not entry.machine.final or any(info.state is WindowState.WRITING for info in infos):
+            return
+        assert entry.verdict is not None
+        drained = all(info.state is not WindowState.IN_DOUBT for info in infos)
+        self.tombstones.put(
+            entry.room, Verdict(entry.verdict.reason, entry.verdict.code, drained), now + TOMBSTONE_SECONDS
+        )
+        self.rooms.pop(entry.room, None)

@@ -1,0 +1,106 @@
+"""The state machines of a room, each an Enum and one table of allowed moves.
+
+The numbers of ``Poll`` are those of sglang's ``KVPoll``. A room's poll value never goes back (an earlier prototype
+reset it on resume, and its caller acted twice).
+"""
+
+from __future__ import annotations
+
+from enum import Enum, IntEnum
+from typing import Generic, TypeVar
+
+from sglang_mm_conn.core.errors import IllegalTransition
+
+
+class Poll(IntEnum):
+    """What ``poll()`` answers on both sides."""
+
+    Failed = 0
+    Bootstrapping = 1
+    WaitingForInput = 2
+    Transferring = 3
+    Success = 4
+
+
+class ReceiverState(Enum):
+    """A room on the language side."""
+
+    EXPECTED = "expected"  # a request waits for it, the encoder has not announced it yet
+    QUEUED = "queued"  # announced; waits for blocks and holds none
+    OFFERED = "offered"  # holds blocks that the encoder may write at any moment
+    MOVING = "moving"  # the window is confirmed; its rows are being moved out of the blocks
+    SUCCESS = "success"
+    FAILED = "failed"
+
+
+RECEIVER_MOVES: dict[ReceiverState, frozenset[ReceiverState]] = {
+    ReceiverState.EXPECTED: frozenset({ReceiverState.QUEUED, ReceiverState.FAILED}),
+    ReceiverState.QUEUED: frozenset({ReceiverState.OFFERED, ReceiverState.FAILED}),
+    ReceiverState.OFFERED: frozenset({ReceiverState.MOVING, ReceiverState.FAILED}),
+    ReceiverState.MOVING: frozenset({ReceiverState.QUEUED, ReceiverState.SUCCESS, ReceiverState.FAILED}),
+    ReceiverState.SUCCESS: frozenset(),
+    ReceiverState.FAILED: frozenset(),
+}
+
+
+class SenderState(Enum):
+    """A room on the encoder side, over all its sessions."""
+
+    ANNOUNCED = "announced"  # some required session has not said Init
+    READY = "ready"  # every session has said Init, the embedding is not there yet
+    TRANSFERRING = "transferring"  # the room is complete and its queue is fixed
+    SUCCESS = "success"
+    FAILED = "failed"
+
+
+SENDER_MOVES: dict[SenderState, frozenset[SenderState]] = {
+    SenderState.ANNOUNCED: frozenset({SenderState.READY, SenderState.TRANSFERRING, SenderState.FAILED}),
+    SenderState.READY: frozenset({SenderState.TRANSFERRING, SenderState.FAILED}),
+    SenderState.TRANSFERRING: frozenset({SenderState.SUCCESS, SenderState.FAILED}),
+    SenderState.SUCCESS: frozenset(),
+    SenderState.FAILED: frozenset(),
+}
+
+
+class WindowState(Enum):
+    """The current window of one (room, session) on the encoder side."""
+
+    OFFERED = "offered"  # blocks are known, nothing was written
+    WRITING = "writing"  # a data call is under way
+    PARTIAL = "partial"  # confirmed, rows remain: waits for Resume
+    DONE = "done"  # every row is confirmed
+    CLOSED = "closed"  # ended without success; no write is under way or will come
+    IN_DOUBT = "in_doubt"  # ended by a data call after which bytes may still land
+
+
+WINDOW_MOVES: dict[WindowState, frozenset[WindowState]] = {
+    WindowState.OFFERED: frozenset({WindowState.WRITING, WindowState.CLOSED}),
+    WindowState.WRITING: frozenset(
+        {WindowState.PARTIAL, WindowState.DONE, WindowState.CLOSED, WindowState.IN_DOUBT}
+    ),
+    WindowState.PARTIAL: frozenset({WindowState.OFFERED, WindowState.CLOSED}),
+    WindowState.DONE: frozenset(),
+    WindowState.CLOSED: frozenset(),
+    WindowState.IN_DOUBT: frozenset(),
+}
+
+State = TypeVar("State", bound=Enum)
+
+
+class Machine(Generic[State]):
+    """Holds one state and refuses every move that its table does not have."""
+
+    def __init__(self, moves: dict[State, frozenset[State]], start: State) -> None:
+        self._moves = moves
+        self.state = start
+
+    def to(self, target: State) -> None:
+        """Move to ``target``. Raises IllegalTransition, and then nothing has changed."""
+        if target not in self._moves[self.state]:
+            raise IllegalTransition(f"{type(target).__name__}: {self.state.value} -> {target.value} is not allowed")
+        self.state = target
+
+    @property
+    def final(self) -> bool:
+        """True where no move is left."""
+        return not self._moves[self.state]

@@ -1,0 +1,48 @@
+"""A bounded memory of rooms that ended, so that late messages about them are answered and change nothing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a room ended. ``drained``: no write into its blocks was under way or to come when it did."""
+
+    reason: str
+    code: int
+    drained: bool = True
+
+
+class Tombstones:
+    """Keeps the verdict on each ended room until its time, at most ``limit`` of them (oldest go first)."""
+
+    def __init__(self, limit: int = 65536) -> None:
+        self._limit = limit
+        self._stones: OrderedDict[str, tuple[float, Verdict]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._stones)
+
+    def __contains__(self, room: str) -> bool:
+        return room in self._stones
+
+    def put(self, room: str, verdict: Verdict, until: float) -> None:
+        """Remember ``verdict`` until time ``until``; replaces an older verdict on the same room."""
+        self._stones[room] = (until, verdict)
+        self._stones.move_to_end(room)
+        while len(self._stones) > self._limit:
+            self._stones.popitem(last=False)
+
+    def get(self, room: str) -> Verdict | None:
+        stone = self._stones.get(room)
+        return None if stone is None else stone[1]
+
+    def sweep(self, now: float) -> None:
+        """Forget what has expired, oldest first. One with a late expiry delays younger ones, the limit bounds them."""
+        while self._stones:
+            room, (until, _) = next(iter(self._stones.items()))
+            if until > now:
+                return
+            del self._stones[room]

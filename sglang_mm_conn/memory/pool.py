@@ -1,0 +1,77 @@
+"""The language server's pool: blocks in a few regions of host memory, and the way out of them."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from sglang_mm_conn.core.errors import MemoryUnavailable
+from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.messages import Region
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.segment import HEADER_BYTES, Segment, free_bytes
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_POOL_BYTES = 256 << 20
+_PAGE = 4096
+
+
+def pool_geometry(settings: Settings, widest_row_bytes: int, *, shared: bool) -> Geometry:
+    """The pool that ``settings`` ask for, given the bytes of the model's widest row.
+
+    The number of blocks is rounded down to whole regions where it was left to us, and up where it was set.
+    """
+    block_bytes = settings.block_size * widest_row_bytes
+    if settings.blocks is not None:
+        regions = min(settings.regions, settings.blocks)
+        return Geometry(block_bytes, -(-settings.blocks // regions), regions)
+    limit = min(DEFAULT_POOL_BYTES, free_bytes() // 2) if shared else DEFAULT_POOL_BYTES
+    blocks = max(settings.regions, limit // block_bytes)
+    return Geometry(block_bytes, blocks // settings.regions, settings.regions)
+
+
+class BlockPool:
+    """``geometry.regions`` regions of host memory, in a shared segment (``shared``) or in anonymous memory.
+
+    ``regions[i]`` is a uint8 tensor over region i. Who may touch which block is not decided here: see core.receiver.
+    """
+
+    def __init__(self, geometry: Geometry, *, shared: bool) -> None:
+        self.geometry = geometry
+        self.segment: Segment | None = None
+        payload = geometry.region_bytes * geometry.regions
+        if shared:
+            self.segment = Segment(payload)
+            memory: mmap.mmap = self.segment.data
+            offset = HEADER_BYTES
+        else:
+            try:
+                memory = mmap.mmap(-1, payload, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+            except OSError as error:
+                raise MemoryUnavailable(f"{payload >> 20} MiB for the pool: {error.strerror}") from error
+            offset = 0
+        whole = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + payload]
+        self.regions = list(whole.split(geometry.region_bytes))
+        logger.info(
+            "Embedding pool: %d blocks of %d bytes in %d regions, %.1f MiB of %s memory",
+            geometry.blocks, geometry.block_bytes, geometry.regions, payload / 2**20,
+            "shared" if shared else "private",
+        )  # fmt: skip
+
+    def describe(self) -> list[Region]:
+        """The regions as they are presented to an encoder."""
+        return [Region(epoch=0, address=region.data_ptr(), length=region.numel()) for region in self.regions]
+
+    def read(self, blocks: Sequence[int], target: torch.Tensor) -> None:
+        """Copy the first ``target.numel()`` bytes of a window in ``blocks`` to ``target`` (uint8, one dimension)."""
+        for run in window_runs(self.geometry, blocks, target.numel()):
+            source = self.regions[run.region][run.offset : run.offset + run.length]
+            target[run.start : run.start + run.length].copy_(source)
+
+    def close(self) -> None:
+        if self.segment is not None:
+            self.segment.close()
