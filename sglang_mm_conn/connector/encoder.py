@@ -130,12 +130,8 @@ class EncoderEndpoint:
     ) -> None:
         """The size of ``room`` is known. ``listener`` hears its end, once, on a thread of this endpoint or at once."""
         with self._lock:
+            ended = self._perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
             self._listeners[room] = listener
-            try:
-                ended = self._perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
-            except ConnError:
-                del self._listeners[room]
-                raise
         self._tell(ended)
 
     def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:

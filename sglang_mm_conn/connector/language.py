@@ -141,6 +141,17 @@ class LanguageEndpoint:
         with self._lock:
             self._perform(self.core.abort(room, reason, code, self._clock()))
 
+    def resume_transfer(
+        self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int
+    ) -> None:
+        """Offer the next window of a room that waits for blocks (see EmbeddingReceiver.resume_transfer)."""
+        with self._lock:
+            entry = self._room(room)
+            offer = self.core.resume_transfer(
+                entry, embedding_indices, sent_tokens, allocated_tokens, self._clock()
+            )
+            self._perform([offer])
+
     def forget(self, room: str) -> None:
         """Drop what is kept of an ended room."""
         with self._lock:

@@ -156,9 +156,12 @@ class SenderCore:
     # -- what the encode asks for --------------------------------------------------------------------------------
 
     def announce(self, room: str, total_tokens: int, row_bytes: int, dtype: str, now: float) -> list[Action]:
-        """The size of ``room`` is known. Raises ConnError where it was announced before."""
-        if room in self.rooms:
-            raise ConnError(f"room {room} was announced before")
+        """The size of ``room`` is known. Raises ConnError where it was announced before with another size."""
+        known = self.rooms.get(room)
+        if known is not None:
+            if (known.total_tokens, known.row_bytes, known.dtype) != (total_tokens, row_bytes, dtype):
+                raise ConnError(f"room {room} was announced before with another size")
+            return []
         verdict = self.tombstones.get(room)
         if verdict is not None:
             return [Ended(room, success=False, reason=verdict.reason, code=verdict.code)]

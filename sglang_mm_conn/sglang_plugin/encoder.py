@@ -1,0 +1,137 @@
+"""The encoder server: its manager, the announcement of sizes, the push of embeddings, the bootstrap route."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.disaggregation.encoder.server import MMError
+
+from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingSender
+from sglang_mm_conn.control.bootstrap import BootstrapInfo
+from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.rooms import server_of
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.sglang_plugin.flag import FLAG, is_ours
+
+logger = logging.getLogger(__name__)
+
+# What sglang keeps on EmbeddingData for its own transports; everything else travels as metadata.
+_NOT_METADATA = frozenset(
+    {"req_id", "embedding", "send_time", "dtype", "shape", "error_msg", "error_code", "modality"}
+)
+_manager: EmbeddingManager | None = None
+
+
+def bootstrap_info() -> BootstrapInfo | None:
+    """For the bootstrap route; None as long as the model is being loaded."""
+    return None if _manager is None else _manager.register_to_bootstrap()
+
+
+def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``MMEncoder.__init__``: one manager in the process that holds the embeddings (rank 0)."""
+    global _manager
+    if not is_ours(server_args) or self.rank != 0:
+        return
+    from sglang.srt.runtime_context import get_serving
+
+    _manager = self.conn_multimodal = EmbeddingManager(
+        EmbeddingArgs(
+            settings=Settings.from_env(os.environ),
+            dtype=self._embedding_dtype,
+            row_bytes=max(self._embedding_dims.values()) * self._element_size,
+            host=_bind_host(get_serving().host),
+            timeout=self.send_timeout,
+        ),
+        EmbeddingMode.ENCODE,
+        server_args,
+    )
+
+
+def _bind_host(host: str | None) -> str:
+    return {None: "127.0.0.1", "": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host or "")
+
+
+def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, Any]]) -> Any:
+    """Around ``_publish_preprocess_metadata``: the sizes are known, the model has not run. Tell the language ranks."""
+
+    async def publish() -> None:
+        await original(self, ctx, requests)
+        manager: EmbeddingManager | None = getattr(self, "conn_multimodal", None)
+        if manager is None or ctx.is_health_check:
+            return
+        for request in requests:
+            state = self.req_states.get(request["req_id"])
+            if state is not None and state.embedding_data is not None and _is_room(request["req_id"]):
+                _announce(manager, request["req_id"], state.embedding_data.shape, state.embedding_data.dtype)
+
+    return publish()
+
+
+def _is_room(req_id: str) -> bool:
+    try:
+        server_of(req_id)
+    except ProtocolError:
+        return False
+    return True
+
+
+def _announce(manager: EmbeddingManager, room: str, shape: list[int], dtype: Any) -> EmbeddingSender:
+    sender = manager.senders.get(room)
+    if sender is None:
+        sender = EmbeddingSender(manager, "", room)
+    sender.init(shape[0], row_bytes=shape[1] * dtype.itemsize, dtype=dtype)
+    return sender
+
+
+async def push_embedding(original: Any, enc: Any, request: dict[str, Any], *, background_url_send: bool = False) -> None:
+    """Around ``_push_embedding_to_prefill``, the one funnel for embeddings and errors: deliver over the connector.
+
+    Returns when every language rank has all rows. Raises MMError, which becomes the answer to ``/encode``.
+    """
+    manager: EmbeddingManager | None = getattr(enc, "conn_multimodal", None)
+    if manager is None:
+        await original(enc, request, background_url_send=background_url_send)
+        return
+    room = request["req_id"]
+    if not _is_room(room):
+        await enc.release_request(room)
+        raise MMError(
+            f"request {room} does not come from a language server started with {FLAG} conn_multimodal",
+            code=HTTPStatus.BAD_REQUEST,
+        )
+    assert manager.encoder is not None
+    try:
+        state = enc.req_states.get(room)
+        if state is None:
+            raise MMError(f"the encoder released {room} before it was sent", code=HTTPStatus.GONE)
+        data = await enc._wait_for_embedding(state)
+        if data.error_msg is not None:
+            manager.encoder.fail(room, data.error_msg, data.error_code or int(HTTPStatus.INTERNAL_SERVER_ERROR))
+            return
+        await _deliver(manager, room, data)
+    except ConnError as error:
+        manager.encoder.fail(room, str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
+        raise MMError(str(error)) from error
+    except asyncio.CancelledError:
+        manager.encoder.fail(room, "the encode was cancelled", 499)
+        raise
+    finally:
+        sender = manager.senders.get(room)
+        if sender is not None:
+            sender.clear()
+        await enc.release_request(room)
+
+
+async def _deliver(manager: EmbeddingManager, room: str, data: Any) -> None:
+    sender = _announce(manager, room, list(data.embedding.shape), data.embedding.dtype)
+    metadata = {
+        key: value for key, value in vars(data).items() if key not in _NOT_METADATA and not key.startswith("_")
+    }
+    sender.send(data.embedding, {**metadata, "modality": data.modality.name})
+    ended = await asyncio.wrap_future(sender.ended)
+    if not ended.success:
+        raise MMError(f"embedding {room} was not delivered: {ended.reason}", code=ended.code)

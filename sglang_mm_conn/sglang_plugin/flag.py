@@ -1,0 +1,111 @@
+"""The flag ``--disaggregation-transfer-backend conn_multimodal``: its choice, its resolution, its refusals."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from sglang_mm_conn.core.rooms import new_id
+from sglang_mm_conn.core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "conn_multimodal"
+FLAG = "--disaggregation-transfer-backend"
+# Set by the process that resolves the arguments, inherited by the processes it spawns: the incarnation of the
+# server, and the sign that the flag was given (plugins are loaded there before any argument is at hand).
+SERVER_ENV = "SGLANG_MM_CONN_SERVER"
+
+
+def is_ours(server_args: Any) -> bool:
+    """Whether the server of ``server_args`` was given the flag: the raw field keeps it in every process."""
+    return getattr(server_args, "disaggregation_transfer_backend", None) == BACKEND
+
+
+def server_incarnation() -> str:
+    """The incarnation of the server that this process belongs to."""
+    return os.environ[SERVER_ENV]
+
+
+def install() -> None:
+    """Teach sglang the name. In a process spawned by a server with the flag, hook everything at once."""
+    from sglang_mm_conn.sglang_plugin import backend_enum, seams
+
+    seams.check_version()
+    from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_transfer_backend_choices
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    backend_enum.install()
+    if BACKEND not in DISAGG_TRANSFER_BACKEND_CHOICES:
+        add_disagg_transfer_backend_choices([BACKEND])
+        register_resolution_hook("handle_pd_disaggregation")(_resolve_kv_backend)
+        register_resolution_hook("handle_encoder_disaggregation")(_resolve_embedding_backend)
+    if SERVER_ENV in os.environ:
+        seams.hook_all()
+
+
+def _resolve_kv_backend(server_args: Any, previous: Any) -> None:
+    """KV between prefill and decode is sglang's Mooncake, untouched; many of its checks want that word."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if is_ours(server_args):
+        declare_resolution(server_args, BACKEND, disaggregation_transfer_backend="mooncake")
+    previous(server_args)
+
+
+def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
+    """Embeddings follow the control flow of sglang's ``zmq_to_scheduler``: the scheduler receives, the encoder pushes.
+
+    Runs once, in the process that starts the server, where an exception stops it: so all refusals are here.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    from sglang_mm_conn.sglang_plugin import seams
+
+    cfg = resolving_view(server_args)
+    if not is_ours(server_args) or not (cfg.encoder_only or cfg.language_only):
+        previous(server_args)
+        return
+    explicit = server_args.encoder_transfer_backend
+    if explicit not in (None, "auto"):
+        raise ValueError(
+            f"{FLAG} {BACKEND} carries the embeddings itself and contradicts "
+            f"--encoder-transfer-backend {explicit}: leave --encoder-transfer-backend out (or set it to auto)"
+        )
+    _refuse_untested(cfg)
+    Settings.from_env(os.environ)  # a bad setting is refused here, before any model is loaded
+    declare_resolution(server_args, BACKEND, encoder_transfer_backend="zmq_to_scheduler")
+    os.environ[SERVER_ENV] = new_id()
+    seams.hook_all()
+    seams.apply_and_verify()
+    previous(server_args)
+    logger.info("Embeddings travel over %s (server %s)", BACKEND, os.environ[SERVER_ENV])
+
+
+def _refuse_untested(cfg: Any) -> None:
+    """Refuse what this connector has not been shown to work with, naming the option and its value."""
+    from sglang.srt.environ import envs
+
+    found = []
+    for option, value in (
+        ("--grpc-mode", cfg.grpc_mode),
+        ("--smg-grpc-mode", cfg.smg_grpc_mode),
+        ("--use-ray", cfg.use_ray),
+        ("SGLANG_RUST_SERVER", envs.SGLANG_RUST_SERVER.get()),
+    ):
+        if value:
+            found.append(f"{option} {value}")
+    if envs.SGLANG_ENCODER_MM_RECEIVER_MODE.get() != "http":
+        found.append(f"SGLANG_ENCODER_MM_RECEIVER_MODE={envs.SGLANG_ENCODER_MM_RECEIVER_MODE.get()}")
+    for option, value in (
+        ("--tokenizer-worker-num", cfg.tokenizer_worker_num),
+        ("--tp-size", cfg.tp_size),
+        ("--dp-size", cfg.dp_size),
+        ("--pp-size", cfg.pp_size),
+        ("--nnodes", cfg.nnodes),
+    ):
+        if value != 1:
+            found.append(f"{option} {value}")
+    if found:
+        raise ValueError(f"{FLAG} {BACKEND} does not support {', '.join(found)} yet")

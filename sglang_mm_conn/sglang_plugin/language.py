@@ -1,0 +1,332 @@
+"""The language server: rooms are named where requests are dispatched (tokenizer) and awaited in the scheduler.
+
+The room base of a request rides from the tokenizer to the scheduler as the fragment of the encoder URLs that sglang
+freezes on the request: the message between the two has no field of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from array import array
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.disaggregation.encoder.receiver import (
+    EmbeddingData,
+    MMReceiverHTTP,
+    MultiModalEmbeddingData,
+    WaitingMMRequestBase,
+    WaitingMMRequestStatus,
+    calculate_modality_num_parts,
+    create_part_req_id,
+)
+from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
+from sglang.srt.managers.schedule_batch import Modality
+from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
+from sglang.srt.utils.network import get_local_ip_auto
+
+from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
+from sglang_mm_conn.core.errors import ConnError, TransferFailed
+from sglang_mm_conn.core.rooms import new_room_base
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.sglang_plugin.flag import is_ours, server_incarnation
+
+logger = logging.getLogger(__name__)
+
+
+def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``create_mm_receiver``: ours for a server with the flag, sglang's for any other."""
+    if not is_ours(server_args):
+        return original(server_args, *args, **kwargs)
+    if kwargs.get("scheduler") is not None:
+        return SchedulerReceiver(server_args, kwargs["dtype"], kwargs["hf_config"], kwargs["scheduler"])
+    return RoomDispatcher(kwargs["encode_urls"])
+
+
+def with_room(url: str, room_base: str) -> str:
+    return f"{url}#{room_base}"
+
+
+def split_room(url: str) -> tuple[str, str]:
+    """(encoder URL, room base); the base is empty where a dispatcher other than ours made the request."""
+    plain, _, room_base = url.partition("#")
+    return plain, room_base
+
+
+def _tag(room_base: str) -> str:
+    return f" [dispatch {room_base}]"
+
+
+class RoomDispatcher(MMReceiverHTTP):
+    """In the tokenizer process: names the rooms of each request and posts ``/encode``, all on one thread."""
+
+    def __init__(self, encode_urls: list[str]) -> None:
+        # Not the base's __init__: that opens sockets whose messages are unpickled.
+        self.encode_urls = encode_urls  # grows and shrinks in place as encoders register
+        self.host = get_local_ip_auto(get_serving().host)
+        self._server = server_incarnation()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="mm-conn-dispatch", daemon=True).start()
+
+    def _send_encode_request(
+        self, obj: Any, time_stats_json: Any = None, on_dispatch_error: Any = None
+    ) -> threading.Event | None:
+        """Dispatch the items of ``obj`` to the encoders. Returns the event that sglang sets once the request is on
+        its way to the scheduler; None where there is nothing to dispatch."""
+        items = self._extract_url_data(obj)
+        urls = list(self.encode_urls)
+        if not items or not urls:
+            if items:
+                logger.warning("No encoder is known: request %s is processed without one", obj.rid)
+            obj.need_wait_for_mm_inputs = False
+            return None
+        room_base = new_room_base(self._server)
+        obj.rid = obj.rid or room_base
+        obj.need_wait_for_mm_inputs = True
+        obj.num_items_assigned = self._assign_items_by_modality(items, len(urls))
+        obj.encoder_urls = [with_room(url, room_base) for url in urls]
+        dispatched = threading.Event()
+        asyncio.run_coroutine_threadsafe(
+            self._dispatch(
+                obj.rid, room_base, items, obj.num_items_assigned, urls, time_stats_json, dispatched, on_dispatch_error
+            ),
+            self._loop,
+        )
+        return dispatched
+
+    async def _dispatch(
+        self,
+        rid: str,
+        room_base: str,
+        items: list[Any],
+        assigned: Any,
+        urls: list[str],
+        time_stats_json: Any,
+        dispatched: threading.Event,
+        on_dispatch_error: Any,
+    ) -> None:
+        try:
+            error = await self.encode(
+                req_id=room_base,
+                mm_data=items,
+                embedding_port=None,
+                endpoint_encode="encode",
+                num_items_assigned=assigned,
+                encode_urls=urls,
+                time_stats_json=time_stats_json,
+            )
+            problem = None if error is None else (error.error_msg, error.error_code)
+        except Exception as failure:
+            logger.warning("Dispatch of %s failed: %s", rid, failure)
+            problem = (f"{type(failure).__name__}: {failure}", int(HTTPStatus.BAD_GATEWAY))
+        if problem is not None and on_dispatch_error is not None:
+            await self._loop.run_in_executor(None, dispatched.wait)
+            # The tag keeps a late error away from a later request that reuses the id.
+            on_dispatch_error(
+                EncoderDispatchErrorReq(rid=rid, error_msg=problem[0] + _tag(room_base), error_code=problem[1])
+            )
+
+    def process_waiting_requests(self, recv_reqs: Any) -> Any:
+        raise ConnError("requests wait in the scheduler, not in the tokenizer")
+
+
+class SchedulerReceiver(MMReceiverHTTP):
+    """In a scheduler process: one manager, and one WaitingEmbeddingRequest per request that waits."""
+
+    def __init__(self, server_args: Any, dtype: torch.dtype, hf_config: Any, scheduler: Any) -> None:
+        # Not the base's __init__: that opens a socket whose messages are unpickled, and a pool of its own.
+        parallel = get_parallel()
+        self.scheduler = scheduler
+        self.tp_rank, self.tp_size, self.tp_group = parallel.tp_rank, parallel.tp_size, parallel.tp_group
+        self.encode_urls = list(get_disagg().encoder_urls)
+        self.wait_timeout = envs.SGLANG_ENCODER_RECV_TIMEOUT.get()
+        self.hostname = get_local_ip_auto(get_serving().host)
+        self.model_type = getattr(hf_config, "model_type", "").lower()
+        self.waiting_list: list[WaitingEmbeddingRequest] = []
+        self.waiting_by_rid: dict[str, WaitingEmbeddingRequest] = {}
+        self.scheduler_recv_socket = self.scheduler_context = self.scheduler_embedding_port = None
+        self._init_mm_processor(server_args, hf_config, model_config=scheduler.model_config)
+        self.manager = EmbeddingManager(
+            EmbeddingArgs(
+                settings=Settings.from_env(os.environ),
+                dtype=dtype,
+                row_bytes=_widest_row(scheduler.model_config) * dtype.itemsize,
+                host=self.hostname,
+                timeout=self.wait_timeout,
+                server=server_incarnation(),
+                rank=self.tp_rank,
+                size=self.tp_size,
+            ),
+            EmbeddingMode.LANGUAGE,
+            server_args,
+        )
+        assert self.manager.language is not None
+        self._wakes_scheduler = False
+        for url in self.encode_urls:
+            self.manager.language.use_encoder(url)
+
+    def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
+        """Every tick: take in new requests, poll the waiting ones, answer (ready requests, aborted requests)."""
+        if not self._wakes_scheduler:
+            self._wake_scheduler_on_completion()
+        return self._process_waiting_requests(
+            [request for request in recv_reqs if not self._is_stale_error(request)],
+            WaitingEmbeddingRequest,
+            manager=self.manager,
+        )
+
+    def _is_stale_error(self, request: Any) -> bool:
+        """A dispatch error of an earlier request whose id was used again."""
+        if not isinstance(request, EncoderDispatchErrorReq):
+            return False
+        waiting = self.waiting_by_rid.get(request.rid)
+        return waiting is not None and _tag(waiting.room_base) not in request.error_msg
+
+    def _wake_scheduler_on_completion(self) -> None:
+        """With --sleep-on-idle the scheduler polls only its own sockets, once a second: add the end of a room."""
+        self._wakes_scheduler = True
+        sleeper = getattr(self.scheduler, "idle_sleeper", None)
+        assert self.manager.language is not None
+        if sleeper is not None and hasattr(sleeper, "poller"):
+            import zmq
+
+            sleeper.poller.register(self.manager.language.completions.fileno(), zmq.POLLIN)
+
+    def create_req(self, recv_req: Any) -> Any:
+        # In sglang 0.5.23 an aborted request without input ids ends the whole server (len(None) in its output).
+        if recv_req.input_ids is None:
+            recv_req.input_ids = array("q", [])
+        return super().create_req(recv_req)
+
+
+def _widest_row(model_config: Any) -> int:
+    """Values in the widest row that an encoder of this model sends, by sglang's own rule."""
+    from sglang.srt.disaggregation.encoder.server import MMEncoder
+
+    return max(MMEncoder._infer_embedding_dims(SimpleNamespace(model_config=model_config)).values())
+
+
+class WaitingEmbeddingRequest(WaitingMMRequestBase):
+    """One request that waits for its rooms: one per part, each from one encoder."""
+
+    def __init__(
+        self, rid: str, recv_req: Any, mm_processor: Any, encoder_urls: list[str], model_type: str,
+        manager: EmbeddingManager, **_: Any,
+    ) -> None:  # fmt: skip
+        # Not the base's __init__: that opens a socket per request.
+        self.rid = rid
+        self.recv_req = recv_req
+        self.mm_processor = mm_processor
+        self.model_type = model_type
+        self.num_items_assigned = recv_req.num_items_assigned
+        self.manager = manager
+        self.status = WaitingMMRequestStatus.PENDING
+        self.error_msg: str | None = None
+        self.error_code: int | None = None
+        self.start_time = time.time()  # sglang compares it with time.time()
+        self.recv_embedding_data: Any = None
+        self.recv_socket = self.embedding_pool = self.embeddings_buffer = None
+        self._pool_slot_id = self._mm_finalizer = self.registration_future = None
+        self.encoder_urls, bases = zip(*map(split_room, encoder_urls), strict=True)
+        self.room_base = bases[0]
+        self._receivers: list[EmbeddingReceiver] = []
+        self._assembly: Any = None
+        if not self.room_base:
+            raise ConnError(
+                "the request was dispatched by a tokenizer process without the conn_multimodal plugin "
+                "(--tokenizer-worker-num must be 1)"
+            )
+
+    def send_encode_request(self) -> None:
+        """Expect a room per part, numbered as the dispatcher numbers them."""
+        modalities = list(self.num_items_assigned)
+        _, parts = calculate_modality_num_parts(modalities, self.num_items_assigned)
+        part = 0
+        for modality in modalities:
+            for url, items in zip(self.encoder_urls, self.num_items_assigned[modality], strict=False):
+                if items:
+                    self._expect(url, part)
+                    part += 1
+        assert part == sum(parts.values())
+
+    def _expect(self, url: str, part: int) -> None:
+        receiver = EmbeddingReceiver(self.manager, url, create_part_req_id(self.room_base, part))
+        receiver.init(label=self.rid)
+        self._receivers.append(receiver)
+
+    def _try_recv_mm_data(self) -> None:
+        """Polled every tick; nothing large is copied here."""
+        if self.status != WaitingMMRequestStatus.PENDING:
+            return
+        try:
+            if self._assembly is None:
+                states = [receiver.poll() for receiver in self._receivers]
+                if Poll.Failed in states:
+                    self._receivers[states.index(Poll.Failed)].failure_exception()
+                if any(state is not Poll.Success for state in states):
+                    return
+                assert self.manager.language is not None
+                self._assembly = self.manager.language.submit(self._join_parts)
+            if self._assembly.done():
+                self.recv_embedding_data, embeddings = self._assembly.result()
+                self._finish_assemble(embeddings)
+                self._clear_rooms()
+        except TransferFailed as error:
+            self._fail_and_release(f"{error.reason} (room {error.room})", error.code)
+        except Exception as error:
+            self._fail_assemble(error)
+
+    def _join_parts(self) -> tuple[MultiModalEmbeddingData, dict[Modality, torch.Tensor]]:
+        """On a mover thread: sglang's record of the parts, and one tensor per modality."""
+        data: MultiModalEmbeddingData | None = None
+        tensors: dict[Modality, list[torch.Tensor]] = {}
+        for number, receiver in enumerate(self._receivers):
+            embedding, metadata = receiver.take()
+            part = _embedding_data(self.rid, embedding, metadata)
+            if part.part_idx != number or part.num_parts != len(self._receivers):
+                raise ConnError(f"part {part.part_idx} of {part.num_parts} came as part {number}")
+            if data is None:
+                data = MultiModalEmbeddingData.from_embedding_data(part, model_type=self.model_type)
+            else:
+                data.add(part)
+            tensors.setdefault(part.modality, []).append(embedding)
+        assert data is not None
+        return data, {
+            modality: parts[0] if len(parts) == 1 else torch.cat(parts) for modality, parts in tensors.items()
+        }
+
+    def release_resources(self) -> None:
+        """On abort, failure and time-out; may be called again."""
+        self._clear_rooms()
+
+    def _clear_rooms(self) -> None:
+        for receiver in self._receivers:
+            receiver.clear()
+        self._receivers = []
+
+    def _extract_embedding_from_buffer(self, recv_obj: Any, parts: Any) -> None:
+        raise ConnError("embeddings do not come as messages here")
+
+    def _prepare_embedding_buffer(self) -> bool:
+        raise ConnError("there is no buffer to prepare here")
+
+
+def _embedding_data(rid: str, embedding: torch.Tensor, metadata: dict[str, Any]) -> EmbeddingData:
+    values = dict(metadata)
+    return EmbeddingData(
+        rid,
+        values.pop("num_parts"),
+        values.pop("part_idx"),
+        values.pop("grid_dim"),
+        Modality[values.pop("modality")],
+        embedding,
+        **values,
+    )

@@ -1,0 +1,148 @@
+"""The places where sglang is hooked, as a table, and the check that every hook took effect.
+
+sglang's plugin loader logs what goes wrong and goes on. A server that is half hooked would move embeddings over
+sglang's own transport without a word, so ``apply_and_verify`` raises in the process that starts the server.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = ("0.5.23",)
+_ENCODER = "sglang.srt.disaggregation.encoder"
+
+
+class SeamMismatch(RuntimeError):
+    """The installed sglang does not have the seams that this plugin needs."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One hooked function, the parameters that the hook relies on, and the hook (``module:function``)."""
+
+    target: str
+    parameters: tuple[str, ...]
+    hook: str
+    kind: str = "AROUND"
+
+
+SEAMS = (
+    Seam(
+        f"{_ENCODER}.receiver.create_mm_receiver",
+        ("server_args", "dtype", "hf_config", "scheduler", "encode_urls"),
+        "sglang_mm_conn.sglang_plugin.language:create_receiver",
+    ),
+    Seam(
+        f"{_ENCODER}.server.MMEncoder.__init__",
+        ("self", "server_args", "rank"),
+        "sglang_mm_conn.sglang_plugin.encoder:start_manager",
+        "AFTER",
+    ),
+    Seam(
+        f"{_ENCODER}.server.MMEncoder._publish_preprocess_metadata",
+        ("self", "ctx", "requests"),
+        "sglang_mm_conn.sglang_plugin.encoder:announce_rooms",
+    ),
+    Seam(
+        f"{_ENCODER}.runtime._push_embedding_to_prefill",
+        ("enc", "request", "background_url_send"),
+        "sglang_mm_conn.sglang_plugin.encoder:push_embedding",
+    ),
+)
+# Used by the hooks, not hooked: their absence must be noticed at the start as well.
+NEEDED = (
+    f"{_ENCODER}.receiver.MMReceiverHTTP.encode",
+    f"{_ENCODER}.receiver.MMReceiverBase._process_waiting_requests",
+    f"{_ENCODER}.receiver.MMReceiverBase._init_mm_processor",
+    f"{_ENCODER}.receiver.MMReceiverBase._extract_url_data",
+    f"{_ENCODER}.receiver.MMReceiverBase._assign_items_by_modality",
+    f"{_ENCODER}.receiver.WaitingMMRequestBase._finish_assemble",
+    f"{_ENCODER}.receiver.WaitingMMRequestBase._fail_and_release",
+    f"{_ENCODER}.receiver.MultiModalEmbeddingData.from_embedding_data",
+    f"{_ENCODER}.receiver.create_part_req_id",
+    f"{_ENCODER}.receiver.calculate_modality_num_parts",
+    f"{_ENCODER}.server.MMEncoder._wait_for_embedding",
+    f"{_ENCODER}.server.MMEncoder._infer_embedding_dims",
+    f"{_ENCODER}.server.MMEncoder.release_request",
+    f"{_ENCODER}.http_server.app",
+)
+
+
+def check_version() -> None:
+    """Raise SeamMismatch, naming both versions, where the installed sglang is none of the supported ones."""
+    installed = metadata.version("sglang")
+    if installed not in SUPPORTED:
+        raise SeamMismatch(
+            f"sglang-mm-conn {metadata.version('sglang-mm-conn')} fits sglang {', '.join(SUPPORTED)}, "
+            f"but {installed} is installed"
+        )
+
+
+def _load(name: str) -> Callable[..., Any]:
+    return pkgutil.resolve_name(name)  # type: ignore[no-any-return]
+
+
+_hooked = False
+
+
+def hook_all() -> None:
+    """Register every hook, once per process. sglang applies them; nothing has changed before that."""
+    global _hooked
+    if _hooked:
+        return
+    _hooked = True
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for seam in SEAMS:
+        HookRegistry.register(seam.target, _load(seam.hook), HookType[seam.kind])
+
+
+def _add_route() -> None:
+    from sglang.srt.disaggregation.encoder.http_server import app
+
+    from sglang_mm_conn.control.bootstrap import ROUTE
+    from sglang_mm_conn.control.bootstrap_server import bootstrap_router
+    from sglang_mm_conn.sglang_plugin.encoder import bootstrap_info
+
+    if not any(getattr(route, "path", None) == ROUTE for route in app.routes):
+        app.include_router(bootstrap_router(bootstrap_info))
+
+
+def apply_and_verify() -> None:
+    """Apply the hooks and raise SeamMismatch unless every one took effect."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    problems = []
+    for name in NEEDED:
+        try:
+            _load(name)
+        except (AttributeError, ImportError) as error:
+            problems.append(f"{name}: {error}")
+    for seam in SEAMS:
+        try:
+            parameters = inspect.signature(_load(seam.target)).parameters
+        except (AttributeError, ImportError) as error:
+            problems.append(f"{seam.target}: {error}")
+            continue
+        missing = [name for name in seam.parameters if name not in parameters]
+        if missing:
+            problems.append(f"{seam.target} has no parameter {', '.join(missing)}")
+    if not problems:
+        HookRegistry.apply_hooks()
+        _add_route()
+        for seam in SEAMS:
+            if not hasattr(_load(seam.target), "__wrapped__"):
+                problems.append(f"{seam.target} could not be hooked (see the log)")
+    if problems:
+        raise SeamMismatch(
+            f"sglang-mm-conn fits sglang {', '.join(SUPPORTED)}; the installed {metadata.version('sglang')} differs: "
+            + "; ".join(problems)
+        )
