@@ -105,11 +105,9 @@ class EncoderEndpoint:
         self._threads = [threading.Thread(target=self.embedding_thread, name="mm-conn-embedding", daemon=True)]
         for index in range(settings.queues):
             for number in range(self._workers_per_queue):
+                name = f"mm-conn-transfer-{index}.{number}"
                 self._threads.append(
-                    threading.Thread(
-                        target=self.transfer_worker, args=(index,), name=f"mm-conn-transfer-{index}.{number}",
-                        daemon=True,
-                    )  # fmt: skip
+                    threading.Thread(target=self.transfer_worker, args=(index,), name=name, daemon=True)
                 )
         for thread in self._threads:
             thread.start()

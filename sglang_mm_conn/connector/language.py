@@ -273,7 +273,8 @@ class LanguageEndpoint:
         if action.success:
             nbytes = entry.total_tokens * entry.row_bytes
             logger.info(
-                "Embedding received: room=%s rid=%s tokens=%d bytes=%d windows=%d resumes=%d path=%s ms=%.1f rate=%.1fMB/s",
+                "Embedding received: room=%s rid=%s tokens=%d bytes=%d windows=%d resumes=%d path=%s ms=%.1f "
+                "rate=%.1fMB/s",
                 action.room, label, entry.total_tokens, nbytes, entry.window + 1, entry.resumes,
                 entry.peer.data_path if entry.peer is not None else "none", seconds * 1000, nbytes / seconds / 1e6,
             )  # fmt: skip

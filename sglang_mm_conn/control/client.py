@@ -12,12 +12,10 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
-
-_HIGH_WATER_MARK = 10_000
-_BATCH = 256
 
 
 class _Link:
@@ -25,8 +23,8 @@ class _Link:
         self.socket = context.socket(zmq.DEALER)
         for option, value in (
             (zmq.LINGER, 0),
-            (zmq.SNDHWM, _HIGH_WATER_MARK),
-            (zmq.RCVHWM, _HIGH_WATER_MARK),
+            (zmq.SNDHWM, HIGH_WATER_MARK),
+            (zmq.RCVHWM, HIGH_WATER_MARK),
             (zmq.MAXMSGSIZE, max_frame_bytes),
             # Nothing waits for a connection that is down: what a lost connection swallowed is compared on reconnect,
             # and a message from before must not arrive after that.
@@ -105,7 +103,7 @@ class ControlClient:
                 poller.register(link.socket, zmq.POLLIN)
                 poller.register(link.monitor, zmq.POLLIN)
             while not self._stopping and links == list(self._links.values()):
-                poller.poll(max(0.0, next_tick - time.monotonic()) * 1000)
+                poller.poll(milliseconds_until(next_tick))
                 self._wakeup.clear()
                 self._run_work()
                 for key, link in list(self._links.items()):
@@ -113,7 +111,7 @@ class ControlClient:
                     self._watch(key, link)
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + self._tick_seconds
-                    self._guarded(self._on_tick)
+                    guarded(self._on_tick)
                 self._run_work()
         self._run_work()
         for link in self._links.values():
@@ -123,7 +121,7 @@ class ControlClient:
 
     def _run_work(self) -> None:
         while self._work:
-            self._guarded(self._work.popleft())
+            guarded(self._work.popleft())
 
     def _connect(self, key: str, address: str) -> None:
         self._disconnect(key)
@@ -141,13 +139,13 @@ class ControlClient:
                 link.socket.send(frame, zmq.NOBLOCK)
 
     def _receive(self, key: str, link: _Link) -> None:
-        for _ in range(_BATCH):
+        for _ in range(BATCH):
             try:
                 parts = link.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.ZMQError:
                 return
             if len(parts) == 1:
-                self._guarded(lambda frame=parts[0]: self._on_frame(key, frame))  # type: ignore[misc]
+                guarded(lambda frame=parts[0]: self._on_frame(key, frame))  # type: ignore[misc]
             else:
                 logger.warning("Control message of %d frames dropped", len(parts))
 
@@ -158,13 +156,6 @@ class ControlClient:
             except zmq.ZMQError:
                 return
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._guarded(lambda: self._on_connected(key))
+                guarded(lambda: self._on_connected(key))
             elif event["event"] == zmq.EVENT_DISCONNECTED:
-                self._guarded(lambda: self._on_disconnected(key))
-
-    @staticmethod
-    def _guarded(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception:
-            logger.exception("Control thread: one event failed, going on")
+                guarded(lambda: self._on_disconnected(key))

@@ -9,15 +9,10 @@ from collections.abc import Callable
 
 import zmq
 
+from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
-
-# Frames that may wait for one peer; one that does not read loses what is beyond (it is slow or dead, and is dropped
-# by its silence), nobody waits for it.
-_HIGH_WATER_MARK = 10_000
-# Messages read from the socket before others get their turn.
-_BATCH = 256
 
 
 class ControlServer:
@@ -37,8 +32,8 @@ class ControlServer:
         self._socket = self._context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, 0),
-            (zmq.SNDHWM, _HIGH_WATER_MARK),
-            (zmq.RCVHWM, _HIGH_WATER_MARK),
+            (zmq.SNDHWM, HIGH_WATER_MARK),
+            (zmq.RCVHWM, HIGH_WATER_MARK),
             (zmq.MAXMSGSIZE, max_frame_bytes),
             (zmq.ROUTER_MANDATORY, 1),
             (zmq.IPV6, 1 if ":" in host else 0),
@@ -70,12 +65,12 @@ class ControlServer:
         poller.register(self._wakeup.fileno(), zmq.POLLIN)
         next_tick = time.monotonic() + self._tick_seconds
         while not self._stopping:
-            poller.poll(max(0.0, next_tick - time.monotonic()) * 1000)
+            poller.poll(milliseconds_until(next_tick))
             self._wakeup.clear()
             self._receive()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_seconds
-                self._guarded(self._on_tick)
+                guarded(self._on_tick)
             self._flush()
         self._flush()
         self._socket.close()
@@ -83,13 +78,13 @@ class ControlServer:
         self._wakeup.close()
 
     def _receive(self) -> None:
-        for _ in range(_BATCH):
+        for _ in range(BATCH):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             if len(parts) == 2:
-                self._guarded(lambda parts=parts: self._on_frame(parts[0].hex(), parts[1]))  # type: ignore[misc]
+                guarded(lambda parts=parts: self._on_frame(parts[0].hex(), parts[1]))  # type: ignore[misc]
             else:
                 logger.warning("Control message of %d frames dropped", len(parts))
 
@@ -101,10 +96,3 @@ class ControlServer:
             except zmq.ZMQError as error:
                 # EHOSTUNREACH: gone. EAGAIN: does not read. Both are noticed by the peer's silence.
                 logger.debug("Control message to %s dropped: %s", peer, error)
-
-    @staticmethod
-    def _guarded(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception:
-            logger.exception("Control thread: one event failed, going on")

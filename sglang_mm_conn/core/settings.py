@@ -108,7 +108,7 @@ class Settings:
     )
     staging_bytes: int = _setting(
         "SGLANG_MM_CONN_STAGING_BYTES", 64 << 20, _integer(1 << 20, 1 << 36),
-        "registered memory of an encoder through which rows leave over Mooncake (made when the first such peer registers)",
+        "registered memory of an encoder through which rows leave over Mooncake, made when it is first needed",
     )
     movers: int = _setting(
         "SGLANG_MM_CONN_MOVERS", 2, _integer(1, 64),

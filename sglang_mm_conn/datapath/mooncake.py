@@ -45,7 +45,7 @@ def engine_factory(settings: Settings, host: str) -> EngineFactory:
     try:
         from mooncake.engine import TransferEngine
     except ImportError as error:
-        raise DataPathUnavailable(f"Mooncake is not installed (pip install mooncake-transfer-engine): {error}") from None
+        raise DataPathUnavailable(f"Mooncake (pip install mooncake-transfer-engine) is missing: {error}") from None
 
     def make() -> Any:
         engine = TransferEngine()
@@ -185,16 +185,20 @@ class MooncakePath:
         if any(region.address == 0 for region in register.regions):
             raise DataPathUnavailable("the language server registered no memory with Mooncake")
         with self._lock:
-            for engine, staging, known in self._engines:
-                if known.get(register.mooncake_session_id, register.incarnation) == register.incarnation:
-                    break
-            else:
-                engine, staging, known = self._make_engine(), Staging(self._staging_bytes), {}
-                register_memory(engine, staging.memory)
-                self._engines.append((engine, staging, known))
-                logger.info("Mooncake engine %d: %d bytes of staging memory", len(self._engines), self._staging_bytes)
+            engine, staging, known = self._engine_for(register)
             known[register.mooncake_session_id] = register.incarnation
         return MooncakeLink(engine, staging, register)
+
+    def _engine_for(self, register: Register) -> tuple[Any, Staging, dict[str, str]]:
+        """The first engine that has not known another process under this session id; a new one where there is none."""
+        for entry in self._engines:
+            if entry[2].get(register.mooncake_session_id, register.incarnation) == register.incarnation:
+                return entry
+        engine, staging = self._make_engine(), Staging(self._staging_bytes)
+        register_memory(engine, staging.memory)
+        self._engines.append((engine, staging, {}))
+        logger.info("Mooncake engine %d: %d bytes of staging memory", len(self._engines), self._staging_bytes)
+        return self._engines[-1]
 
     def close(self) -> None:
         """Engines end with the process: ending one while a call is under way would crash."""

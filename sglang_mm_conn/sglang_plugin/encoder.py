@@ -87,7 +87,9 @@ def _announce(manager: EmbeddingManager, room: str, shape: list[int], dtype: Any
     return sender
 
 
-async def push_embedding(original: Any, enc: Any, request: dict[str, Any], *, background_url_send: bool = False) -> None:
+async def push_embedding(
+    original: Any, enc: Any, request: dict[str, Any], *, background_url_send: bool = False
+) -> None:
     """Around ``_push_embedding_to_prefill``, the one funnel for embeddings and errors: deliver over the connector.
 
     Returns when every language rank has all rows. Raises MMError, which becomes the answer to ``/encode``.

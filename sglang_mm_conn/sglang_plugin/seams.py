@@ -87,7 +87,7 @@ def check_version() -> None:
 
 
 def _load(name: str) -> Callable[..., Any]:
-    return pkgutil.resolve_name(name)  # type: ignore[no-any-return]
+    return pkgutil.resolve_name(name)
 
 
 _hooked = False

@@ -1,0 +1,29 @@
+"""What the two control loops share: the time until a tick, and keeping one bad event from ending the thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+# Frames that may wait for one peer. One that does not read loses what is beyond; nobody waits for it, and it is
+# dropped for its silence.
+HIGH_WATER_MARK = 10_000
+# Messages read from one socket before others get their turn.
+BATCH = 256
+
+
+def milliseconds_until(moment: float) -> int:
+    """From now until ``moment`` (time.monotonic), rounded up so that a poll does not return just before it."""
+    return max(0, math.ceil((moment - time.monotonic()) * 1000))
+
+
+def guarded(call: Callable[[], None]) -> None:
+    """Run ``call``; whatever it raises is logged, and the thread goes on."""
+    try:
+        call()
+    except Exception:
+        logger.exception("Control thread: one event failed, going on")
