@@ -83,7 +83,9 @@ class EncoderEndpoint:
         self._data_paths = data_paths
         self._clock = clock
         self._lock = threading.Lock()
-        self.core = SenderCore(queues=settings.queues, send_timeout=send_timeout)
+        self.core = SenderCore(
+            queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
+        )
         self._links: dict[str, _OpenLink] = {}
         self._peers: dict[str, _ControlPeer] = {}
         self._sources: dict[str, torch.Tensor] = {}

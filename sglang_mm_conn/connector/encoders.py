@@ -29,16 +29,14 @@ _FORGET_SECONDS = 600.0
 
 @dataclass
 class _Process:
-    """One encoder process behind an encoder URL."""
+    """One encoder process; more than one URL may lead to it."""
 
     worker: Worker
-    encoder: str
     slot: int
     path: str
     last_seen: float
     ready: bool = False
     register_at: float | None = None
-    session: str = ""
 
 
 @dataclass
@@ -146,16 +144,21 @@ class Encoders:
         for incarnation in [key for key in encoder.processes if key not in listed]:
             self._lose(incarnation, "the encoder was restarted")
         for incarnation, worker in listed.items():
-            if incarnation not in self._processes:
+            process = self._processes.get(incarnation)
+            if process is None:
                 slot = self._slots.setdefault(incarnation, self._sessions.new_slot())
-                process = _Process(worker, encoder.url, slot, self._sessions.first_path, self._clock())
-                encoder.processes[incarnation] = self._processes[incarnation] = process
+                process = _Process(worker, slot, self._sessions.first_path, self._clock())
+                self._processes[incarnation] = process
                 self.control.connect(incarnation, control_address(encoder.url, worker))
+            encoder.processes[incarnation] = process
 
     def _complain(self, encoder: _Encoder, level: int, text: str) -> None:
         if text != encoder.complaint:
             encoder.complaint = text
             logger.log(level, "Encoder %s: %s", encoder.url, text)
+
+    def _encoders_of(self, process: _Process) -> list[_Encoder]:
+        return [item for item in self._encoders.values() if process.worker.incarnation in item.processes]
 
     def _refuse(self, encoder: _Encoder, reason: str) -> None:
         encoder.refusal = reason
@@ -175,9 +178,9 @@ class Encoders:
         if process is None:
             return
         process.ready = False
-        encoder = self._encoders[process.encoder]
-        encoder.look_up_at, encoder.delay = 0.0, _LOOK_UP_AGAIN_SECONDS
-        self._maybe_look_up(encoder, self._clock())
+        for encoder in self._encoders_of(process):
+            encoder.look_up_at, encoder.delay = 0.0, _LOOK_UP_AGAIN_SECONDS
+            self._maybe_look_up(encoder, self._clock())
 
     def on_seen(self, incarnation: str) -> None:
         process = self._processes.get(incarnation)
@@ -192,7 +195,7 @@ class Encoders:
                 message = self._sessions.register_message(process.path, process.slot)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-                self.control.call(lambda: self._refuse(self._encoders[process.encoder], reason))
+                self.control.call(lambda: self._cannot_register(process, reason))
                 return
             self.control.send(process.worker.incarnation, encode(message))
 
@@ -205,43 +208,48 @@ class Encoders:
         if message.incarnation != incarnation:
             self._lose(incarnation, "another process answers on the encoder's control port")
             return
-        encoder = self._encoders[process.encoder]
-        encoder.refusal = encoder.complaint = ""
-        encoder.delay = _LOOK_UP_AGAIN_SECONDS
+        for encoder in self._encoders_of(process):
+            encoder.refusal = encoder.complaint = ""
+            encoder.delay = _LOOK_UP_AGAIN_SECONDS
+            logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
         process.ready = True
-        process.session = message.mooncake_session_id
-        logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
-        self._on_ready(Peer(incarnation, encoder.url, message.mooncake_session_id, process.path))
+        self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path))
 
     def on_refused(self, incarnation: str, message: Refused) -> None:
         process = self._processes.get(incarnation)
         if process is None:
             return
         process.ready = False
-        encoder = self._encoders[process.encoder]
         if message.kind == "register_first":
             process.register_at = self._clock()  # at the next tick: an encoder that is busy is not asked in a loop
             return
         other = self._sessions.other_path(process.path) if message.kind == "data_path" else None
         if other is not None:
-            logger.info("Encoder %s: %s; trying %s", encoder.url, message.reason, other)
+            logger.info("Encoder process %s: %s; trying %s", incarnation, message.reason, other)
             process.path = other
             self._register(process)
             return
-        self._complain(encoder, logging.ERROR, f"refused this language server: {message.reason}")
-        self._refuse(encoder, message.reason)
+        self._cannot_register(process, f"refused this language server: {message.reason}")
+
+    def _cannot_register(self, process: _Process, reason: str) -> None:
+        """Nothing to be had from this process as things are; it is asked again now and then."""
+        for encoder in self._encoders_of(process):
+            self._complain(encoder, logging.ERROR, reason)
+            self._refuse(encoder, reason)
         process.register_at = self._clock() + _LOOK_UP_AGAIN_MOST_SECONDS
 
     def _lose(self, incarnation: str, reason: str) -> None:
         process = self._processes.pop(incarnation, None)
         if process is None:
             return
-        encoder = self._encoders[process.encoder]
-        encoder.processes.pop(incarnation, None)
-        encoder.look_up_at, encoder.delay = 0.0, _LOOK_UP_AGAIN_SECONDS
+        encoders = self._encoders_of(process)
+        for encoder in encoders:
+            del encoder.processes[incarnation]
+            encoder.look_up_at, encoder.delay = 0.0, _LOOK_UP_AGAIN_SECONDS
         self.control.disconnect(incarnation)
-        logger.warning("Encoder %s: process %s lost: %s", encoder.url, incarnation, reason)
-        self._on_lost(incarnation, f"encoder {encoder.url} lost: {reason}")
+        text = f"encoder {', '.join(encoder.url for encoder in encoders)} (process {incarnation}) lost: {reason}"
+        logger.warning("%s", text)
+        self._on_lost(incarnation, text)
 
     # -- time ----------------------------------------------------------------------------------------------------
 

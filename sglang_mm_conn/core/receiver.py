@@ -38,10 +38,9 @@ RoomMessage = Announce | Progress | Done | Failed | Drained
 
 @dataclass(frozen=True)
 class Peer:
-    """One encoder process as this side knows it: its incarnation, the encoder it belongs to, and our session to it."""
+    """One encoder process as this side knows it: its incarnation and our session to it."""
 
     incarnation: str
-    encoder: str
     mooncake_session_id: str
     data_path: str
 
@@ -171,7 +170,7 @@ class ReceiverCore:
         for entry in list(self.rooms.values()):
             if entry.peer is None or entry.peer.incarnation != peer.incarnation:
                 continue
-            if entry.peer != peer:
+            if entry.peer.mooncake_session_id != peer.mooncake_session_id:
                 actions += self._fail(entry, "the session to the encoder changed in mid-transfer", 502, now)
             else:
                 actions += self._offer_again(entry, now)
@@ -244,10 +243,7 @@ class ReceiverCore:
             if not same:
                 return self._fail(entry, "announced twice with different sizes", 502, now)
             return self._offer_again(entry, now)
-        if peer.encoder != entry.encoder:
-            # The request will hear from its own encoder; this one must not hold the embedding for us.
-            return [self._abort_message(peer, message.room, f"expected from {entry.encoder}, not {peer.encoder}")]
-        entry.peer = peer
+        entry.peer = peer  # only the encoder that was sent the room's name can know it
         if message.row_bytes > self.geometry.block_bytes:
             return self._fail(
                 entry,
@@ -267,10 +263,7 @@ class ReceiverCore:
         return self._serve_waiting(now)
 
     def _on_failed(self, entry: ReceiverRoom, peer: Peer, message: Failed, now: float) -> list[Action]:
-        if entry.peer is None:
-            if peer.encoder != entry.encoder:
-                return []
-            entry.peer = peer
+        entry.peer = entry.peer or peer
         actions = self._fail(entry, message.reason, message.code, now, tell_peer=False)
         if message.drained:
             self._absolve(entry.room)

@@ -13,7 +13,7 @@ import secrets
 from sglang_mm_conn.core.errors import ProtocolError
 
 _ID = re.compile(r"[0-9a-f]{16}")
-_ROOM = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}(_local_part_\d{1,6})?")
+_ROOM = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}(_local_part_[0-9]{1,6})?")
 
 
 def new_id() -> str:

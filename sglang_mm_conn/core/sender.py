@@ -93,6 +93,7 @@ class SenderRoom:
     source: tuple[int, ...] | None = None  # source blocks; None: the embedding is not there yet
     metadata: bytes = b""
     checksum: int | None = None
+    unheard_since: float | None = None  # no session of its server is registered since then
     busy: bool = False  # a worker serves this room; windows of one room are written in order
     verdict: Verdict | None = None
 
@@ -117,13 +118,14 @@ class SenderRoom:
 class SenderCore:
     """All rooms of one encoder process. Not thread-safe: its surroundings hold one lock around every call."""
 
-    def __init__(self, *, queues: int, send_timeout: float) -> None:
+    def __init__(self, *, queues: int, send_timeout: float, claim_timeout: float) -> None:
         self.rooms: dict[str, SenderRoom] = {}
         self.sessions: dict[str, Session] = {}
         self.tombstones = Tombstones()
         self._done: OrderedDict[tuple[str, str], Send] = OrderedDict()  # to be repeated after a lost connection
         self._queues = queues
         self._send_timeout = send_timeout
+        self._claim_timeout = claim_timeout
 
     # -- sessions ------------------------------------------------------------------------------------------------
 
@@ -135,11 +137,10 @@ class SenderCore:
             actions += self.session_lost(session.mooncake_session_id, "the language server was restarted", now)
         self.sessions[session.mooncake_session_id] = session
         for entry in self.rooms.values():
-            if (
-                entry.server == session.server
-                and not entry.machine.final
-                and session.mooncake_session_id not in entry.transfer_infos
-            ):
+            if entry.server != session.server or entry.machine.final:
+                continue
+            entry.unheard_since = None
+            if session.mooncake_session_id not in entry.transfer_infos:
                 actions.append(self._announcement(entry, session))
         return actions
 
@@ -151,6 +152,8 @@ class SenderCore:
         for entry in list(self.rooms.values()):
             if mooncake_session_id in entry.transfer_infos:
                 actions += self._fail(entry, reason, 502, now)
+            elif not self._sessions_of(entry.server):
+                entry.unheard_since = entry.unheard_since or now
         return actions
 
     # -- what the encode asks for --------------------------------------------------------------------------------
@@ -169,7 +172,9 @@ class SenderCore:
             room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now
         )
         self.rooms[room] = entry
-        return [self._announcement(entry, session) for session in self._sessions_of(entry.server)]
+        sessions = self._sessions_of(entry.server)
+        entry.unheard_since = None if sessions else now
+        return [self._announcement(entry, session) for session in sessions]
 
     def add_source(
         self, room: str, src_embedding_indices: Sequence[int], metadata: bytes, checksum: int | None
@@ -355,6 +360,10 @@ class SenderCore:
                     f"({len(entry.transfer_infos)} of {entry.required_dst_info_num or 'unknown'} ranks said Init)",
                     504, now,
                 )  # fmt: skip
+            elif entry.unheard_since is not None and now - entry.unheard_since >= self._claim_timeout:
+                actions += self._fail(
+                    entry, f"language server {entry.server} has not been here for {self._claim_timeout:g} s", 504, now
+                )
         self.tombstones.sweep(now)
         return actions
 
