@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from sglang_mm_conn.core.errors import ProtocolError
 
 _TENSOR, _ARRAY, _TUPLE = 1, 2, 3
+Size = Annotated[int, msgspec.Meta(ge=0)]
 
 # Only these dtypes are rebuilt; the name of anything else is refused.
 DTYPES: dict[str, torch.dtype] = {
@@ -46,7 +47,7 @@ def _pack(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
+        if value.dtype.hasobject or value.dtype.names:
             raise ProtocolError(f"an array of {value.dtype} does not travel")
         return _ext(_ARRAY, [value.dtype.str, list(value.shape), np.ascontiguousarray(value).tobytes()])
     if isinstance(value, tuple):
@@ -65,10 +66,9 @@ def _ext(code: int, content: list[Any]) -> msgspec.msgpack.Ext:
 
 
 def _unpack(code: int, data: memoryview) -> Any:
-    content = msgspec.msgpack.decode(data, ext_hook=_unpack)
     if code == _TUPLE:
-        return tuple(content)
-    name, shape, raw = content
+        return tuple(msgspec.msgpack.decode(data, type=list[Any], ext_hook=_unpack))
+    name, shape, raw = msgspec.msgpack.decode(data, type=tuple[str, list[Size], bytes])
     if code == _TENSOR:
         flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
         return flat.view(dtype_of(name)).reshape(shape)
@@ -85,9 +85,11 @@ def encode_metadata(values: dict[str, Any], limit: int) -> bytes:
     packed = {}
     for key, value in values.items():
         try:
-            packed[key] = _pack(value)
+            packed[key] = msgspec.Raw(msgspec.msgpack.encode(_pack(value)))
         except ProtocolError as error:
             raise ProtocolError(f"metadata {key!r}: {error}") from None
+        except Exception as error:  # a number, a text or a layout that has no bytes
+            raise ProtocolError(f"metadata {key!r}: {type(error).__name__}: {error}") from None
     data = msgspec.msgpack.encode(packed)
     if len(data) > limit:
         raise ProtocolError(f"{len(data)} bytes of metadata are over SGLANG_MM_CONN_MAX_METADATA_BYTES={limit}")
@@ -102,7 +104,7 @@ def decode_metadata(data: bytes, limit: int) -> dict[str, Any]:
         return {}
     try:
         values = msgspec.msgpack.decode(data, ext_hook=_unpack)
-    except (msgspec.DecodeError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+    except Exception as error:  # what torch and numpy raise for a shape or dtype that is nonsense is not documented
         raise ProtocolError(f"malformed metadata: {error}") from None
     if not isinstance(values, dict):
         raise ProtocolError("malformed metadata: not a table")

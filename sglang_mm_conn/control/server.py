@@ -40,7 +40,8 @@ class ControlServer:
         ):
             self._socket.setsockopt(option, value)
         bound = f"[{host}]" if ":" in host else host
-        self.port = self._socket.bind_to_random_port(f"tcp://{bound}", min_port=20000, max_port=60999, max_tries=1000)
+        self._socket.bind(f"tcp://{bound}:*")
+        self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
         self._on_frame = on_frame
         self._on_tick = on_tick
         self._tick_seconds = tick_seconds

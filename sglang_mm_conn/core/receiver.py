@@ -21,7 +21,7 @@ from sglang_mm_conn.core.actions import Action, Ended, Move, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry
-from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume
+from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume, as_text
 from sglang_mm_conn.core.states import RECEIVER_MOVES, Machine, Poll, ReceiverState
 from sglang_mm_conn.core.tombstones import Tombstones, Verdict
 
@@ -201,7 +201,7 @@ class ReceiverCore:
     def writer_gone(self, incarnation: str, now: float) -> list[Action]:
         """It is proven that the process ``incarnation`` does not exist any more (shared memory: its lock is free)."""
         for room, held in list(self.quarantine.items()):
-            if held.peer.incarnation == incarnation:
+            if held.peer.incarnation == incarnation and held.peer.data_path == "shm":
                 self._absolve(room)
         return self._serve_waiting(now)
 
@@ -223,13 +223,17 @@ class ReceiverCore:
         if entry is None or entry.machine.final:
             return self._on_ended(peer, message, now)
         if entry.peer is not None and entry.peer.incarnation != incarnation:
-            # Two processes claim one room; only the one that was answered first is served.
+            # Two processes claim one room; only the one that was answered first is served. Its Drained is not answered.
+            if not isinstance(message, Announce):
+                return []
             return [self._abort_message(peer, message.room, "the room is served by another encoder process")]
         if isinstance(message, Announce):
             return self._on_announce(entry, peer, message, now)
         if isinstance(message, Failed):
             return self._on_failed(entry, peer, message, now)
         if entry.peer is None:
+            if peer.encoder != entry.encoder:
+                return []  # Drained: the answer to the Abort that its Announce met
             return self._fail(entry, f"{type(message).__name__} before Announce", 502, now)
         if isinstance(message, Drained):
             return self._fail(entry, "the encoder gave the room up without being asked", 502, now)
@@ -315,7 +319,7 @@ class ReceiverCore:
         """About a room that nobody waits for: ended, or not claimed yet."""
         room = message.room
         held = self.quarantine.get(room)
-        if held is not None and held.peer.incarnation == peer.incarnation:
+        if held is not None and held.peer == peer:  # what is said about another session of this process proves nothing
             window = held.owner[1]
             if (
                 isinstance(message, Drained)
@@ -481,7 +485,7 @@ class ReceiverCore:
     def _abort_message(peer: Peer, room: str, reason: str) -> Send:
         return Send(
             peer.incarnation,
-            Abort(room=room, mooncake_session_id=peer.mooncake_session_id, reason=reason[:1000]),
+            Abort(room=room, mooncake_session_id=peer.mooncake_session_id, reason=as_text(reason)),
         )
 
     def check_integrity(self) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from sglang_mm_conn.core.actions import Action, Ended, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
-from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume
+from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume, as_text
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.sharding import port_sum_queue_index
 from sglang_mm_conn.core.states import SENDER_MOVES, WINDOW_MOVES, Machine, Poll, SenderState, WindowState
@@ -123,6 +123,9 @@ class SenderCore:
         self.sessions: dict[str, Session] = {}
         self.tombstones = Tombstones()
         self._done: OrderedDict[tuple[str, str], Send] = OrderedDict()  # to be repeated after a lost connection
+        # (room, session) whose bytes may still land. Never forgotten: a forgotten one would be called drained. Each
+        # has cost a slot of staging memory, so they are few.
+        self._in_doubt: set[tuple[str, str]] = set()
         self._queues = queues
         self._send_timeout = send_timeout
         self._claim_timeout = claim_timeout
@@ -197,7 +200,7 @@ class SenderCore:
             return []
         self.tombstones.put(room, Verdict(reason, code), now + TOMBSTONE_SECONDS)
         actions: list[Action] = [
-            Send(session.peer, Failed(room=room, reason=reason[:1000], code=code, drained=True))
+            Send(session.peer, self._failed(room, Verdict(reason, code), drained=True))
             for session in self._sessions_of(server_of(room))
         ]
         return [*actions, Ended(room, success=False, reason=reason, code=code)]
@@ -217,7 +220,8 @@ class SenderCore:
             if done is not None:
                 return [Send(peer, done.message)]
             return [Send(peer, self._verdict_message(message.room, session, entry))]
-        entry.deadline = min(entry.deadline, now + message.deadline)
+        if session.server == entry.server:
+            entry.deadline = min(entry.deadline, now + message.deadline)
         if isinstance(message, Init):
             return self._on_init(entry, session, message, now)
         return self._on_resume(entry, session, message)
@@ -232,6 +236,10 @@ class SenderCore:
             refusal = f"the room belongs to language server {entry.server}, not {session.server}"
         if not refusal and message.required_dst_info_num != session.size:
             refusal = f"required_dst_info_num={message.required_dst_info_num}, but the server has {session.size} ranks"
+        if not refusal and entry.transfer_infos and message.required_dst_info_num != entry.required_dst_info_num:
+            refusal = f"required_dst_info_num={message.required_dst_info_num}, {entry.required_dst_info_num} before"
+        if not refusal and self._complete(entry):
+            refusal = f"all {entry.required_dst_info_num} ranks have said Init"
         if refusal:
             return [Send(session.peer, Progress(room=entry.room, window=-1, sent_tokens=0, refused=refusal))]
         entry.required_dst_info_num = message.required_dst_info_num
@@ -270,12 +278,11 @@ class SenderCore:
     def _on_abort(self, session: Session, message: Abort, now: float) -> list[Action]:
         entry = self.rooms.get(message.room)
         if entry is None:
-            verdict = self.tombstones.get(message.room)
-            if verdict is None:
+            if (message.room, session.mooncake_session_id) in self._in_doubt:
+                return []
+            if message.room not in self.tombstones:
                 # The encode may still be on its way here: it ends as soon as it announces.
                 self.tombstones.put(message.room, Verdict(message.reason, 499), now + TOMBSTONE_SECONDS)
-            elif not verdict.drained:
-                return []
             return [Send(session.peer, Drained(room=message.room))]
         if session.server != entry.server:
             raise ProtocolError(f"session of server {session.server} aborts room {entry.room}")
@@ -319,11 +326,13 @@ class SenderCore:
         """The data call of ``write`` returned; ``error`` is empty where it returned 0."""
         entry = self.rooms[write.room]
         entry.busy = False
-        session = write.session
+        session = self._current(write.session)
         info = entry.transfer_infos[session.mooncake_session_id]
         actions: list[Action]
         if error:
             info.machine.to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
+            if in_doubt:
+                self._in_doubt.add((entry.room, session.mooncake_session_id))
             others = self._fail(entry, f"{error} (to {session.mooncake_session_id})", 502, now, except_session=session)
             assert entry.verdict is not None
             actions = [Send(session.peer, self._failed(entry.room, entry.verdict, drained=not in_doubt)), *others]
@@ -376,6 +385,11 @@ class SenderCore:
 
     def _sessions_of(self, server: str) -> list[Session]:
         return [session for session in self.sessions.values() if session.server == server]
+
+    def _current(self, session: Session) -> Session:
+        """``session`` as it speaks now: its connection may have been replaced while a write was under way."""
+        current = self.sessions.get(session.mooncake_session_id)
+        return session if current is None or current.incarnation != session.incarnation else current
 
     @staticmethod
     def _announcement(entry: SenderRoom, session: Session) -> Send:
@@ -461,12 +475,12 @@ class SenderCore:
             drained = info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
             return self._failed(room, entry.verdict, drained=drained)
         verdict = self.tombstones.get(room) or Verdict("the encoder does not know this room", 404)
-        return self._failed(room, verdict, drained=verdict.drained)
+        return self._failed(room, verdict, drained=(room, session.mooncake_session_id) not in self._in_doubt)
 
     @staticmethod
     def _failed(room: str, verdict: Verdict, *, drained: bool) -> Failed:
         code = verdict.code if 400 <= verdict.code <= 599 else 410
-        return Failed(room=room, reason=verdict.reason[:1000] or "the room has ended", code=code, drained=drained)
+        return Failed(room=room, reason=as_text(verdict.reason) or "the room has ended", code=code, drained=drained)
 
     def _fail(
         self, entry: SenderRoom, reason: str, code: int, now: float, *, except_session: Session | None = None
@@ -496,8 +510,5 @@ class SenderCore:
         if not entry.machine.final or any(info.state is WindowState.WRITING for info in infos):
             return
         assert entry.verdict is not None
-        drained = all(info.state is not WindowState.IN_DOUBT for info in infos)
-        self.tombstones.put(
-            entry.room, Verdict(entry.verdict.reason, entry.verdict.code, drained), now + TOMBSTONE_SECONDS
-        )
+        self.tombstones.put(entry.room, entry.verdict, now + TOMBSTONE_SECONDS)
         self.rooms.pop(entry.room, None)

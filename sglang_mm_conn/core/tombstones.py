@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a room ended. ``drained``: no write into its blocks was under way or to come when it did."""
+    """How a room ended."""
 
     reason: str
     code: int
-    drained: bool = True
 
 
 class Tombstones:

@@ -126,7 +126,7 @@ class MooncakeLink:
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
         for pieces in self._batches(runs):
             slot = self._staging.take()
-            in_doubt = False
+            in_doubt = True  # also where the call raises
             try:
                 in_doubt = self._write_batch(slot, source, pieces)
             finally:

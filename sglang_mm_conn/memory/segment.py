@@ -137,6 +137,7 @@ class AttachedSegment:
         """Attach. Raises DataPathUnavailable saying why this is not the segment that was meant."""
         if not _NAME.fullmatch(name):
             raise DataPathUnavailable(f"{name!r} is not the name of a segment")
+        self._slot = slot
         nbytes = HEADER_BYTES + payload_bytes
         try:
             self._fd = os.open(os.path.join(DIRECTORY, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -161,4 +162,6 @@ class AttachedSegment:
 
     def close(self) -> None:
         """Give up the lock. Only when no write is under way: the lock says that this process may write."""
+        # The mapping holds a duplicate of the descriptor, and with it the lock, until nobody refers to it any more.
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock_request(fcntl.F_UNLCK, 1 + self._slot))
         os.close(self._fd)

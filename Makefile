@@ -1,0 +1,32 @@
+# Everything runs in one virtual environment, which ci/install.sh makes and keeps up to date.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test unit lint clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## Make or update the virtual environment (VENV=dir, default .venv)
+	@VENV=$(VENV) ci/install.sh
+
+demo: install ## Three real sglang servers on this machine's CPU, compared (options: ARGS="--help")
+	@$(PYTHON) -m sglang_mm_conn demo $(ARGS)
+
+test: lint ## Lint, types, and all tests, those with real sglang servers too
+	@$(PYTHON) -m pytest -q
+
+unit: install ## All tests that need no sglang server
+	@$(PYTHON) -m pytest -q -m "not servers"
+
+lint: install ## ruff and mypy
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+
+clean: ## Remove what builds, tests and the demo leave behind (the environment stays)
+	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf ci/cpu_bed/build
+	@find . -name .git -prune -o -path './$(VENV)' -prune -o -name __pycache__ -type d -prune \
+		-exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""The bed's sglang plugin: applies what two environment variables ask for, and nothing by default.
+
+CPU_BED_FORBID_STOCK_TRANSPORT=1  sglang's own embedding transports raise when used (see forbid.py)
+CPU_BED_PREFILL_DECODE=1          prefill and decode servers run without an accelerator (see prefill_decode.py)
+"""
+
+import os
+
+
+def register() -> None:
+    if _asked("CPU_BED_FORBID_STOCK_TRANSPORT"):
+        from cpu_bed.forbid import forbid_stock_transport
+
+        forbid_stock_transport()
+    if _asked("CPU_BED_PREFILL_DECODE"):
+        from cpu_bed.prefill_decode import do_without_accelerator
+
+        do_without_accelerator()
+
+
+def _asked(variable: str) -> bool:
+    value = os.environ.get(variable, "0")
+    if value not in ("0", "1"):
+        # SystemExit, because sglang logs any other exception of a plugin and goes on without it.
+        raise SystemExit(f"{variable}={value!r}: must be 0 or 1")
+    return value == "1"

@@ -1,0 +1,32 @@
+"""Owns the command line `python -m sglang_mm_conn`: finds the subcommand and runs it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sglang_mm_conn.demo import command as demo
+
+# Each has add_parser(subparsers), which sets the default `run`: from the parsed arguments to the exit status.
+# Their modules must import nothing heavy at the top, so that --help answers at once.
+COMMANDS = (demo,)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m sglang_mm_conn",
+        description="Moves multimodal embeddings from an sglang encoder server to a language server.",
+    )
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    status: int = args.run(args)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

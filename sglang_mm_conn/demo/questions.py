@@ -1,0 +1,29 @@
+"""Owns the requests that the demo and the server tests ask, each about a different shape of traffic."""
+
+from dataclasses import dataclass
+
+from sglang_mm_conn.demo.images import Image
+
+
+@dataclass(frozen=True)
+class Question:
+    """One chat request: a text and the images it is about."""
+
+    name: str
+    text: str
+    images: tuple[Image, ...] = ()
+    max_tokens: int = 24
+
+
+_FIRST = Image(seed=1)
+
+QUESTIONS = (
+    Question("text only", "hello"),
+    Question("one image", "what is this?", (_FIRST,)),
+    Question("two images", "compare", (Image(seed=1), Image(seed=2, width=140, height=112))),
+    Question("five images", "which one is odd?", tuple(Image(seed, 84 + 28 * seed, 112) for seed in range(3, 8))),
+    Question("same image again", "what is this?", (_FIRST,)),
+    Question("wide image", "what is at the right end?", (Image(seed=8, width=560, height=56),)),
+    Question("tall image", "what is at the bottom?", (Image(seed=9, width=56, height=560),)),
+    Question("large image", "describe", (Image(seed=10, width=392, height=336),)),
+)

@@ -1,0 +1,275 @@
+"""Owns the tiny random-weight vision-language models: written from nothing in seconds, with no download."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VERSION = 1  # raise it when what is written changes, so that directories of older runs are written anew
+STAMP = "tiny-model.json"
+
+BYTES = 256
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TOKEN_ID = {name: BYTES + index for index, name in enumerate(SPECIAL)}
+VOCABULARY = 320  # bytes and special tokens, rounded up
+HIDDEN = 128
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] in ('video', 'video_url') %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one model family needs beyond the parts that all share."""
+
+    classes: str  # prefix of its classes in transformers
+    patch: int
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_processor: str
+    video_processor: str
+
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_MROPE = {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [4, 6, 6]}}
+_VISION = {"num_heads": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+
+KINDS = {
+    "qwen2_vl": Kind(
+        classes="Qwen2VL",
+        patch=14,
+        # in_chans beside in_channels: sglang reads the one, transformers the other.
+        vision={**_VISION, "depth": 2, "embed_dim": 64, "hidden_size": HIDDEN, "mlp_ratio": 2, "in_chans": 3},
+        text=_MROPE,
+        mean=_CLIP_MEAN,
+        std=_CLIP_STD,
+        image_processor="Qwen2VLImageProcessor",
+        video_processor="Qwen2VLVideoProcessor",
+    ),
+    "qwen2_5_vl": Kind(
+        classes="Qwen2_5_VL",
+        patch=14,
+        vision={
+            **_VISION,
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": HIDDEN,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        text=_MROPE,
+        mean=_CLIP_MEAN,
+        std=_CLIP_STD,
+        image_processor="Qwen2VLImageProcessor",
+        video_processor="Qwen2VLVideoProcessor",
+    ),
+    "qwen3_vl": Kind(
+        classes="Qwen3VL",
+        patch=16,
+        vision={
+            **_VISION,
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": HIDDEN,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text={
+            "head_dim": 32,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]},
+        },
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        image_processor="Qwen2VLImageProcessorFast",
+        video_processor="Qwen3VLVideoProcessor",
+    ),
+}
+
+
+def write(kind: str, directory: Path, seed: int = 0) -> Path:
+    """Writes the model into the directory unless a finished one of the same making is there. Returns the directory."""
+    if kind not in KINDS:
+        raise ValueError(f"model kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    stamp = {
+        "kind": kind,
+        "seed": seed,
+        "version": VERSION,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    if _stamp_of(directory) == stamp:
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and moved there whole: a run cut short leaves nothing that looks finished.
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        _write_tokenizer(draft)
+        _write_weights(KINDS[kind], draft, seed)
+        _write_processors(KINDS[kind], draft)
+        _dump(draft / STAMP, stamp)
+        draft.chmod(0o755)
+        if directory.exists():
+            if _stamp_of(directory) is None and any(directory.iterdir()):
+                raise ValueError(f"{directory} holds something else than a tiny model, and is left alone")
+            shutil.rmtree(directory)
+        os.replace(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return directory
+
+
+def _stamp_of(directory: Path) -> Any:
+    try:
+        return json.loads((directory / STAMP).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _dump(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _byte_alphabet() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """One token per byte, no merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: index for index, character in enumerate(_byte_alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _dump(directory / "vocab.json", vocabulary)
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    _dump(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2TokenizerFast",
+            "add_prefix_space": False,
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": None,
+            "additional_special_tokens": list(SPECIAL[1:]),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 4096,
+            "chat_template": CHAT_TEMPLATE,
+            "added_tokens_decoder": {str(index): {"content": name, **flags} for name, index in TOKEN_ID.items()},
+        },
+    )
+    _dump(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+
+
+def _write_weights(kind: Kind, directory: Path, seed: int) -> None:
+    import torch
+    import transformers
+
+    config_class = getattr(transformers, f"{kind.classes}Config")
+    model_class = getattr(transformers, f"{kind.classes}ForConditionalGeneration")
+    config = config_class(
+        text_config={**_text_config(), **kind.text},
+        vision_config={**kind.vision, "patch_size": kind.patch},
+        image_token_id=TOKEN_ID["<|image_pad|>"],
+        video_token_id=TOKEN_ID["<|video_pad|>"],
+        vision_start_token_id=TOKEN_ID["<|vision_start|>"],
+        vision_end_token_id=TOKEN_ID["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    model = model_class(config).to(torch.float32)
+    _randomise(model, seed)
+    model.generation_config.eos_token_id = TOKEN_ID["<|im_end|>"]
+    transformers.utils.logging.disable_progress_bar()  # it writes into the middle of other output
+    model.save_pretrained(directory, safe_serialization=True)
+    saved = json.loads((directory / "config.json").read_text())
+    _dump(directory / "config.json", {**saved, "architectures": [model_class.__name__]})
+
+
+def _text_config() -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": TOKEN_ID["<|endoftext|>"],
+        "eos_token_id": TOKEN_ID["<|im_end|>"],
+        "pad_token_id": TOKEN_ID["<|endoftext|>"],
+    }
+
+
+def _randomise(model: Any, seed: int) -> None:
+    """Weights spread wide enough for the greedy tokens to differ from step to step and from image to image."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                scale = 1.0 if "embed_tokens" in name else 1.4 * parameter[0].numel() ** -0.5
+                parameter.copy_(scale * noise)
+            else:
+                parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * noise)
+        # Only printable ASCII can win: then the text names the token ids one to one, and equal texts are equal tokens.
+        head = model.get_output_embeddings().weight
+        alphabet = _byte_alphabet()
+        for index in range(VOCABULARY):
+            if index >= BYTES or not "!" <= alphabet[index] <= "~":
+                head[index].zero_()
+
+
+def _write_processors(kind: Kind, directory: Path) -> None:
+    merge = kind.vision["spatial_merge_size"]
+    pixels_per_token = (kind.patch * merge) ** 2
+    fewest, most = 4 * pixels_per_token, 256 * pixels_per_token
+    common = {
+        "min_pixels": fewest,
+        "max_pixels": most,
+        "size": {"shortest_edge": fewest, "longest_edge": most},
+        "patch_size": kind.patch,
+        "temporal_patch_size": kind.vision["temporal_patch_size"],
+        "merge_size": merge,
+        "image_mean": kind.mean,
+        "image_std": kind.std,
+        "processor_class": f"{kind.classes}Processor",
+    }
+    _dump(directory / "preprocessor_config.json", {**common, "image_processor_type": kind.image_processor})
+    _dump(directory / "video_preprocessor_config.json", {**common, "video_processor_type": kind.video_processor})

@@ -1,0 +1,43 @@
+"""The test bed itself, without the connector: both ways of serving agree, and sglang's transports can be banned."""
+
+import pickle
+from collections.abc import Callable
+from http import HTTPStatus
+
+import pytest
+
+from sglang_mm_conn.demo.chat import ask
+from sglang_mm_conn.demo.questions import QUESTIONS
+from sglang_mm_conn.demo.servers import ServerGroup
+from sglang_mm_conn.demo.tiny_models import KINDS
+
+STOCK = "zmq_to_scheduler"
+
+# Early Python 3.11 (Debian 12: 3.11.2) pickles an enum member as a call of getattr, which sglang's unpickler refuses:
+# there each embedding is dropped as malformed, and the request waits until it times out. The connector pickles nothing.
+STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
+
+
+@pytest.mark.skipif(STOCK_CANNOT_PICKLE, reason="sglang's own transport drops every embedding on this Python")
+@pytest.mark.parametrize("kind", KINDS)
+def test_sglang_alone_answers_alike(
+    kind: str, reference: Callable[..., object], shared_group: Callable[..., ServerGroup]
+) -> None:
+    group = shared_group(kind, backend=STOCK)
+    for question in QUESTIONS:
+        expected = reference(kind).answer(question)  # type: ignore[attr-defined]
+        got = ask(group.language.url, question)
+        assert got.same_as(expected), (question.name, got, expected)
+
+
+def test_forbidden_stock_transport_raises(new_group: Callable[..., ServerGroup]) -> None:
+    group = new_group("qwen2_5_vl", backend=STOCK, env={"CPU_BED_FORBID_STOCK_TRANSPORT": "1"})
+    assert ask(group.language.url, QUESTIONS[0]).ok, "a text needs no transport"
+    assert "forbidden in this process" in group.encoder.log()
+    assert "forbidden in this process" in group.language.log()
+    try:
+        answer = ask(group.language.url, QUESTIONS[1], timeout=20)
+        assert not answer.ok, answer
+    except OSError:
+        pass  # the language server's scheduler died of it
+    assert "stock transport used" in group.language.log() + group.encoder.log()
