@@ -232,8 +232,8 @@ class ReceiverCore:
         if isinstance(message, Failed):
             return self._on_failed(entry, peer, message, now)
         if entry.peer is None:
-            if peer.encoder != entry.encoder:
-                return []  # Drained: the answer to the Abort that its Announce met
+            if isinstance(message, Drained):
+                return []  # the answer to an Abort of ours that no longer matters
             return self._fail(entry, f"{type(message).__name__} before Announce", 502, now)
         if isinstance(message, Drained):
             return self._fail(entry, "the encoder gave the room up without being asked", 502, now)

@@ -133,7 +133,7 @@ class SenderCore:
     # -- sessions ------------------------------------------------------------------------------------------------
 
     def register(self, session: Session, now: float) -> list[Action]:
-        """A session's memory was checked and attached. Announces to it what waits for its server."""
+        """A session's memory was checked and attached. Announces to it the rooms of its server."""
         actions: list[Action] = []
         old = self.sessions.get(session.mooncake_session_id)
         if old is not None and old.incarnation != session.incarnation:
@@ -143,8 +143,8 @@ class SenderCore:
             if entry.server != session.server or entry.machine.final:
                 continue
             entry.unheard_since = None
-            if session.mooncake_session_id not in entry.transfer_infos:
-                actions.append(self._announcement(entry, session))
+            # Also where it has said Init: an Abort may have been lost with the connection, this is what it answers.
+            actions.append(self._announcement(entry, session))
         return actions
 
     def session_lost(self, mooncake_session_id: str, reason: str, now: float) -> list[Action]:
