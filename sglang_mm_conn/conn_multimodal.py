@@ -20,6 +20,7 @@ from sglang_mm_conn.connector.encoder import EncoderEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, dtype_name, encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
+from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.actions import Ended
@@ -90,8 +91,8 @@ class EmbeddingManager(BaseKVManager):
                 size=args.size,
             )
 
-    def register_to_bootstrap(self) -> BootstrapInfo | None:
-        """What the encoder's bootstrap route answers; None for a language rank, which asks and does not answer."""
+    def register_to_bootstrap(self) -> tuple[BootstrapInfo, DeploymentKey | None] | None:
+        """What the encoder's bootstrap route answers, and to whom; None for a language rank, which only asks."""
         return None if self.encoder is None else self.encoder.bootstrap_info
 
     def teardown(self) -> None:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{variable}={value}   (set here)" if value else variable)
         print(f"    {meaning}")
         print(f"    {allowed}; default: {default}\n")
-    print("Deadlines are sglang's: SGLANG_ENCODER_RECV_TIMEOUT (language server), SGLANG_ENCODER_SEND_TIMEOUT (encoder).")
+    print("Deadlines are sglang's own: SGLANG_ENCODER_RECV_TIMEOUT (language), SGLANG_ENCODER_SEND_TIMEOUT (encoder).")
     try:
         Settings.from_env(os.environ)
     except SettingError as error:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
@@ -96,8 +97,10 @@ class EncoderEndpoint:
         ]
         self._workers_per_queue = max(1, settings.workers // settings.queues)
         self._registrar = ThreadPoolExecutor(1, "mm-conn-registrar")
+        self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._control = ControlServer(
             host,
+            key=self.key,
             max_frame_bytes=settings.max_frame_bytes,
             on_frame=self._on_frame,
             on_tick=self._on_tick,
@@ -119,9 +122,9 @@ class EncoderEndpoint:
         )  # fmt: skip
 
     @property
-    def bootstrap_info(self) -> BootstrapInfo:
-        """What the bootstrap route answers."""
-        return BootstrapInfo(PROTOCOL_VERSION, [Worker(self.incarnation, self._control.port)])
+    def bootstrap_info(self) -> tuple[BootstrapInfo, DeploymentKey | None]:
+        """What the bootstrap route answers, and to whom."""
+        return BootstrapInfo(PROTOCOL_VERSION, [Worker(self.incarnation, self._control.port)]), self.key
 
     # -- what a sender asks for ----------------------------------------------------------------------------------
 

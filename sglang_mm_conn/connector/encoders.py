@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address, look_up
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.core.errors import ConnError
@@ -59,8 +60,10 @@ class Encoders:
     def __init__(
         self,
         sessions: Sessions,
+        key: DeploymentKey | None,
         incarnation: str,
         *,
+        insecure: bool,
         peer_timeout: float,
         heartbeat: float,
         on_ready: Callable[[Peer], None],
@@ -70,6 +73,8 @@ class Encoders:
     ) -> None:
         """``on_ready(peer)``; ``on_lost(incarnation, reason)``; ``on_refused(encoder url, reason)``."""
         self._sessions = sessions
+        self._key = key
+        self._insecure = insecure
         self._incarnation = incarnation
         self._peer_timeout = peer_timeout
         self._heartbeat = heartbeat
@@ -120,7 +125,7 @@ class Encoders:
 
         def work() -> None:
             try:
-                answer: BootstrapInfo | Exception = look_up(encoder.url)
+                answer: BootstrapInfo | Exception = look_up(encoder.url, self._key, insecure=self._insecure)
             except Exception as error:
                 answer = error
             self.control.call(lambda: self._looked_up(encoder, answer))

@@ -20,6 +20,7 @@ import torch
 from sglang_mm_conn.connector.encoders import Encoders
 from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
@@ -80,9 +81,12 @@ class LanguageEndpoint:
         self._labels: dict[str, str] = {}
         self.completions = Wakeup()  # rung when a room ends
         self._movers = ThreadPoolExecutor(settings.movers, "mm-conn-mover")
+        key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._encoders = Encoders(
             self._sessions,
+            key,
             self.incarnation,
+            insecure=settings.insecure,
             peer_timeout=settings.peer_timeout,
             heartbeat=settings.heartbeat,
             on_ready=self._on_ready,
@@ -91,6 +95,7 @@ class LanguageEndpoint:
             clock=clock,
         )
         self._control = ControlClient(
+            key=key,
             max_frame_bytes=settings.max_frame_bytes + settings.max_metadata_bytes,
             on_frame=self._on_frame,
             on_connected=self._encoders.on_connected,

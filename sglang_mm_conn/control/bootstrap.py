@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import msgspec
 import requests
 
+from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, is_loopback, new_nonce
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
 ROUTE = "/conn_multimodal"
+NONCE, SIGNATURE = "X-Mm-Conn-Nonce", "X-Mm-Conn-Signature"
+_ASK, _ANSWER = "bootstrap ask", "bootstrap answer"
 _CONNECT_SECONDS = 2.0
 _READ_SECONDS = 5.0
 _MAX_BYTES = 1 << 20
@@ -38,26 +42,55 @@ class EncoderAbsent(ConnError):
         self.refused = refused
 
 
-def look_up(encoder_url: str) -> BootstrapInfo:
-    """Ask an encoder for its control sockets. Raises EncoderAbsent, or ProtocolError where it speaks something else."""
+def answer_request(info: BootstrapInfo, key: DeploymentKey | None, headers: Mapping[str, str]) -> tuple[bytes, str]:
+    """The encoder's side: the body, and the value of its header SIGNATURE. Raises NotAuthentic."""
+    body = msgspec.json.encode(info)
+    if key is None:
+        return body, ""
+    nonce = headers.get(NONCE, "")
+    key.verify(headers.get(SIGNATURE, ""), _ASK, nonce.encode("utf-8", "replace"))
+    return body, key.sign(_ANSWER, nonce.encode("utf-8", "replace"), body)
+
+
+def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: bool = False) -> BootstrapInfo:
+    """Ask an encoder for its control sockets.
+
+    Raises EncoderAbsent; ProtocolError where it speaks something else; NotAuthentic where one side lacks the key, or
+    where there is none and the encoder is beyond loopback (unless ``insecure`` allows that).
+    """
+    if key is None and not insecure and not is_loopback(urlsplit(encoder_url).hostname):
+        raise NotAuthentic(
+            f"encoder {encoder_url} is not on a loopback address and SGLANG_MM_CONN_KEY_FILE is not set "
+            "(or SGLANG_MM_CONN_INSECURE=1 on a network where everybody is trusted)"
+        )
     url = encoder_url.rstrip("/") + ROUTE
+    nonce = new_nonce()
+    headers = {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(_ASK, nonce.encode())}
     try:
         with requests.Session() as http:
             http.trust_env = False  # a proxy has no business between servers of one cluster
-            answer = http.get(url, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True)
+            answer = http.get(url, headers=headers, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True)
             body = answer.raw.read(_MAX_BYTES, decode_content=True)
             status = answer.status_code
+            signature = answer.headers.get(SIGNATURE, "")
     except requests.ConnectionError as error:
         raise EncoderAbsent(f"{url}: {error}", refused="refused" in str(error)) from None
     except (requests.RequestException, OSError) as error:
         raise EncoderAbsent(f"{url}: {error}", refused=False) from None
     if status in (502, 503, 504):
         raise EncoderAbsent(f"{url} answered HTTP {status}", refused=False)
+    if status == 401:
+        raise NotAuthentic(f"{url} wants this deployment's key: set SGLANG_MM_CONN_KEY_FILE to the encoder's")
     if status != 200:
         raise ProtocolError(
             f"{url} answered HTTP {status}: is the encoder started with "
             "--disaggregation-transfer-backend conn_multimodal?"
         )
+    if key is not None:
+        try:
+            key.verify(signature, _ANSWER, nonce.encode(), body)
+        except NotAuthentic as error:
+            raise NotAuthentic(f"{url}: {error}") from None
     try:
         info = msgspec.json.decode(body, type=BootstrapInfo)
     except msgspec.DecodeError as error:

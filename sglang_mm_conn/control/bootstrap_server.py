@@ -5,23 +5,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import msgspec
 import uvicorn
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 
-from sglang_mm_conn.control.bootstrap import ROUTE, BootstrapInfo
+from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, RefusalLog
+from sglang_mm_conn.control.bootstrap import ROUTE, SIGNATURE, BootstrapInfo, answer_request
+
+# What the route answers with, and the key that protects it; None as long as the encoder is not ready (HTTP 503).
+Source = Callable[[], tuple[BootstrapInfo, DeploymentKey | None] | None]
 
 
-def bootstrap_router(info: Callable[[], BootstrapInfo | None]) -> APIRouter:
-    """A router with the one route; ``info`` answers None as long as the encoder is not ready (HTTP 503)."""
+def bootstrap_router(source: Source) -> APIRouter:
+    """A router with the one route. With a key, an asker that does not prove it is refused (HTTP 401)."""
     router = APIRouter()
+    refusals = RefusalLog()
 
     @router.get(ROUTE, include_in_schema=False)
-    async def conn_multimodal() -> Response:
-        answer = info()
-        if answer is None:
+    async def conn_multimodal(request: Request) -> Response:
+        ready = source()
+        if ready is None:
             return Response("the encoder is starting", status_code=503)
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        try:
+            body, signature = answer_request(*ready, request.headers)
+        except NotAuthentic:
+            refusals.refused(request.client.host if request.client else "?", "its look-up proves no key")
+            return Response("this deployment has a key", status_code=401)
+        return Response(body, media_type="application/json", headers={SIGNATURE: signature})
 
     return router
 
@@ -29,10 +38,10 @@ def bootstrap_router(info: Callable[[], BootstrapInfo | None]) -> APIRouter:
 class StandaloneBootstrap:
     """The route on a port of its own, for encoders that have no HTTP server (tests, benchmarks)."""
 
-    def __init__(self, host: str, port: int, info: Callable[[], BootstrapInfo | None]) -> None:
+    def __init__(self, host: str, port: int, source: Source) -> None:
         """``port`` 0 takes a free one. Returns when the server answers."""
         app = FastAPI(openapi_url=None)
-        app.include_router(bootstrap_router(info))
+        app.include_router(bootstrap_router(source))
         self._server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run, name="mm-conn-bootstrap-http", daemon=True)
         self._thread.start()

@@ -12,6 +12,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
@@ -19,8 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class _Link:
-    def __init__(self, context: zmq.Context[Any], address: str, max_frame_bytes: int) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], address: str, key: DeploymentKey | None, max_frame_bytes: int
+    ) -> None:
         self.socket = context.socket(zmq.DEALER)
+        if key is not None:
+            key.secure_client(self.socket)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, HIGH_WATER_MARK),
@@ -52,6 +57,7 @@ class ControlClient:
     def __init__(
         self,
         *,
+        key: DeploymentKey | None,
         max_frame_bytes: int,
         on_frame: Callable[[str, bytes], None],
         on_connected: Callable[[str], None],
@@ -60,6 +66,7 @@ class ControlClient:
         tick_seconds: float,
     ) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
+        self._key = key
         self._max_frame_bytes = max_frame_bytes
         self._on_frame = on_frame
         self._on_connected = on_connected
@@ -125,7 +132,7 @@ class ControlClient:
 
     def _connect(self, key: str, address: str) -> None:
         self._disconnect(key)
-        self._links[key] = _Link(self._context, address, self._max_frame_bytes)
+        self._links[key] = _Link(self._context, address, self._key, self._max_frame_bytes)
 
     def _disconnect(self, key: str) -> None:
         link = self._links.pop(key, None)

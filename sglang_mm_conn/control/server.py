@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
+from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
 from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
+
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+def _peer_address(fd: int) -> str:
+    """The remote host of an accepted connection, for logs; libzmq may have closed it by now."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            return str(connection.getpeername()[0])
+    except OSError:
+        return "?"
 
 
 class ControlServer:
@@ -22,14 +40,23 @@ class ControlServer:
         self,
         host: str,
         *,
+        key: DeploymentKey | None,
         max_frame_bytes: int,
         on_frame: Callable[[str, bytes], None],
         on_tick: Callable[[], None],
         tick_seconds: float,
     ) -> None:
-        """Bind ``host`` on a port of the kernel's choosing (``port``). Peers are named by their routing id in hex."""
-        self._context = zmq.Context()
+        """Bind ``host`` on a port of the kernel's choosing (``port``). Peers are named by their routing id in hex.
+
+        With ``key`` only peers that hold the same one get through.
+        """
+        self._context: zmq.Context[Any] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._zap: ZapHandler | None = None
+        self._refusals = RefusalLog()
+        if key is not None:
+            self._zap = ZapHandler(self._context, key, self._refusals)
+            key.secure_server(self._socket)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, HIGH_WATER_MARK),
@@ -39,6 +66,10 @@ class ControlServer:
             (zmq.IPV6, 1 if ":" in host else 0),
         ):
             self._socket.setsockopt(option, value)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILED
+        )
+        self._shaking_hands: deque[str] = deque(maxlen=1024)  # addresses, in the order of their connections
         bound = f"[{host}]" if ":" in host else host
         self._socket.bind(f"tcp://{bound}:*")
         self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
@@ -64,17 +95,27 @@ class ControlServer:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wakeup.fileno(), zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        if self._zap is not None:
+            poller.register(self._zap.socket, zmq.POLLIN)
         next_tick = time.monotonic() + self._tick_seconds
         while not self._stopping:
             poller.poll(milliseconds_until(next_tick))
             self._wakeup.clear()
+            if self._zap is not None:
+                guarded(self._zap.serve)
+            self._watch()
             self._receive()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_seconds
                 guarded(self._on_tick)
             self._flush()
         self._flush()
+        self._socket.disable_monitor()
+        self._monitor.close(0)
         self._socket.close()
+        if self._zap is not None:
+            self._zap.close()
         self._context.term()
         self._wakeup.close()
 
@@ -88,6 +129,20 @@ class ControlServer:
                 guarded(lambda parts=parts: self._on_frame(parts[0].hex(), parts[1]))  # type: ignore[misc]
             else:
                 logger.warning("Control message of %d frames dropped", len(parts))
+
+    def _watch(self) -> None:
+        """Handshakes that failed before a key was shown: a peer without one, or no ZeroMQ at all."""
+        while True:
+            try:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._shaking_hands.append(_peer_address(event["value"]))
+                continue
+            address = self._shaking_hands.popleft() if self._shaking_hands else "?"
+            if event["event"] & _HANDSHAKE_FAILED:
+                self._refusals.refused(address, "it has another key or none, or speaks another protocol")
 
     def _flush(self) -> None:
         while self._outbox:

@@ -173,7 +173,7 @@ _VERSION = bytes([PROTOCOL_VERSION])
 
 
 def as_text(value: str, limit: int = 1000) -> str:
-    """``value`` as it can travel: shortened, and without the lone surrogates that a client's JSON can put into an error."""
+    """``value`` as it can travel: shortened, without the lone surrogates that a client's JSON can put in an error."""
     return value[:limit].encode("utf-8", "replace").decode()
 
 

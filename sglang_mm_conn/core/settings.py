@@ -90,6 +90,14 @@ class Settings:
         "auto: shared memory where both ends can prove it is one host, Mooncake otherwise; "
         "a forced path that cannot be had is an error",
     )
+    key_file: str | None = _setting(
+        "SGLANG_MM_CONN_KEY_FILE", None, _text(),
+        "file with the deployment's secret (python -m sglang_mm_conn keygen FILE), the same on every server",
+    )
+    insecure: bool = _setting(
+        "SGLANG_MM_CONN_INSECURE", False, _flag(),
+        "1: serve beyond loopback without a key; anybody who reaches the ports can then read and forge embeddings",
+    )
     regions: int = _setting(
         "SGLANG_MM_CONN_REGIONS", 4, _integer(1, 64),
         "registered regions that the pool is divided into",

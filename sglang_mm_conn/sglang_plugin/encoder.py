@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.disaggregation.encoder.server import MMError
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingSender
+from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.rooms import server_of
@@ -26,7 +27,7 @@ _NOT_METADATA = frozenset(
 _manager: EmbeddingManager | None = None
 
 
-def bootstrap_info() -> BootstrapInfo | None:
+def bootstrap_info() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
     """For the bootstrap route; None as long as the model is being loaded."""
     return None if _manager is None else _manager.register_to_bootstrap()
 

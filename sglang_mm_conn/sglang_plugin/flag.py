@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
+from sglang_mm_conn.control.authentication import DeploymentKey, is_loopback
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 
@@ -74,13 +76,32 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
             f"--encoder-transfer-backend {explicit}: leave --encoder-transfer-backend out (or set it to auto)"
         )
     _refuse_untested(cfg)
-    Settings.from_env(os.environ)  # a bad setting is refused here, before any model is loaded
+    settings = Settings.from_env(os.environ)  # a bad setting is refused here, before any model is loaded
+    _refuse_strangers(cfg, settings)
     declare_resolution(server_args, BACKEND, encoder_transfer_backend="zmq_to_scheduler")
     os.environ[SERVER_ENV] = new_id()
     seams.hook_all()
     seams.apply_and_verify()
     previous(server_args)
     logger.info("Embeddings travel over %s (server %s)", BACKEND, os.environ[SERVER_ENV])
+
+
+def _refuse_strangers(cfg: Any, settings: Settings) -> None:
+    """Without a key, only what stays on this host is allowed, or what was called insecure in so many words."""
+    if settings.key_file is not None:
+        DeploymentKey.load(settings.key_file)
+        return
+    places = [cfg.host, *(urlsplit(url).hostname for url in cfg.encoder_urls)]
+    outside = [place for place in places if not is_loopback(place)]
+    if not outside:
+        return
+    if not settings.insecure:
+        raise ValueError(
+            f"{FLAG} {BACKEND}: {', '.join(map(str, outside))} is not a loopback address and "
+            "SGLANG_MM_CONN_KEY_FILE is not set. Make a key (python -m sglang_mm_conn keygen FILE) and give it to "
+            "every server, or set SGLANG_MM_CONN_INSECURE=1 on a network where everybody is trusted"
+        )
+    logger.warning("INSECURE: control connections beyond this host are neither authenticated nor encrypted")
 
 
 def _refuse_untested(cfg: Any) -> None:
