@@ -19,18 +19,22 @@ from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN_ADDRESS = "an address that was gone too soon"
 _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 
 
 def _peer_address(fd: int) -> str:
-    """The remote host of an accepted connection, for logs; libzmq may have closed it by now."""
+    """The remote host of an accepted connection, for logs.
+
+    libzmq tells only the descriptor, and may have closed it by now: on one host a handshake fails in microseconds.
+    """
     try:
         with socket.socket(fileno=os.dup(fd)) as connection:
             return str(connection.getpeername()[0])
     except OSError:
-        return "?"
+        return UNKNOWN_ADDRESS
 
 
 class ControlServer:
@@ -140,7 +144,7 @@ class ControlServer:
             if event["event"] == zmq.EVENT_ACCEPTED:
                 self._shaking_hands.append(_peer_address(event["value"]))
                 continue
-            address = self._shaking_hands.popleft() if self._shaking_hands else "?"
+            address = self._shaking_hands.popleft() if self._shaking_hands else UNKNOWN_ADDRESS
             if event["event"] & _HANDSHAKE_FAILED:
                 self._refusals.refused(address, "it has another key or none, or speaks another protocol")
 
