@@ -14,10 +14,11 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from sglang_mm_conn.connector.links import LinkBusy, Links
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.server import ControlServer
@@ -32,28 +33,20 @@ from sglang_mm_conn.core.messages import (
     Register,
     Registered,
     Resume,
+    Retire,
+    as_text,
     decode_from_language,
     encode,
 )
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import SenderCore, Session, WindowWrite
+from sglang_mm_conn.core.sender import SenderCore, Session
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.datapath.base import DataPath, WriteLink
+from sglang_mm_conn.datapath.base import DataPath
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
-
-
-@dataclass
-class _OpenLink:
-    """A session's data link, and how many writes go through it at this moment. Closed only at zero."""
-
-    link: WriteLink
-    register: Register
-    writes: int = 0
-    closing: bool = False
 
 
 @dataclass
@@ -81,13 +74,12 @@ class EncoderEndpoint:
         self.incarnation = new_id()
         self.dtype = dtype
         self.widest_row_bytes = widest_row_bytes
-        self._data_paths = data_paths
         self._clock = clock
         self._lock = threading.Lock()
         self.core = SenderCore(
             queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
         )
-        self._links: dict[str, _OpenLink] = {}
+        self._links = Links(data_paths)
         self._peers: dict[str, _ControlPeer] = {}
         self._sources: dict[str, torch.Tensor] = {}
         self._listeners: dict[str, Callable[[Ended], None]] = {}
@@ -192,6 +184,9 @@ class EncoderEndpoint:
             known.last_seen = now
             if isinstance(message, Heartbeat):
                 return
+            if isinstance(message, Retire):
+                self._retire(known, message)
+                return
             with self._lock:
                 actions = self.core.on_message(peer, message, now)
                 ended = self._perform(actions)
@@ -220,6 +215,13 @@ class EncoderEndpoint:
             for peer in list(self._peers):
                 self._send(peer, Heartbeat(incarnation=self.incarnation))
 
+    def _retire(self, known: _ControlPeer, message: Retire) -> None:
+        if known.session != message.mooncake_session_id:
+            raise ProtocolError(f"session {message.mooncake_session_id} is not registered by this peer")
+        with self._lock:
+            self.core.retire(message.mooncake_session_id, message.epoch)
+        self._links.close(message.mooncake_session_id, up_to=message.epoch)
+
     def _drop_peer(self, peer: str, reason: str) -> None:
         known = self._peers.pop(peer, None)
         if known is None:
@@ -229,7 +231,7 @@ class EncoderEndpoint:
             if session is None or session.peer != peer:
                 return  # the session speaks through a newer connection
             ended = self._perform(self.core.session_lost(known.session, reason, self._clock()))
-            self._close_link(known.session)
+        self._links.close(known.session)
         logger.warning("Language rank %s lost: %s", known.session, reason)
         self._tell(ended)
 
@@ -242,23 +244,17 @@ class EncoderEndpoint:
                 logger.error("Language rank %s refused: %s", message.mooncake_session_id, problem)
                 self._send(peer, Refused(reason=problem, kind="mismatch"))
                 return
-            with self._lock:
-                open_link = self._links.get(message.mooncake_session_id)
-                reuse = open_link is not None and open_link.register == message and not open_link.closing
-                busy = open_link is not None and open_link.closing
-            if busy:
-                reason = "the session's previous link has a write under way"
-                self._send(peer, Refused(reason=reason, kind="register_first"))
-                return
-            if not reuse:
-                link = self._open(message)
+            goes_on = self._links.open(message)
+        except LinkBusy as error:
+            self._send(peer, Refused(reason=str(error), kind="register_first"))
+            return
         except (DataPathUnavailable, ProtocolError) as error:
             logger.warning("Language rank %s: %s", message.mooncake_session_id, error)
-            self._send(peer, Refused(reason=str(error), kind="data_path"))
+            self._send(peer, Refused(reason=as_text(str(error)), kind="data_path"))
             return
         except Exception as error:
             logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
-            self._send(peer, Refused(reason=f"{type(error).__name__}: {error}", kind="data_path"))
+            self._send(peer, Refused(reason=as_text(f"{type(error).__name__}: {error}"), kind="data_path"))
             return
         session = Session(
             mooncake_session_id=message.mooncake_session_id,
@@ -268,25 +264,27 @@ class EncoderEndpoint:
             rank=message.rank,
             size=message.size,
             geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
+            epochs=(message.epoch,),
         )
         now = self._clock()
+        answer = Registered(
+            mooncake_session_id=message.mooncake_session_id, epoch=message.epoch, incarnation=self.incarnation
+        )
         with self._lock:
-            if not reuse:
-                ended = self._perform(
+            ended: list[Ended] = []
+            known = self.core.sessions.get(message.mooncake_session_id)
+            if not goes_on:
+                ended += self._perform(
                     self.core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
                 )
-                self._close_link(message.mooncake_session_id)
-                self._links[message.mooncake_session_id] = _OpenLink(link, message)
-            else:
-                ended = []
+            elif known is not None:
+                session = replace(session, epochs=tuple(sorted({*known.epochs, message.epoch})))
             self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
-            self._send(
-                peer, Registered(mooncake_session_id=message.mooncake_session_id, incarnation=self.incarnation)
-            )
+            self._send(peer, answer)
             ended += self._perform(self.core.register(session, now))
         logger.info(
-            "Language rank %d of %d registered: session=%s path=%s pool=%d blocks of %d bytes",
-            message.rank, message.size, message.mooncake_session_id, message.data_path,
+            "Language rank %d of %d registered: session=%s epoch=%d path=%s pool=%d blocks of %d bytes",
+            message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,
             session.geometry.blocks, message.block_bytes,
         )  # fmt: skip
         self._tell(ended)
@@ -316,27 +314,6 @@ class EncoderEndpoint:
             return f"a region is not {message.blocks_per_region} blocks of {message.block_bytes} bytes long"
         return ""
 
-    def _open(self, message: Register) -> WriteLink:
-        path = self._data_paths.get(message.data_path)
-        if path is None:
-            raise DataPathUnavailable(
-                f"this encoder has no data path {message.data_path!r} (it has {', '.join(self._data_paths) or 'none'})"
-            )
-        with self._lock:
-            # The slot's lock belongs to the old attachment of the same process until that is closed.
-            self._close_link(message.mooncake_session_id)
-        return path.open(message)
-
-    def _close_link(self, session: str) -> None:
-        """Under the lock. Closes at once, or when the last write through the link has returned."""
-        open_link = self._links.get(session)
-        if open_link is None:
-            return
-        open_link.closing = True
-        if open_link.writes == 0:
-            del self._links[session]
-            open_link.link.close()
-
     # -- transfer workers ----------------------------------------------------------------------------------------
 
     def transfer_worker(self, index: int) -> None:
@@ -355,46 +332,32 @@ class EncoderEndpoint:
             if write is None:
                 return False
             source = self._sources[room]
-            open_link = self._links.get(write.session.mooncake_session_id)
-            if open_link is not None:
-                open_link.writes += 1
-            row_bytes = self.core.rooms[room].row_bytes
-        error, in_doubt = "", False
+            entry = self.core.rooms[room]
+        error, in_doubt, path = "", False, "none"
         try:
-            if open_link is None or open_link.closing:
-                raise DataPathError("the session's data link is closed", in_doubt=False)
-            first = write.first_token * row_bytes
-            nbytes = write.tokens * row_bytes
+            first = write.first_token * entry.row_bytes
+            nbytes = write.tokens * entry.row_bytes
             runs = window_runs(write.session.geometry, write.blocks, nbytes)
-            open_link.link.write(source[first : first + nbytes], runs)
+            with self._links.use(write.session.mooncake_session_id, write.epoch) as link:
+                path = link.name
+                link.write(source[first : first + nbytes], runs)
         except DataPathError as failure:
             error, in_doubt = str(failure), failure.in_doubt
         except Exception as failure:
             # Nothing is known about what a data call did that ended in a way it should not.
             logger.exception("Data call for room %s failed", room)
             error, in_doubt = f"{type(failure).__name__}: {failure}", True
-        self._written(write, open_link, error, in_doubt)
-        return True
-
-    def _written(self, write: WindowWrite, open_link: _OpenLink | None, error: str, in_doubt: bool) -> None:
         with self._lock:
-            if open_link is not None:
-                open_link.writes -= 1
-                if open_link.closing and open_link.writes == 0:
-                    if self._links.get(write.session.mooncake_session_id) is open_link:
-                        del self._links[write.session.mooncake_session_id]
-                    open_link.link.close()
-            entry = self.core.rooms[write.room]
             ended = self._perform(self.core.on_written(write, error, in_doubt, self._clock()))
         for action in ended:
             if action.success:
                 took = self._clock() - entry.started
                 logger.info(
                     "Embedding sent: room=%s tokens=%d windows=%d path=%s ms=%.1f",
-                    action.room, entry.total_tokens, entry.windows,
-                    open_link.link.name if open_link is not None else "none", took * 1000,
+                    action.room, entry.total_tokens, entry.windows, path, took * 1000,
                 )  # fmt: skip
         self._tell(ended)
+        return True
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -438,8 +401,4 @@ class EncoderEndpoint:
         for thread in self._threads:
             thread.join(10)
         self._registrar.shutdown(wait=True)
-        with self._lock:
-            for session in list(self._links):
-                self._close_link(session)
-        for path in self._data_paths.values():
-            path.close()
+        self._links.close_all()

@@ -17,7 +17,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address, look_up
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.core.errors import ConnError
-from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, encode
+from sglang_mm_conn.core.messages import Heartbeat, Message, Refused, Registered, encode
 from sglang_mm_conn.core.receiver import Peer
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,18 @@ class Encoders:
         """Drop the slots of processes that are neither connected nor in ``keep``."""
         for incarnation in [key for key in self._slots if key not in self._processes and key not in keep]:
             del self._slots[incarnation]
+
+    def register_again(self, path: str) -> None:
+        """Present the session anew to every process that writes over ``path`` (control thread)."""
+        for process in self._processes.values():
+            if process.path == path and process.ready:
+                self._register(process)
+
+    def tell(self, path: str, message: Message) -> None:
+        """Send ``message`` to every registered process that writes over ``path`` (control thread)."""
+        for process in self._processes.values():
+            if process.path == path and process.ready:
+                self.control.send(process.worker.incarnation, encode(message))
 
     def _use(self, url: str) -> None:
         now = self._clock()
@@ -218,7 +230,7 @@ class Encoders:
             encoder.delay = _LOOK_UP_AGAIN_SECONDS
             logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
         process.ready = True
-        self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path))
+        self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path, message.epoch))
 
     def on_refused(self, incarnation: str, message: Refused) -> None:
         process = self._processes.get(incarnation)

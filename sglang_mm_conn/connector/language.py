@@ -19,6 +19,7 @@ import torch
 
 from sglang_mm_conn.connector.encoders import Encoders
 from sglang_mm_conn.connector.metadata import dtype_of
+from sglang_mm_conn.connector.revocation import Revocation
 from sglang_mm_conn.connector.sessions import Sessions
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.client import ControlClient
@@ -26,7 +27,7 @@ from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
-from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, decode_from_encoder, encode
+from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, decode_from_encoder, encode
 from sglang_mm_conn.core.receiver import Peer, ReceiverCore, ReceiverRoom
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
@@ -104,6 +105,16 @@ class LanguageEndpoint:
             tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
         )
         self._encoders.control = self._control
+        self._revoker = ThreadPoolExecutor(1, "mm-conn-revoker")
+        self.revocation = Revocation(
+            self._sessions,
+            self._revoker,
+            patience=settings.doubt_patience,
+            in_doubt_since=lambda: self.core.in_doubt_since("mooncake"),
+            is_in_use=self.core.is_in_use,
+            register_again=lambda: self._encoders.register_again("mooncake"),
+            revoked=self._on_way_in_gone,
+        )
         # The thread starts last: it uses everything above.
         self._thread = threading.Thread(target=self.embedding_thread, name="mm-conn-embedding", daemon=True)
         self._thread.start()
@@ -223,6 +234,13 @@ class LanguageEndpoint:
                     logger.info("Encoder process %s is gone for certain: its blocks are free again", incarnation)
                     self._perform(self.core.writer_gone(incarnation, self._clock()))
         self._encoders.forget_slots(keep=set(suspects))
+        with self._lock:
+            self.revocation.tick(self._clock())
+
+    def _on_way_in_gone(self, session: str, epoch: int) -> None:
+        """Under the lock, from the revocation's tick."""
+        self._perform(self.core.way_in_gone(session, epoch, self._clock()))
+        self._encoders.tell("mooncake", Retire(mooncake_session_id=session, epoch=epoch))
 
     # -- movers --------------------------------------------------------------------------------------------------
 
@@ -298,5 +316,6 @@ class LanguageEndpoint:
         self._thread.join(10)
         self._encoders.close()
         self._movers.shutdown(wait=True)
+        self._revoker.shutdown(wait=True)
         self._sessions.close()
         self.pool.close()

@@ -34,6 +34,7 @@ class Sessions:
         size: int,
         widest_row_bytes: int,
         dtype: str,
+        make_engine: mooncake.EngineFactory | None = None,
     ) -> None:
         """Raises DataPathUnavailable where SGLANG_MM_CONN_DATA_PATH=mooncake and Mooncake cannot be had."""
         self._settings = settings
@@ -41,8 +42,9 @@ class Sessions:
         self._host = host
         self._lock = threading.Lock()
         self._slots = itertools.count()
-        self._engine: Any = None
-        self._mooncake_session = ""
+        self._engines: dict[int, Any] = {}  # by epoch; the newest is offered
+        self._make_engine = make_engine or (lambda: mooncake.engine_factory(settings, host)())
+        self.mooncake_session = ""
         # A session id is host:port, and the shard rule sums ports: this socket owns a port and never listens.
         self._port_holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._port_holder.bind(("127.0.0.1", 0))
@@ -85,30 +87,50 @@ class Sessions:
             return Register(
                 mooncake_session_id=self._shm_session,
                 data_path="shm",
-                regions=[Region(0, 0, region.length) for region in self._pool.describe()],
+                regions=[Region(0, region.length) for region in self._pool.describe()],
                 segment=segment.name,
                 nonce=segment.nonce,
                 writer_slot=slot,
                 **self._common,
             )
         self._start_mooncake()
-        return Register(
-            mooncake_session_id=self._mooncake_session,
-            data_path="mooncake",
-            regions=self._pool.describe(),
-            **self._common,
-        )
+        with self._lock:
+            epoch, engine = max(self._engines.items())
+            return Register(
+                mooncake_session_id=self.mooncake_session,
+                epoch=epoch,
+                target=mooncake.session_id(engine, self._host),
+                data_path="mooncake",
+                regions=self._pool.describe(),
+                **self._common,
+            )
 
     def _start_mooncake(self) -> None:
         with self._lock:
-            if self._engine is not None:
-                return
-            engine = mooncake.engine_factory(self._settings, self._host)()
-            for region in self._pool.regions:
-                mooncake.register_memory(engine, region)
-            self._mooncake_session = mooncake.session_id(engine, self._host)
-            self._engine = engine
-            logger.info("Mooncake session %s: %d regions registered", self._mooncake_session, len(self._pool.regions))
+            if not self._engines:
+                self.mooncake_session = mooncake.session_id(self._new_engine(0), self._host)
+                count = len(self._pool.regions)
+                logger.info("Mooncake session %s: %d regions registered", self.mooncake_session, count)
+
+    def _new_engine(self, epoch: int) -> Any:
+        engine = self._make_engine()
+        for region in self._pool.regions:
+            mooncake.register_memory(engine, region)
+        self._engines[epoch] = engine
+        return engine
+
+    def renew_mooncake(self) -> int:
+        """Make another way in for the Mooncake session. Returns the epoch of the one it replaces (which stays)."""
+        with self._lock:
+            replaced = max(self._engines)
+            self._new_engine(replaced + 1)
+        return replaced
+
+    def destroy_mooncake(self, epoch: int) -> None:
+        """Take the way in of ``epoch`` down. When this returns, no write through it lands any more; takes a second."""
+        with self._lock:
+            engine = self._engines.pop(epoch)
+        del engine  # the last reference: its destructor closes every connection and joins its threads
 
     def close(self) -> None:
         """The Mooncake engine ends with the process."""

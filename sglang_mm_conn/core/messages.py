@@ -24,9 +24,8 @@ Text = Annotated[str, Meta(max_length=4096)]
 
 
 class Region(Struct, frozen=True, array_like=True):
-    """One registered region of a pool: its epoch, address in its owner's process, and length in bytes."""
+    """One registered region of a pool: its address in its owner's process, and its length in bytes."""
 
-    epoch: Count
     address: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     length: Positive
 
@@ -39,9 +38,15 @@ class Message(Struct, frozen=True, tag_field="t", kw_only=True):
 
 
 class Register(Message, frozen=True, kw_only=True, tag="register"):
-    """A language rank presents one session and the memory it may be written to through it."""
+    """A language rank presents one session and the memory it may be written to through it.
+
+    A session keeps its id for life. How it is written to may be replaced: each way in has an epoch, and a window is
+    written through the way in of the epoch it was offered in, or not at all.
+    """
 
     mooncake_session_id: Name
+    epoch: Count = 0
+    target: Text = ""  # Mooncake: the engine to write through, host:port
     incarnation: Name  # of this rank's process
     server: Name  # incarnation of its server: the prefix of its rooms
     rank: Count
@@ -63,6 +68,7 @@ class Init(Message, frozen=True, kw_only=True, tag="init"):
 
     room: Name
     mooncake_session_id: Name
+    epoch: Count = 0
     dst_embedding_indices: Blocks
     allocated_tokens: Positive
     required_dst_info_num: Positive
@@ -74,6 +80,7 @@ class Resume(Message, frozen=True, kw_only=True, tag="resume"):
 
     room: Name
     mooncake_session_id: Name
+    epoch: Count = 0
     window: Positive
     dst_embedding_indices: Blocks
     sent_tokens: Count
@@ -89,6 +96,13 @@ class Abort(Message, frozen=True, kw_only=True, tag="abort"):
     reason: Text
 
 
+class Retire(Message, frozen=True, kw_only=True, tag="retire"):
+    """The way in of ``epoch`` to the session does not exist any more: the encoder may forget it."""
+
+    mooncake_session_id: Name
+    epoch: Count
+
+
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     """Both directions: the sender lives."""
 
@@ -102,6 +116,7 @@ class Registered(Message, frozen=True, kw_only=True, tag="registered"):
     """The session's memory was checked and can be written."""
 
     mooncake_session_id: Name
+    epoch: Count = 0
     incarnation: Name  # of the encoder's process
 
 
@@ -163,7 +178,7 @@ class Drained(Message, frozen=True, kw_only=True, tag="drained"):
     room: Name
 
 
-FromLanguage: TypeAlias = Register | Init | Resume | Abort | Heartbeat
+FromLanguage: TypeAlias = Register | Init | Resume | Abort | Retire | Heartbeat
 FromEncoder: TypeAlias = Registered | Refused | Announce | Progress | Done | Failed | Drained | Heartbeat
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -7,7 +7,8 @@ Who owns a block, at each moment:
 - from the encoder's Progress or Done for exactly that window on: **this side**, which moves the rows out and frees it
   (those messages are sent after the data call returned 0, and one window is written once);
 - a room that fails while it is offered: **quarantine**, until one of the proofs that no write is to come: Progress or
-  Done of that window, Drained, Failed with ``drained``, or (shared memory) the proof that the writing process is gone.
+  Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone (shared memory), or
+  that the way in it was offered for was taken down (Mooncake; see connector.revocation).
 
 A room that waits for blocks holds none: the rows it has were moved out first. So waiting can never be circular.
 """
@@ -15,7 +16,7 @@ A room that waits for blocks holds none: the rows it has were moved out first. S
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sglang_mm_conn.core.actions import Action, Ended, Move, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
@@ -38,11 +39,12 @@ RoomMessage = Announce | Progress | Done | Failed | Drained
 
 @dataclass(frozen=True)
 class Peer:
-    """One encoder process as this side knows it: its incarnation and our session to it."""
+    """One encoder process as this side knows it: its incarnation, our session to it, and the way in it was given."""
 
     incarnation: str
     mooncake_session_id: str
     data_path: str
+    epoch: int = 0
 
 
 @dataclass
@@ -62,6 +64,7 @@ class ReceiverRoom:
     row_bytes: int = 0
     dtype: str = ""
     window: int = -1
+    epoch: int = 0  # of the way in that the current window was offered for
     blocks: list[int] = field(default_factory=list)
     allocated_tokens: int = 0
     sent_tokens: int = 0
@@ -173,6 +176,7 @@ class ReceiverCore:
             if entry.peer.mooncake_session_id != peer.mooncake_session_id:
                 actions += self._fail(entry, "the session to the encoder changed in mid-transfer", 502, now)
             else:
+                entry.peer = peer
                 actions += self._offer_again(entry, now)
         for room, held in self.quarantine.items():
             if held.peer.incarnation == peer.incarnation:
@@ -206,8 +210,31 @@ class ReceiverCore:
         return self._serve_waiting(now)
 
     def suspects(self) -> set[Peer]:
-        """Peers that quarantined blocks wait for."""
+        """Peers that quarantined blocks wait for, each with the way in that it may still write through."""
         return {held.peer for held in self.quarantine.values()}
+
+    def in_doubt_since(self, data_path: str) -> float | None:
+        """When the oldest quarantine of ``data_path`` began; None where there is none."""
+        return min((held.since for held in self.quarantine.values() if held.peer.data_path == data_path), default=None)
+
+    def is_in_use(self, mooncake_session_id: str, epoch: int) -> bool:
+        """Whether a healthy window is offered, or a peer may still be offered one, for a way in up to ``epoch``."""
+        return any(
+            peer.mooncake_session_id == mooncake_session_id and peer.epoch <= epoch for peer in self._peers.values()
+        ) or any(
+            entry.state is ReceiverState.OFFERED
+            and entry.peer is not None
+            and entry.peer.mooncake_session_id == mooncake_session_id
+            and entry.epoch <= epoch
+            for entry in self.rooms.values()
+        )
+
+    def way_in_gone(self, mooncake_session_id: str, epoch: int, now: float) -> list[Action]:
+        """The ways in up to ``epoch`` were taken down for certain: nothing lands through them any more."""
+        for room, held in list(self.quarantine.items()):
+            if held.peer.mooncake_session_id == mooncake_session_id and held.peer.epoch <= epoch:
+                self._absolve(room)
+        return self._serve_waiting(now)
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -411,8 +438,10 @@ class ReceiverCore:
         """Offer the next window of a room that holds no blocks: Init for window 0, Resume for any later one."""
         if sent_tokens != entry.sent_tokens:
             raise ConnError(f"room {entry.room}: {sent_tokens} rows named, {entry.sent_tokens} are here")
+        assert entry.peer is not None
         entry.machine.to(ReceiverState.OFFERED)
         entry.window += 1
+        entry.epoch = entry.peer.epoch
         entry.blocks = embedding_indices
         entry.allocated_tokens = allocated_tokens
         return self._offer(entry, now)
@@ -428,6 +457,7 @@ class ReceiverCore:
                 Init(
                     room=entry.room,
                     mooncake_session_id=session,
+                    epoch=entry.epoch,
                     dst_embedding_indices=list(entry.blocks),
                     allocated_tokens=entry.allocated_tokens,
                     required_dst_info_num=entry.required_dst_info_num,
@@ -439,6 +469,7 @@ class ReceiverCore:
             Resume(
                 room=entry.room,
                 mooncake_session_id=session,
+                epoch=entry.epoch,
                 window=entry.window,
                 dst_embedding_indices=list(entry.blocks),
                 sent_tokens=entry.sent_tokens,
@@ -468,7 +499,8 @@ class ReceiverCore:
             assert entry.peer is not None
             owner = (entry.room, entry.window)
             self.allocator.quarantine(owner, entry.blocks)
-            self.quarantine[entry.room] = Quarantine(owner, entry.peer, tuple(entry.blocks), now)
+            peer = replace(entry.peer, epoch=entry.epoch)
+            self.quarantine[entry.room] = Quarantine(owner, peer, tuple(entry.blocks), now)
             entry.blocks = []
         # Blocks of a window that is being moved are freed by on_moved: the mover still reads them.
         if tell_peer and entry.peer is not None and not entry.last:

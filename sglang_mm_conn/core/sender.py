@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sglang_mm_conn.core.actions import Action, Ended, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
@@ -40,6 +40,7 @@ class Session:
     rank: int
     size: int
     geometry: Geometry
+    epochs: tuple[int, ...] = (0,)  # the ways in that exist
 
 
 @dataclass
@@ -53,6 +54,7 @@ class TransferEmbeddingInfo:
     allocated_tokens: int
     sent_tokens: int = 0
     window: int = 0
+    epoch: int = 0
     src_embedding_indices: tuple[int, ...] | None = None
     total_tokens: int = 0
     abort_requested: bool = False
@@ -70,6 +72,7 @@ class WindowWrite:
     room: str
     session: Session
     window: int
+    epoch: int
     blocks: tuple[int, ...]
     first_token: int
     tokens: int
@@ -146,6 +149,13 @@ class SenderCore:
             # Also where it has said Init: an Abort may have been lost with the connection, this is what it answers.
             actions.append(self._announcement(entry, session))
         return actions
+
+    def retire(self, mooncake_session_id: str, epoch: int) -> None:
+        """The language rank took the ways in up to ``epoch`` down: no window is taken for them any more."""
+        session = self.sessions.get(mooncake_session_id)
+        if session is not None:
+            kept = tuple(one for one in session.epochs if one > epoch)
+            self.sessions[mooncake_session_id] = replace(session, epochs=kept or (max(session.epochs),))
 
     def session_lost(self, mooncake_session_id: str, reason: str, now: float) -> list[Action]:
         """The language rank is gone or silent: its rooms fail."""
@@ -249,6 +259,7 @@ class SenderCore:
             required_dst_info_num=message.required_dst_info_num,
             dst_embedding_indices=list(message.dst_embedding_indices),
             allocated_tokens=message.allocated_tokens,
+            epoch=message.epoch,
         )
         return self._advance(entry)
 
@@ -270,6 +281,7 @@ class SenderCore:
             return [self._truth(entry, info, session, refusal)]
         info.machine.to(WindowState.OFFERED)
         info.window = message.window
+        info.epoch = message.epoch
         info.dst_embedding_indices = list(message.dst_embedding_indices)
         info.allocated_tokens = message.allocated_tokens
         # The seed's bug: without new work for the same queue the transfer would hang for ever.
@@ -319,7 +331,9 @@ class SenderCore:
             info.machine.to(WindowState.WRITING)
             entry.busy = True
             blocks = tuple(info.dst_embedding_indices)
-            return WindowWrite(room, session, info.window, blocks, info.sent_tokens, info.allocated_tokens)
+            return WindowWrite(
+                room, session, info.window, info.epoch, blocks, info.sent_tokens, info.allocated_tokens
+            )
         return None
 
     def on_written(self, write: WindowWrite, error: str, in_doubt: bool, now: float) -> list[Action]:
@@ -428,13 +442,16 @@ class SenderCore:
     @staticmethod
     def _same_offer(info: TransferEmbeddingInfo, message: Init | Resume) -> bool:
         return (
-            info.dst_embedding_indices == message.dst_embedding_indices
+            info.epoch == message.epoch
+            and info.dst_embedding_indices == message.dst_embedding_indices
             and info.allocated_tokens == message.allocated_tokens
         )
 
     @staticmethod
     def _offer_problem(entry: SenderRoom, session: Session, message: Init | Resume, remaining: int) -> str:
         """Why the offer cannot be taken; empty where it can. Nothing is written on an unchecked index or length."""
+        if message.epoch not in session.epochs:
+            return f"epoch {message.epoch} is over, {max(session.epochs)} is the newest"
         if message.allocated_tokens > remaining:
             return f"allocated_tokens={message.allocated_tokens}, but {remaining} rows remain"
         try:

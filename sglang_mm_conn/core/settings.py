@@ -134,6 +134,10 @@ class Settings:
         "SGLANG_MM_CONN_CLAIM_TIMEOUT_SECONDS", 30.0, _seconds(0.2, 3600),
         "how long an announced room may wait for a request that claims it, before its encode is released",
     )
+    doubt_patience: float = _setting(
+        "SGLANG_MM_CONN_DOUBT_SECONDS", 5.0, _seconds(0.1, 3600),
+        "how long blocks of a failed Mooncake write stay in doubt before the engine is replaced to free them",
+    )
     max_embedding_bytes: int = _setting(
         "SGLANG_MM_CONN_MAX_EMBEDDING_BYTES", 16 << 30, _integer(1 << 10, 1 << 44),
         "largest embedding that a language server accepts",

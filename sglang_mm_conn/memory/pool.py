@@ -64,7 +64,7 @@ class BlockPool:
 
     def describe(self) -> list[Region]:
         """The regions as they are presented to an encoder."""
-        return [Region(epoch=0, address=region.data_ptr(), length=region.numel()) for region in self.regions]
+        return [Region(address=region.data_ptr(), length=region.numel()) for region in self.regions]
 
     def read(self, blocks: Sequence[int], target: torch.Tensor) -> None:
         """Copy the first ``target.numel()`` bytes of a window in ``blocks`` to ``target`` (uint8, one dimension)."""

@@ -1,0 +1,114 @@
+"""The encoder's data links: one per session and epoch, and how many writes go through each at this moment.
+
+A link that is given up closes when the last write through it has returned: closing it says that this process cannot
+write there any more (shared memory: it drops the lock that tells so).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable
+from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.datapath.base import DataPath, WriteLink
+
+
+class LinkBusy(DataPathUnavailable):
+    """The session's previous link to the same memory has a write under way: try again."""
+
+
+@dataclass
+class _OpenLink:
+    link: WriteLink
+    register: Register
+    writes: int = 0
+    closing: bool = False
+
+    def release(self) -> bool:
+        """One write less. Returns whether the link is to be closed now."""
+        self.writes -= 1
+        return self.closing and self.writes == 0
+
+
+class Links:
+    """Thread-safe; opening and closing happen outside its lock."""
+
+    def __init__(self, data_paths: Mapping[str, DataPath]) -> None:
+        self._data_paths = data_paths
+        self._lock = threading.Lock()
+        self._links: dict[tuple[str, int], _OpenLink] = {}
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def open(self, register: Register) -> bool:
+        """Make sure that there is a link as ``register`` describes it. Returns whether the session goes on: False
+        where it was opened by another process (or with other memory) before; those links are given up.
+
+        Raises LinkBusy, DataPathUnavailable.
+        """
+        session, key = register.mooncake_session_id, (register.mooncake_session_id, register.epoch)
+        with self._lock:
+            known = [link for (name, _), link in self._links.items() if name == session]
+            goes_on = bool(known) and all(
+                link.register.incarnation == register.incarnation and not link.closing for link in known
+            )
+            same = self._links.get(key)
+            if same is not None and same.register == register and not same.closing:
+                return goes_on
+        if not goes_on or same is not None:
+            self.close(session)
+            goes_on = False
+        with self._lock:
+            if key in self._links:
+                raise LinkBusy("the session's previous link has a write under way")
+        path = self._data_paths.get(register.data_path)
+        if path is None:
+            raise DataPathUnavailable(
+                f"this encoder has no data path {register.data_path!r} (it has {', '.join(self._data_paths) or 'none'})"
+            )
+        link = path.open(register)
+        with self._lock:
+            self._links[key] = _OpenLink(link, register)
+        return goes_on
+
+    @contextmanager
+    def use(self, session: str, epoch: int) -> Iterator[WriteLink]:
+        """The link to write through, which stays open meanwhile. Raises DataPathError where it was given up."""
+        with self._lock:
+            entry = self._links.get((session, epoch))
+            if entry is None or entry.closing:
+                raise DataPathError(f"the way into session {session} is gone (epoch {epoch})", in_doubt=False)
+            entry.writes += 1
+        try:
+            yield entry.link
+        finally:
+            with self._lock:
+                over = entry.release()
+                if over and self._links.get((session, epoch)) is entry:
+                    del self._links[session, epoch]
+            if over:
+                entry.link.close()
+
+    def close(self, session: str, up_to: int | None = None) -> None:
+        """Give up the links of ``session`` (with ``up_to``: those of epochs up to it)."""
+        idle = []
+        with self._lock:
+            for key, entry in list(self._links.items()):
+                if key[0] != session or (up_to is not None and key[1] > up_to) or entry.closing:
+                    continue
+                entry.closing = True
+                if entry.writes == 0:
+                    idle.append(self._links.pop(key))
+        for entry in idle:
+            entry.link.close()
+
+    def close_all(self) -> None:
+        """At the end of the process."""
+        for session in {session for session, _ in list(self._links)}:
+            self.close(session)
+        for path in self._data_paths.values():
+            path.close()
