@@ -149,7 +149,7 @@ class EncoderEndpoint:
                     f"{entry.total_tokens} of {entry.row_bytes} were announced"
                 )
             self._sources[room] = source
-            ended = self._perform(self.core.add_source(room, range(blocks), metadata, checksum))
+            ended = self._perform(self.core.add_source(room, range(blocks), metadata, checksum, self._clock()))
         self._tell(ended)
 
     def fail(self, room: str, reason: str, code: int) -> None:
@@ -351,10 +351,9 @@ class EncoderEndpoint:
             ended = self._perform(self.core.on_written(write, error, in_doubt, self._clock()))
         for action in ended:
             if action.success:
-                took = self._clock() - entry.started
                 logger.info(
                     "Embedding sent: room=%s tokens=%d windows=%d path=%s ms=%.1f",
-                    action.room, entry.total_tokens, entry.windows, path, took * 1000,
+                    action.room, entry.total_tokens, entry.windows, path, entry.elapsed * 1000,
                 )  # fmt: skip
         self._tell(ended)
         return True

@@ -292,14 +292,15 @@ class LanguageEndpoint:
     def _ended(self, action: Ended) -> None:
         entry = self.core.rooms[action.room]
         label = self._labels.get(action.room, "")
-        seconds = max(entry.ended - entry.started, 1e-9)
         if action.success:
             nbytes = entry.total_tokens * entry.row_bytes
+            seconds = max(entry.elapsed, 1e-9)
             logger.info(
                 "Embedding received: room=%s rid=%s tokens=%d bytes=%d windows=%d resumes=%d path=%s ms=%.1f "
-                "rate=%.1fMB/s",
+                "rate=%.1fMB/s wait_ms=%.1f",
                 action.room, label, entry.total_tokens, nbytes, entry.window + 1, entry.resumes,
                 entry.peer.data_path if entry.peer is not None else "none", seconds * 1000, nbytes / seconds / 1e6,
+                (entry.ended - entry.started) * 1000,
             )  # fmt: skip
         else:
             self._results.pop(action.room, None)

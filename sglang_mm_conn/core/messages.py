@@ -159,6 +159,7 @@ class Done(Message, frozen=True, kw_only=True, tag="done"):
     room: Name
     window: Count
     total_tokens: Positive
+    elapsed: Seconds = 0.0  # since the embedding was there
     metadata: bytes = b""  # with window 0
     checksum: int | None = None
 

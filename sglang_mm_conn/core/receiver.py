@@ -69,6 +69,7 @@ class ReceiverRoom:
     allocated_tokens: int = 0
     sent_tokens: int = 0
     metadata: bytes = b""
+    elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was moved
     last: bool = False
     verdict: Verdict | None = None
     ended: float = 0.0
@@ -327,6 +328,8 @@ class ReceiverCore:
             entry.metadata = message.metadata
         entry.machine.to(ReceiverState.MOVING)
         entry.last = done
+        if isinstance(message, Done):
+            entry.elapsed = message.elapsed - now  # completed when the rows have been moved
         return [
             Move(
                 room=entry.room,
@@ -381,6 +384,7 @@ class ReceiverCore:
                 actions += self._fail(entry, error, 500, now)
             elif entry.last:
                 entry.machine.to(ReceiverState.SUCCESS)
+                entry.elapsed += now
                 entry.ended = now
                 self.tombstones.put(room, Verdict("", 200), now + TOMBSTONE_SECONDS)
                 actions.append(Ended(room, success=True))

@@ -93,6 +93,8 @@ class SenderRoom:
     transfer_infos: dict[str, TransferEmbeddingInfo] = field(default_factory=dict)
     required_dst_info_num: int = 0
     queue_idx: int | None = None
+    source_at: float = 0.0  # when the embedding was there
+    elapsed: float = 0.0  # from then until its last row was confirmed
     source: tuple[int, ...] | None = None  # source blocks; None: the embedding is not there yet
     metadata: bytes = b""
     checksum: int | None = None
@@ -190,7 +192,7 @@ class SenderCore:
         return [self._announcement(entry, session) for session in sessions]
 
     def add_source(
-        self, room: str, src_embedding_indices: Sequence[int], metadata: bytes, checksum: int | None
+        self, room: str, src_embedding_indices: Sequence[int], metadata: bytes, checksum: int | None, now: float
     ) -> list[Action]:
         """The embedding of ``room`` is there. Queues it as soon as the room is complete."""
         entry = self.rooms.get(room)
@@ -199,6 +201,7 @@ class SenderCore:
         if entry.source is not None:
             raise ConnError(f"room {room} has a source already")
         entry.source, entry.metadata, entry.checksum = tuple(src_embedding_indices), metadata, checksum
+        entry.source_at = now
         return self._advance(entry)
 
     def fail(self, room: str, reason: str, code: int, now: float) -> list[Action]:
@@ -355,6 +358,7 @@ class SenderCore:
             actions = [Send(session.peer, Drained(room=entry.room))]
         else:
             info.sent_tokens += info.allocated_tokens
+            entry.elapsed = max(0.0, now - entry.source_at)
             done = info.sent_tokens == entry.total_tokens
             info.machine.to(WindowState.DONE if done else WindowState.PARTIAL)
             answer = self._truth(entry, info, session, "")
@@ -469,6 +473,7 @@ class SenderCore:
                     room=entry.room,
                     window=info.window,
                     total_tokens=entry.total_tokens,
+                    elapsed=entry.elapsed,
                     metadata=entry.metadata if info.window == 0 else b"",
                     checksum=entry.checksum,
                 ),
