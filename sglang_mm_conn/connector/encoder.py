@@ -41,6 +41,7 @@ from sglang_mm_conn.core.messages import (
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.sender import SenderCore, Session
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.core.sharding import session_port
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath
 
@@ -126,7 +127,7 @@ class EncoderEndpoint:
         """The size of ``room`` is known. ``listener`` hears its end, once, on a thread of this endpoint or at once."""
         with self._lock:
             ended = self._perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
-            self._listeners[room] = listener
+            self._listeners.setdefault(room, listener)
         self._tell(ended)
 
     def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
@@ -307,6 +308,10 @@ class EncoderEndpoint:
                 f"SGLANG_MM_CONN_DATA_PATH is {self.settings.data_path} on the encoder, "
                 f"but the language server offers {message.data_path}"
             )
+        try:
+            session_port(message.mooncake_session_id)  # the shard rule needs it
+        except ProtocolError as error:
+            return str(error)
         if message.rank >= message.size:
             return f"rank {message.rank} of {message.size}"
         length = message.blocks_per_region * message.block_bytes

@@ -262,6 +262,7 @@ class Encoders:
         encoders = self._encoders_of(process)
         for encoder in encoders:
             del encoder.processes[incarnation]
+            encoder.refusal = ""  # what comes next may fit
             encoder.look_up_at, encoder.delay = 0.0, _LOOK_UP_AGAIN_SECONDS
         self.control.disconnect(incarnation)
         text = f"encoder {', '.join(encoder.url for encoder in encoders)} (process {incarnation}) lost: {reason}"

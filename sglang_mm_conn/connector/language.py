@@ -129,8 +129,8 @@ class LanguageEndpoint:
         """A request waits for ``room`` from ``encoder`` (its URL) for ``timeout`` seconds. ``label`` is for logs."""
         now = self._clock()
         with self._lock:
-            self._labels[room] = label
             actions = self.core.expect(room, encoder, now + timeout, now, required_dst_info_num=self._size)
+            self._labels[room] = label
             self._perform(actions)
         self._encoders.use(encoder)
 

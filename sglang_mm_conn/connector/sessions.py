@@ -86,6 +86,7 @@ class Sessions:
             assert segment is not None
             return Register(
                 mooncake_session_id=self._shm_session,
+                epoch=0,
                 data_path="shm",
                 regions=[Region(0, region.length) for region in self._pool.describe()],
                 segment=segment.name,

@@ -45,7 +45,7 @@ class Register(Message, frozen=True, kw_only=True, tag="register"):
     """
 
     mooncake_session_id: Name
-    epoch: Count = 0
+    epoch: Count
     target: Text = ""  # Mooncake: the engine to write through, host:port
     incarnation: Name  # of this rank's process
     server: Name  # incarnation of its server: the prefix of its rooms
@@ -68,7 +68,7 @@ class Init(Message, frozen=True, kw_only=True, tag="init"):
 
     room: Name
     mooncake_session_id: Name
-    epoch: Count = 0
+    epoch: Count
     dst_embedding_indices: Blocks
     allocated_tokens: Positive
     required_dst_info_num: Positive
@@ -80,7 +80,7 @@ class Resume(Message, frozen=True, kw_only=True, tag="resume"):
 
     room: Name
     mooncake_session_id: Name
-    epoch: Count = 0
+    epoch: Count
     window: Positive
     dst_embedding_indices: Blocks
     sent_tokens: Count
@@ -116,7 +116,7 @@ class Registered(Message, frozen=True, kw_only=True, tag="registered"):
     """The session's memory was checked and can be written."""
 
     mooncake_session_id: Name
-    epoch: Count = 0
+    epoch: Count
     incarnation: Name  # of the encoder's process
 
 

@@ -33,6 +33,11 @@ DEADLINE_MARGIN_SHARE = 0.1
 # An encode may outlive its room by its own timeout; a tombstone must outlive the encode.
 TOMBSTONE_SECONDS = 3600.0
 PARKED_LIMIT = 65536
+# Keeps one offer far below the smallest limit of a control frame; what remains follows by resume.
+MAX_OFFER_BLOCKS = 65536
+# How often an Abort that was not answered is said again.
+ABORT_AGAIN_SECONDS = 5.0
+SUCCESS_CODE = 200
 
 RoomMessage = Announce | Progress | Done | Failed | Drained
 
@@ -104,6 +109,7 @@ class Quarantine:
     peer: Peer
     blocks: tuple[int, ...]
     since: float
+    ask_again_at: float
 
 
 @dataclass(frozen=True)
@@ -145,10 +151,13 @@ class ReceiverCore:
         self, room: str, encoder: str, deadline: float, now: float, required_dst_info_num: int = 1
     ) -> list[Action]:
         """A request waits for ``room`` from ``encoder``. Raises ConnError where the room was expected before."""
-        if room in self.rooms or room in self.tombstones:
+        verdict = self.tombstones.get(room)
+        if room in self.rooms or (verdict is not None and verdict.code == SUCCESS_CODE):
             raise ConnError(f"room {room} was expected before")
         entry = ReceiverRoom(room, encoder, deadline, now, required_dst_info_num)
         self.rooms[room] = entry
+        if verdict is not None:  # it failed, or was given up, before the request came
+            return self._fail(entry, verdict.reason, verdict.code, now)
         parked = self.parked.pop(room, None)
         return [] if parked is None else self.on_message(parked.peer.incarnation, parked.message, now)
 
@@ -363,8 +372,11 @@ class ReceiverCore:
             if isinstance(message, Announce):
                 return [self._abort_message(peer, room, "nobody waits for this room any more")]
             return []
-        if isinstance(message, Announce | Failed) and len(self.parked) < PARKED_LIMIT:
-            self.parked[room] = Parked(peer, message, now + self._claim_timeout)
+        if isinstance(message, Announce | Failed):
+            if len(self.parked) < PARKED_LIMIT:
+                self.parked[room] = Parked(peer, message, now + self._claim_timeout)
+            elif isinstance(message, Announce):
+                return [self._abort_message(peer, room, "too many rooms are announced that no request has claimed")]
         return []
 
     # -- the rows were moved out ---------------------------------------------------------------------------------
@@ -386,7 +398,7 @@ class ReceiverCore:
                 entry.machine.to(ReceiverState.SUCCESS)
                 entry.elapsed += now
                 entry.ended = now
-                self.tombstones.put(room, Verdict("", 200), now + TOMBSTONE_SECONDS)
+                self.tombstones.put(room, Verdict("", SUCCESS_CODE), now + TOMBSTONE_SECONDS)
                 actions.append(Ended(room, success=True))
             else:
                 entry.machine.to(ReceiverState.QUEUED)
@@ -412,8 +424,16 @@ class ReceiverCore:
             if now >= item.until:
                 del self.parked[room]
                 if isinstance(item.message, Announce):
-                    self.tombstones.put(room, Verdict("never claimed", 408), now + TOMBSTONE_SECONDS)
-                    actions.append(self._abort_message(item.peer, room, "no request claimed the room"))
+                    reason = f"no request claimed the room within {self._claim_timeout:g} s"
+                    self.tombstones.put(room, Verdict(reason, 408), now + TOMBSTONE_SECONDS)
+                    actions.append(self._abort_message(item.peer, room, reason))
+                else:
+                    verdict = Verdict(item.message.reason, item.message.code)
+                    self.tombstones.put(room, verdict, now + TOMBSTONE_SECONDS)
+        for room, held in self.quarantine.items():
+            if now >= held.ask_again_at and held.peer.incarnation in self._peers:
+                self.quarantine[room] = replace(held, ask_again_at=now + ABORT_AGAIN_SECONDS)
+                actions.append(self._abort_message(held.peer, room, "asked again: its blocks are in quarantine"))
         self.tombstones.sweep(now)
         self._waiting = deque(entry for entry in self._waiting if entry.state is ReceiverState.QUEUED)
         return actions
@@ -430,7 +450,8 @@ class ReceiverCore:
             tokens = entry.total_tokens - entry.sent_tokens
             if entry.window < 0 and self._first_offer is not None:
                 tokens = min(tokens, self._first_offer)
-            count = min(self.geometry.blocks_for(tokens, entry.row_bytes), self.allocator.free_count)
+            needed = self.geometry.blocks_for(tokens, entry.row_bytes)
+            count = min(needed, self.allocator.free_count, MAX_OFFER_BLOCKS)
             blocks = self.allocator.allocate((entry.room, entry.window + 1), count)
             tokens = min(tokens, self.geometry.capacity(count, entry.row_bytes))
             actions.append(self.resume_transfer(entry, blocks, entry.sent_tokens, tokens, now))
@@ -504,7 +525,9 @@ class ReceiverCore:
             owner = (entry.room, entry.window)
             self.allocator.quarantine(owner, entry.blocks)
             peer = replace(entry.peer, epoch=entry.epoch)
-            self.quarantine[entry.room] = Quarantine(owner, peer, tuple(entry.blocks), now)
+            self.quarantine[entry.room] = Quarantine(
+                owner, peer, tuple(entry.blocks), now, now + ABORT_AGAIN_SECONDS
+            )
             entry.blocks = []
         # Blocks of a window that is being moved are freed by on_moved: the mover still reads them.
         if tell_peer and entry.peer is not None and not entry.last:

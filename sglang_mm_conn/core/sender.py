@@ -17,7 +17,18 @@ from dataclasses import dataclass, field, replace
 from sglang_mm_conn.core.actions import Action, Ended, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
-from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume, as_text
+from sglang_mm_conn.core.messages import (
+    Abort,
+    Announce,
+    Done,
+    Drained,
+    Failed,
+    Init,
+    Message,
+    Progress,
+    Resume,
+    as_text,
+)
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.sharding import port_sum_queue_index
 from sglang_mm_conn.core.states import SENDER_MOVES, WINDOW_MOVES, Machine, Poll, SenderState, WindowState
@@ -25,8 +36,9 @@ from sglang_mm_conn.core.tombstones import Tombstones, Verdict
 
 # A tombstone must outlive the requests and encodes that may still name its room.
 TOMBSTONE_SECONDS = 3600.0
-# Completion messages kept, in case the connection was lost with one of them on its way.
+# Completion messages (and failures) kept, in case the connection was lost with one of them on its way.
 DONE_LIMIT = 1024
+DONE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,9 @@ class SenderCore:
         self.rooms: dict[str, SenderRoom] = {}
         self.sessions: dict[str, Session] = {}
         self.tombstones = Tombstones()
-        self._done: OrderedDict[tuple[str, str], Send] = OrderedDict()  # to be repeated after a lost connection
+        # (room, session) -> until, answer: to be repeated after a lost connection
+        self._done: OrderedDict[tuple[str, str], tuple[float, Message]] = OrderedDict()
+        self._failures: OrderedDict[str, None] = OrderedDict()  # rooms; said to every session that registers
         # (room, session) whose bytes may still land. Never forgotten: a forgotten one would be called drained. Each
         # has cost a slot of staging memory, so they are few.
         self._in_doubt: set[tuple[str, str]] = set()
@@ -150,6 +164,10 @@ class SenderCore:
             entry.unheard_since = None
             # Also where it has said Init: an Abort may have been lost with the connection, this is what it answers.
             actions.append(self._announcement(entry, session))
+        for room in self._failures:
+            # It may have failed before this rank was here, or on a connection that was lost.
+            if server_of(room) == session.server and room in self.tombstones:
+                actions.append(Send(session.peer, self._verdict_message(room, session, self.rooms.get(room))))
         return actions
 
     def retire(self, mooncake_session_id: str, epoch: int) -> None:
@@ -182,7 +200,8 @@ class SenderCore:
             return []
         verdict = self.tombstones.get(room)
         if verdict is not None:
-            return [Ended(room, success=False, reason=verdict.reason, code=verdict.code)]
+            failed = self._failed(room, verdict, drained=True)
+            return [Ended(room, success=False, reason=failed.reason, code=failed.code)]
         entry = SenderRoom(
             room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now
         )
@@ -212,6 +231,7 @@ class SenderCore:
         if room in self.tombstones:
             return []
         self.tombstones.put(room, Verdict(reason, code), now + TOMBSTONE_SECONDS)
+        self._remember_failure(room)
         actions: list[Action] = [
             Send(session.peer, self._failed(room, Verdict(reason, code), drained=True))
             for session in self._sessions_of(server_of(room))
@@ -231,7 +251,7 @@ class SenderCore:
         if entry is None or entry.machine.final:
             done = self._done.get((message.room, session.mooncake_session_id))
             if done is not None:
-                return [Send(peer, done.message)]
+                return [Send(peer, done[1])]
             return [Send(peer, self._verdict_message(message.room, session, entry))]
         if session.server == entry.server:
             entry.deadline = min(entry.deadline, now + message.deadline)
@@ -364,7 +384,10 @@ class SenderCore:
             answer = self._truth(entry, info, session, "")
             actions = [answer]
             if done:
-                self._remember_done(entry.room, session, answer)
+                key = (entry.room, session.mooncake_session_id)
+                self._done[key] = (now + DONE_SECONDS, answer.message)
+                while len(self._done) > DONE_LIMIT:
+                    self._done.popitem(last=False)
             if self._complete(entry) and all(
                 other.state is WindowState.DONE for other in entry.transfer_infos.values()
             ):
@@ -392,12 +415,14 @@ class SenderCore:
                     entry, f"language server {entry.server} has not been here for {self._claim_timeout:g} s", 504, now
                 )
         self.tombstones.sweep(now)
+        while self._done and next(iter(self._done.values()))[0] <= now:
+            self._done.popitem(last=False)
         return actions
 
-    def _remember_done(self, room: str, session: Session, answer: Send) -> None:
-        self._done[room, session.mooncake_session_id] = answer
-        while len(self._done) > DONE_LIMIT:
-            self._done.popitem(last=False)
+    def _remember_failure(self, room: str) -> None:
+        self._failures[room] = None
+        while len(self._failures) > DONE_LIMIT:
+            self._failures.popitem(last=False)
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -511,6 +536,7 @@ class SenderCore:
             return []
         entry.machine.to(SenderState.FAILED)
         entry.verdict = Verdict(reason, code)
+        self._remember_failure(entry.room)
         actions: list[Action] = []
         for session in self._sessions_of(entry.server):
             if except_session is not None and session.mooncake_session_id == except_session.mooncake_session_id:

@@ -143,7 +143,7 @@ class Settings:
         "largest embedding that a language server accepts",
     )
     max_frame_bytes: int = _setting(
-        "SGLANG_MM_CONN_MAX_FRAME_BYTES", 1 << 20, _integer(1 << 12, 1 << 30),
+        "SGLANG_MM_CONN_MAX_FRAME_BYTES", 1 << 20, _integer(1 << 20, 1 << 30),
         "largest control message, its metadata not counted",
     )
     max_metadata_bytes: int = _setting(

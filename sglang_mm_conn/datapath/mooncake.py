@@ -238,6 +238,5 @@ def destroy(entry: _Engine) -> None:
     def work() -> None:
         entry.engine = None  # the last reference: its destructor closes every connection and joins its threads
         logger.info("Mooncake engine destroyed after a failed write")
-        entry.staging.memory = torch.empty(0)
 
     threading.Thread(target=work, name="mm-conn-engine-end", daemon=True).start()

@@ -17,7 +17,6 @@ from sglang_mm_conn.memory.segment import HEADER_BYTES, Segment, free_bytes
 logger = logging.getLogger(__name__)
 
 DEFAULT_POOL_BYTES = 256 << 20
-_PAGE = 4096
 
 
 def pool_geometry(settings: Settings, widest_row_bytes: int, *, shared: bool) -> Geometry:
@@ -52,7 +51,10 @@ class BlockPool:
             try:
                 memory = mmap.mmap(-1, payload, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
             except OSError as error:
-                raise MemoryUnavailable(f"{payload >> 20} MiB for the pool: {error.strerror}") from error
+                raise MemoryUnavailable(
+                    f"{payload >> 20} MiB of memory for the pool ({error.strerror}): "
+                    "lower SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
+                ) from error
             offset = 0
         whole = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + payload]
         self.regions = list(whole.split(geometry.region_bytes))

@@ -1,0 +1,441 @@
+"""One encoder core and the receiver cores of one language server, joined by hand, with memory that is checked.
+
+Nothing here runs by itself: a test delivers messages, starts and ends writes and moves, drops connections. Frames
+travel through the real codec and in order; those of a dropped connection are lost. Every byte that a write puts into
+a block, and every byte that a move takes out, is put and taken under an assertion on who owns that block.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.messages import (
+    Abort,
+    Init,
+    Message,
+    Registered,
+    Resume,
+    decode_from_encoder,
+    decode_from_language,
+    encode,
+)
+from sglang_mm_conn.core.receiver import Peer, ReceiverCore
+from sglang_mm_conn.core.rooms import new_room_base
+from sglang_mm_conn.core.sender import SenderCore, Session, WindowWrite
+from sglang_mm_conn.core.states import Poll
+
+SERVER = "5e" * 8
+ENCODER = "http://encoder:30000"
+LIMIT = 1 << 24
+
+Kind = TypeVar("Kind", bound=Message)
+
+
+def source_of(room: str, nbytes: int) -> bytes:
+    """The embedding of ``room``: bytes that no other room has."""
+    return random.Random(room).randbytes(nbytes)
+
+
+def metadata_of(room: str) -> bytes:
+    return f"metadata of {room}".encode()
+
+
+def only(messages: Iterable[Message], kind: type[Kind]) -> list[Kind]:
+    return [message for message in messages if isinstance(message, kind)]
+
+
+def sends(actions: Iterable[Action]) -> list[Message]:
+    return [action.message for action in actions if isinstance(action, Send)]
+
+
+@dataclass
+class Rank:
+    """One language rank: its core, its pool's memory, and its ends of the wire."""
+
+    index: int
+    incarnation: str
+    session: Session
+    core: ReceiverCore
+    memory: bytearray
+    peer: str
+    path: str
+    connected: bool = True
+    inbox: deque[bytes] = field(default_factory=deque)  # frames on their way from the encoder
+    outbox: deque[bytes] = field(default_factory=deque)  # frames on their way to the encoder
+    moves: deque[Move] = field(default_factory=deque)
+    results: dict[str, bytearray] = field(default_factory=dict)
+    ended: dict[str, Ended] = field(default_factory=dict)
+    polled: dict[str, Poll] = field(default_factory=dict)
+
+    @property
+    def session_id(self) -> str:
+        return self.session.mooncake_session_id
+
+    def owner(self, block: int) -> object:
+        """Who holds ``block``, in quarantine or not; None where it is free."""
+        allocator = self.core.allocator
+        return allocator._held.get(block, allocator._quarantined.get(block))
+
+
+class Wire:
+    """The encoder, the ranks, and what is between them."""
+
+    def __init__(
+        self,
+        *,
+        ranks: int = 1,
+        blocks: int = 16,
+        block_rows: int = 128,
+        row_bytes: int = 4,
+        regions: int = 1,
+        queues: int = 4,
+        first_offer: int | None = None,
+        claim_timeout: float = 30.0,
+        send_timeout: float = 300.0,
+        max_embedding_bytes: int = 1 << 30,
+        path: str = "shm",
+        connect: bool = True,
+    ) -> None:
+        self.now = 1000.0
+        self.row_bytes = row_bytes
+        self.queues, self.send_timeout = queues, send_timeout
+        self.geometry = Geometry(block_rows * row_bytes, blocks // regions, regions)
+        self.path = path
+        self.incarnation = "e0" * 8
+        self.claim_timeout = claim_timeout
+        self.encoder = SenderCore(queues=queues, send_timeout=send_timeout, claim_timeout=claim_timeout)
+        self.encoder_ended: dict[str, Ended] = {}
+        self.chunks: list[deque[TransferEmbeddingChunk]] = [deque() for _ in range(queues)]
+        self.chunk_log: list[TransferEmbeddingChunk] = []
+        self.writing: list[WindowWrite] = []
+        self.late: list[WindowWrite] = []  # in doubt: their bytes may land at any later time
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.to_rank: list[Message] = []  # every message ever delivered, in order
+        self.to_encoder: list[Message] = []
+        self.sender_polled: dict[str, Poll] = {}
+        self._connections = 0
+        self.ranks: list[Rank] = []
+        for index in range(ranks):
+            session = Session(
+                mooncake_session_id=f"10.0.0.{index + 1}:{17001 + index}",
+                peer="none",
+                incarnation=f"{index:02x}" * 8,
+                server=SERVER,
+                rank=index,
+                size=ranks,
+                geometry=self.geometry,
+            )
+            core = ReceiverCore(
+                BlockAllocator(self.geometry.blocks),
+                self.geometry,
+                first_offer=first_offer,
+                claim_timeout=claim_timeout,
+                max_embedding_bytes=max_embedding_bytes,
+            )
+            memory = bytearray(self.geometry.blocks * self.geometry.block_bytes)
+            rank = Rank(index, session.incarnation, session, core, memory, "none", path, connected=False)
+            self.ranks.append(rank)
+            if connect:
+                self.reconnect(rank)
+                self.deliver_to_rank(rank)
+
+    @property
+    def rank(self) -> Rank:
+        return self.ranks[0]
+
+    # -- what the surroundings of the cores do -------------------------------------------------------------------
+
+    def room(self) -> str:
+        return new_room_base(SERVER)
+
+    def expect(self, room: str, *ranks: Rank, timeout: float = 60.0) -> None:
+        for rank in ranks or self.ranks:
+            actions = rank.core.expect(room, ENCODER, self.now + timeout, self.now, len(self.ranks))
+            self.perform_rank(rank, actions)
+
+    def announce(self, room: str, tokens: int, row_bytes: int | None = None) -> None:
+        row_bytes = row_bytes or self.row_bytes
+        self.sizes[room] = (tokens, row_bytes)
+        ended_before = room in self.encoder.tombstones
+        actions = self.encoder.announce(room, tokens, row_bytes, "float32", self.now)
+        if ended_before:  # whoever announces it now is told, too
+            (ended,) = actions
+            assert isinstance(ended, Ended) and not ended.success
+            self.encoder_ended[room] = ended
+        else:
+            self.perform_encoder(actions)
+
+    def compute(self, room: str) -> None:
+        self.perform_encoder(self.encoder.add_source(room, range(3), metadata_of(room), None, self.now))
+
+    def start(self, tokens: int, *, timeout: float = 60.0, row_bytes: int | None = None) -> str:
+        """A new room that all ranks expect and whose embedding is there; nothing is delivered yet."""
+        room = self.room()
+        self.expect(room, timeout=timeout)
+        self.announce(room, tokens, row_bytes)
+        self.compute(room)
+        return room
+
+    def abort(self, room: str, rank: Rank | None = None, reason: str = "client gone") -> None:
+        rank = rank or self.rank
+        self.perform_rank(rank, rank.core.abort(room, reason, 499, self.now))
+
+    def tick(self, seconds: float = 0.0) -> None:
+        self.now += seconds
+        self.perform_encoder(self.encoder.tick(self.now))
+        for rank in self.ranks:
+            self.perform_rank(rank, rank.core.tick(self.now))
+
+    def perform_encoder(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                for rank in self.ranks:
+                    if rank.peer == action.peer and rank.connected:
+                        rank.inbox.append(encode(action.message))
+            elif isinstance(action, TransferEmbeddingChunk):
+                self.chunks[action.queue_idx].append(action)
+                self.chunk_log.append(action)
+            else:
+                assert isinstance(action, Ended)
+                assert action.room not in self.encoder_ended, "a room ended twice on the encoder"
+                self.encoder_ended[action.room] = action
+        self.check()
+
+    def perform_rank(self, rank: Rank, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                if rank.connected and action.peer == self.incarnation:
+                    rank.outbox.append(encode(action.message))
+            elif isinstance(action, Move):
+                rank.moves.append(action)
+            else:
+                assert isinstance(action, Ended)
+                assert action.room not in rank.ended, "a room ended twice on a rank"
+                rank.ended[action.room] = action
+                if action.success:
+                    tokens, row_bytes = self.sizes[action.room]
+                    assert bytes(rank.results[action.room]) == source_of(action.room, tokens * row_bytes)
+                    assert rank.core.rooms[action.room].metadata == metadata_of(action.room)
+        self.check()
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def deliver_to_encoder(self, rank: Rank) -> Message | None:
+        if not rank.outbox:
+            return None
+        message = decode_from_language(rank.outbox.popleft(), LIMIT)
+        self.to_encoder.append(message)
+        assert isinstance(message, Init | Resume | Abort)
+        try:
+            actions = self.encoder.on_message(rank.peer, message, self.now)
+        except ProtocolError:
+            assert self.encoder.sessions.get(message.mooncake_session_id) is None  # not registered (any more)
+        else:
+            self.perform_encoder(actions)
+        return message
+
+    def deliver_to_rank(self, rank: Rank) -> Message | None:
+        if not rank.inbox:
+            return None
+        message = decode_from_encoder(rank.inbox.popleft(), LIMIT)
+        self.to_rank.append(message)
+        if isinstance(message, Registered):
+            peer = Peer(message.incarnation, message.mooncake_session_id, rank.path)
+            self.perform_rank(rank, rank.core.peer_ready(peer, self.now))
+        else:
+            self.perform_rank(rank, rank.core.on_message(self.incarnation, message, self.now))  # type: ignore[arg-type]
+        return message
+
+    def inject_to_encoder(self, message: Init | Resume | Abort, rank: Rank | None = None) -> list[Message]:
+        """Deliver ``message`` out of turn; returns what the encoder answers (which also goes onto the wire)."""
+        actions = self.encoder.on_message((rank or self.rank).peer, message, self.now)
+        self.perform_encoder(actions)
+        return sends(actions)
+
+    def inject_to_rank(self, message: Message, rank: Rank | None = None) -> list[Message]:
+        rank = rank or self.rank
+        actions = rank.core.on_message(self.incarnation, message, self.now)  # type: ignore[arg-type]
+        self.perform_rank(rank, actions)
+        return sends(actions)
+
+    # -- connections ---------------------------------------------------------------------------------------------
+
+    def drop(self, rank: Rank | None = None) -> None:
+        """The connection breaks: everything on its way is lost."""
+        rank = rank or self.rank
+        rank.connected = False
+        rank.inbox.clear()
+        rank.outbox.clear()
+
+    def reconnect(self, rank: Rank | None = None) -> None:
+        """A new connection (a new peer for the encoder), registered there; Registered is on its way."""
+        rank = rank or self.rank
+        self.drop(rank)
+        self._connections += 1
+        rank.peer = f"connection-{self._connections}"
+        rank.connected = True
+        rank.session = replace(rank.session, peer=rank.peer)
+        registered = Registered(epoch=0, mooncake_session_id=rank.session_id, incarnation=self.incarnation)
+        rank.inbox.append(encode(registered))
+        self.perform_encoder(self.encoder.register(rank.session, self.now))
+
+    def silent(self, rank: Rank) -> None:
+        """Both sides give the other up, as after a long silence."""
+        self.drop(rank)
+        self.perform_encoder(self.encoder.session_lost(rank.session_id, "silent", self.now))
+        self.perform_rank(rank, rank.core.peer_lost(self.incarnation, "silent", self.now))
+
+    def restart_encoder(self) -> None:
+        """The encoder process dies and another starts; the ranks have not connected to it."""
+        old, self.incarnation = self.incarnation, f"e{self._connections:015x}"
+        for rank in self.ranks:
+            self.drop(rank)
+            self.perform_rank(rank, rank.core.peer_lost(old, "the encoder was restarted", self.now))
+        self.encoder = SenderCore(queues=self.queues, send_timeout=self.send_timeout, claim_timeout=self.claim_timeout)
+        self.encoder_ended, self.sender_polled = {}, {}
+        self.writing.clear()
+        for queue in self.chunks:
+            queue.clear()
+        if self.path == "shm":
+            for rank in self.ranks:
+                self.perform_rank(rank, rank.core.writer_gone(old, self.now))
+
+    # -- writes and moves ----------------------------------------------------------------------------------------
+
+    def begin_write(self) -> WindowWrite | None:
+        """A worker takes a chunk and begins its data call: half of the bytes land at once."""
+        for queue in self.chunks:
+            while queue:
+                chunk = queue.popleft()
+                write = self._begin(chunk.room)
+                if write is not None:
+                    return write
+        return None
+
+    def _begin(self, room: str) -> WindowWrite | None:
+        write = self.encoder.begin_write(room)
+        if write is not None:
+            assert write.room not in [other.room for other in self.writing], "two writes of one room at once"
+            self.writing.append(write)
+            self.land(write, first=True, second=False)
+        return write
+
+    def end_write(self, write: WindowWrite, error: str = "", *, in_doubt: bool = False) -> None:
+        """The data call returns, the rest landed (or will, where the matter is in doubt); the worker looks again."""
+        self.writing.remove(write)
+        if in_doubt:
+            self.late.append(write)
+        elif not error:
+            self.land(write, first=False, second=True)
+        self.perform_encoder(self.encoder.on_written(write, error, in_doubt, self.now))
+        self._begin(write.room)
+
+    def land(self, write: WindowWrite, *, first: bool = True, second: bool = True) -> None:
+        """Bytes of ``write`` land. The heart of P2: only in blocks that are still this window's."""
+        rank = next(rank for rank in self.ranks if rank.session_id == write.session.mooncake_session_id)
+        tokens, row_bytes = self.sizes[write.room]
+        start, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
+        assert write.first_token + write.tokens <= tokens
+        source = source_of(write.room, tokens * row_bytes)[start : start + nbytes]
+        for number, run in enumerate(window_runs(self.geometry, write.blocks, nbytes)):
+            if (number % 2 == 0 and not first) or (number % 2 == 1 and not second):
+                continue
+            at = run.region * self.geometry.region_bytes + run.offset
+            rank.memory[at : at + run.length] = source[run.start : run.start + run.length]
+        for block in write.blocks:
+            owner = rank.owner(block)
+            assert owner == (write.room, write.window), f"window {write.window} was written into {owner}'s block"
+
+    def move(self, rank: Rank | None = None, error: str = "") -> Move | None:
+        """A mover finishes the oldest move."""
+        rank = rank or self.rank
+        if not rank.moves:
+            return None
+        move = rank.moves.popleft()
+        for block in move.blocks:
+            assert rank.core.allocator._held.get(block) == (move.room, move.window), "moved out of somebody's block"
+        result = rank.results.setdefault(move.room, bytearray(move.total_tokens * move.row_bytes))
+        for run in window_runs(self.geometry, move.blocks, move.tokens * move.row_bytes):
+            at = run.region * self.geometry.region_bytes + run.offset
+            to = move.first_token * move.row_bytes + run.start
+            result[to : to + run.length] = rank.memory[at : at + run.length]
+        self.perform_rank(rank, rank.core.on_moved(move.room, move.window, error, self.now))
+        return move
+
+    # -- all at once ---------------------------------------------------------------------------------------------
+
+    def deliver(self) -> bool:
+        """Deliver until nothing is on its way."""
+        moved = False
+        while any([self.deliver_to_encoder(rank) or self.deliver_to_rank(rank) for rank in self.ranks]):
+            moved = True
+        return moved
+
+    def work(self) -> bool:
+        """All writes that can be made, and all moves."""
+        moved = False
+        while self.writing or self.begin_write():
+            self.end_write(self.writing[0])
+            moved = True
+        for rank in self.ranks:
+            while self.move(rank):
+                moved = True
+        return moved
+
+    def settle(self, until: Callable[[], bool] = lambda: False, limit: int = 20_000) -> None:
+        """Deliver, write and move until nothing is left to do or ``until`` is true; an endless exchange fails."""
+        for _ in range(limit):
+            busy = False
+            for rank in self.ranks:
+                if until():
+                    return
+                busy |= self.deliver_to_encoder(rank) is not None
+                if until():
+                    return
+                busy |= self.deliver_to_rank(rank) is not None
+            if not busy:
+                busy = self.work()
+            if not busy:
+                return
+        raise AssertionError("the two sides do not come to rest")
+
+    def check(self) -> None:
+        """What holds after every step: accounts are right, and no poll value ever goes back."""
+        for rank in self.ranks:
+            rank.core.check_integrity()
+            for room, entry in rank.core.rooms.items():
+                self._monotonic(rank.polled, room, entry.poll())
+        for room, sender_entry in self.encoder.rooms.items():
+            self._monotonic(self.sender_polled, room, sender_entry.poll())
+
+    @staticmethod
+    def _monotonic(polled: dict[str, Poll], room: str, value: Poll) -> None:
+        before = polled.get(room, Poll.Bootstrapping)
+        assert before not in (Poll.Failed, Poll.Success) or value is before, "a final state changed"
+        assert value is Poll.Failed or value >= before, f"poll went back from {before} to {value}"
+        polled[room] = value
+
+    def succeeded(self, room: str) -> bool:
+        return (
+            room in self.encoder_ended
+            and self.encoder_ended[room].success
+            and all(room in rank.ended and rank.ended[room].success for rank in self.ranks)
+        )
+
+    def assert_baseline(self) -> None:
+        """Nothing is left of any room but tombstones: every block is free."""
+        assert not self.encoder.rooms
+        for rank in self.ranks:
+            assert not rank.core.quarantine and not rank.core.parked
+            assert rank.core.allocator.free_count == self.geometry.blocks
+            for room in list(rank.core.rooms):
+                rank.core.forget(room)
+            assert not rank.core.rooms

@@ -1,0 +1,256 @@
+"""The Mooncake path with an engine of our own: batches, staging, doubt, and peers that come back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, MemoryUnavailable
+from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.messages import Region, Register
+from sglang_mm_conn.datapath import mooncake
+from sglang_mm_conn.datapath.mooncake import MAX_PIECES, MooncakeLink, MooncakePath, Staging
+
+SESSION = "10.0.0.1:17001"
+
+
+class FakeEngine:
+    """Copies what the real one would, in this process; ``codes`` are what the next calls return."""
+
+    def __init__(self) -> None:
+        self.registered: list[tuple[int, int]] = []
+        self.batches: list[list[tuple[int, int, int]]] = []
+        self.sessions: list[str] = []
+        self.codes: list[int | Exception] = []
+        self.register_code = 0
+        self.during: Callable[[], int] | None = None
+
+    def register_memory(self, address: int, length: int) -> int:
+        self.registered.append((address, length))
+        return self.register_code
+
+    def batch_transfer_sync_write(
+        self, session: str, sources: list[int], targets: list[int], lengths: list[int]
+    ) -> int:
+        self.sessions.append(session)
+        self.batches.append(list(zip(sources, targets, lengths, strict=True)))
+        during, self.during = self.during, None
+        if during is not None:
+            during()
+        code = self.codes.pop(0) if self.codes else 0
+        if isinstance(code, Exception):
+            raise code
+        if code == 0:
+            for source, target, length in self.batches[-1]:
+                assert any(start <= source and source + length <= start + size for start, size in self.registered)
+                ctypes.memmove(target, source, length)
+        return code
+
+
+class Bed:
+    """A path, its engines, and memory to write into."""
+
+    def __init__(self, geometry: Geometry, staging_bytes: int = 4096) -> None:
+        self.geometry = geometry
+        self.engines: list[FakeEngine] = []
+        self.path = MooncakePath(make_engine=self.make, staging_bytes=staging_bytes)
+        self.regions = [torch.zeros(geometry.region_bytes, dtype=torch.uint8) for _ in range(geometry.regions)]
+
+    def make(self) -> FakeEngine:
+        self.engines.append(FakeEngine())
+        return self.engines[-1]
+
+    def register(self, incarnation: str = "1", session: str = SESSION) -> Register:
+        return Register(
+            mooncake_session_id=session,
+            epoch=0,
+            target=session,
+            incarnation=incarnation,
+            server="2",
+            rank=0,
+            size=1,
+            data_path="mooncake",
+            block_size=1,
+            block_bytes=self.geometry.block_bytes,
+            blocks_per_region=self.geometry.blocks_per_region,
+            regions=[Region(region.data_ptr(), region.numel()) for region in self.regions],
+            row_bytes=1,
+            dtype="float32",
+        )
+
+    def link(self) -> tuple[MooncakeLink, FakeEngine, Staging]:
+        link = self.path.open(self.register())
+        return link, self.engines[0], self.path._engines[0].staging
+
+    def received(self, blocks: list[int], nbytes: int) -> torch.Tensor:
+        whole = torch.cat(self.regions).reshape(self.geometry.blocks, -1)
+        return whole[blocks].reshape(-1)[:nbytes]
+
+
+@pytest.mark.parametrize(("staging_bytes", "nbytes"), [(4096, 700), (4096, 6000), (400, 6400), (44, 333), (4, 50)])
+def test_the_right_bytes_land_whatever_the_staging_holds(staging_bytes: int, nbytes: int) -> None:
+    bed = Bed(Geometry(64, 50, 2), staging_bytes)
+    link, engine, staging = bed.link()
+    blocks = [99, 3, 4, 5, 49, 50, 51, *range(60, 99), *range(6, 49), 0, 1, 2, *range(52, 60)]
+    source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    link.write(source, window_runs(bed.geometry, blocks, nbytes))
+    assert torch.equal(bed.received(blocks, nbytes), source)
+    assert all(sum(length for *_, length in batch) <= staging.slot_bytes for batch in engine.batches)
+    assert set(engine.sessions) == {SESSION}
+    assert len(staging._free) == 4 and staging._lost == 0
+
+
+def test_a_batch_has_no_more_pieces_than_the_link_bears() -> None:
+    bed = Bed(Geometry(2, 6000, 1), staging_bytes=1 << 20)
+    link, engine, _ = bed.link()
+    blocks = list(range(0, 6000, 2))  # no two are neighbours
+    source = torch.randint(0, 256, (6000,), dtype=torch.uint8)
+    link.write(source, window_runs(bed.geometry, blocks, 6000))
+    assert [len(batch) for batch in engine.batches] == [MAX_PIECES, MAX_PIECES, 3000 - 2 * MAX_PIECES]
+    assert torch.equal(bed.received(blocks, 6000), source)
+
+
+def test_a_batch_ends_where_the_staging_slot_is_full() -> None:
+    bed = Bed(Geometry(1000, 10, 1), staging_bytes=4 * 300)
+    link, engine, _ = bed.link()
+    link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+    assert [[length for *_, length in batch] for batch in engine.batches] == [[300], [300], [300], [100]]
+
+
+@pytest.mark.parametrize("failure", [-1, 7, RuntimeError("engine")])
+def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_no_more(
+    failure: int | Exception,
+) -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    link, engine, staging = bed.link()
+    engine.codes = [failure]
+    runs = window_runs(bed.geometry, [0], 64)
+    with pytest.raises((DataPathError, RuntimeError)) as caught:
+        link.write(torch.ones(64, dtype=torch.uint8), runs)
+    if isinstance(failure, int):
+        assert isinstance(caught.value, DataPathError) and caught.value.in_doubt
+    assert len(staging._free) == 3 and staging._lost == 1
+    for _ in range(9):
+        link.write(torch.ones(64, dtype=torch.uint8), runs)
+    assert len(engine.batches) == 1 and len(bed.engines) == 2 and len(bed.engines[1].batches) == 9
+    assert len(bed.path._engines) == 1, "the failed engine is not collected"
+
+
+def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    link, engine, _ = bed.link()
+    other = bed.path.open(bed.register("2", "10.0.0.2:2"))
+    gone = weakref.ref(engine)
+    bed.engines.clear()
+    runs = window_runs(bed.geometry, [0], 64)
+    source = torch.ones(64, dtype=torch.uint8)
+
+    def fail_meanwhile() -> int:
+        alive = gone()
+        assert alive is not None
+        alive.codes = [-1]
+        with pytest.raises(DataPathError):
+            link.write(source, runs)
+        assert len(bed.path._engines) == 1, "a write is still under way"
+        return 0
+
+    engine.during = fail_meanwhile
+    other.write(source, runs)
+    assert not bed.path._engines, "nobody uses it any more"
+    del engine
+    deadline = time.monotonic() + 30
+    while gone() is not None:
+        gc.collect()
+        assert time.monotonic() < deadline, "the engine is still there"
+
+
+def test_when_every_slot_is_lost_a_waiting_writer_hears_of_it_and_nothing_is_in_doubt() -> None:
+    staging = Staging(400)
+    for _ in range(4):
+        staging.take()
+    heard: list[DataPathError] = []
+
+    def wait() -> None:
+        try:
+            staging.take()
+        except DataPathError as error:
+            heard.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    for _ in range(4):
+        staging.lose()
+    waiting.join(30)
+    assert len(heard) == 1 and not heard[0].in_doubt
+
+
+def test_a_failed_batch_stops_the_window() -> None:
+    bed = Bed(Geometry(1000, 10, 1), staging_bytes=4 * 300)
+    link, engine, _ = bed.link()
+    engine.codes = [0, 5]
+    with pytest.raises(DataPathError):
+        link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+    assert len(engine.batches) == 2
+
+
+# -- engines -------------------------------------------------------------------------------------------------------
+
+
+def test_one_engine_serves_all_sessions_and_registers_its_staging_once() -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    for incarnation, session in (("1", "10.0.0.1:1"), ("2", "10.0.0.2:2"), ("1", "10.0.0.1:1")):
+        bed.path.open(bed.register(incarnation, session))
+    assert len(bed.engines) == 1
+    assert bed.engines[0].registered == [(bed.path._engines[0].staging.memory.data_ptr(), 4096)]
+
+
+def test_a_session_id_that_returns_with_another_process_gets_another_engine() -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    runs = window_runs(bed.geometry, [0], 64)
+
+    def write(incarnation: str, session: str = SESSION) -> None:
+        bed.path.open(bed.register(incarnation, session)).write(torch.ones(64, dtype=torch.uint8), runs)
+
+    for incarnation in ("1", "2", "2", "3"):
+        write(incarnation)
+    write("9", "10.0.0.9:9")  # a session that no engine knows needs no new one
+    assert [len(engine.batches) for engine in bed.engines] == [2, 2, 1]
+
+
+def test_a_server_that_registered_no_memory_with_mooncake_is_refused_before_an_engine_is_made() -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    register = bed.register()
+    register = Register(**{
+        **{name: getattr(register, name) for name in register.__struct_fields__},
+        "regions": [Region(0, 256)],
+    })  # fmt: skip
+    with pytest.raises(DataPathUnavailable, match="registered no memory"):
+        bed.path.open(register)
+    assert not bed.engines
+
+
+def test_staging_that_cannot_be_registered_is_an_error_and_not_kept() -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    engine = FakeEngine()
+    engine.register_code = -5
+    path = MooncakePath(make_engine=lambda: engine, staging_bytes=4096)
+    with pytest.raises(MemoryUnavailable, match="4096 bytes returned -5"):
+        path.open(bed.register())
+    assert not path._engines
+
+
+class PortOnly:
+    def get_rpc_port(self) -> int:
+        return 17001
+
+
+@pytest.mark.parametrize(("host", "session"), [("10.0.0.1", "10.0.0.1:17001"), ("fe80::1", "[fe80::1]:17001")])
+def test_a_session_id_brackets_an_ipv6_address(host: str, session: str) -> None:
+    assert mooncake.session_id(PortOnly(), host) == session
