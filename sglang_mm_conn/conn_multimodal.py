@@ -120,6 +120,7 @@ class EmbeddingSender(BaseKVSender):
         self.room = bootstrap_room
         self.ended: Future[Ended] = Future()  # resolved once, when the room has ended
         mgr.senders[self.room] = self
+        self.ended.add_done_callback(lambda _: mgr.senders.pop(bootstrap_room, None))
 
     def init(
         self,
@@ -130,6 +131,8 @@ class EmbeddingSender(BaseKVSender):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Announce ``num_kv_indices`` rows of ``row_bytes`` bytes (default: the widest) to the language ranks."""
+        if self.ended.done():
+            return
         self._endpoint.announce(
             self.room,
             num_kv_indices,

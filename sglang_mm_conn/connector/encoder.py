@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,11 +40,11 @@ from sglang_mm_conn.core.messages import (
     encode,
 )
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import SenderCore, Session
+from sglang_mm_conn.core.sender import SenderCore, Session, WindowWrite
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.sharding import session_port
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.datapath.base import DataPath
+from sglang_mm_conn.datapath.base import DataPath, WriteLink
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,11 @@ class EncoderEndpoint:
         self._peers: dict[str, _ControlPeer] = {}
         self._sources: dict[str, torch.Tensor] = {}
         self._listeners: dict[str, Callable[[Ended], None]] = {}
+        self._registering: set[str] = set()  # attaching may take long: they hear heartbeats meanwhile
         self._next_heartbeat = 0.0
         self.transfer_queues: list[queue.SimpleQueue[TransferEmbeddingChunk | None]] = [
             queue.SimpleQueue() for _ in range(settings.queues)
         ]
-        self._workers_per_queue = max(1, settings.workers // settings.queues)
         self._registrar = ThreadPoolExecutor(1, "mm-conn-registrar")
         self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._control = ControlServer(
@@ -102,7 +103,7 @@ class EncoderEndpoint:
         # Threads start last: they use everything above.
         self._threads = [threading.Thread(target=self.embedding_thread, name="mm-conn-embedding", daemon=True)]
         for index in range(settings.queues):
-            for number in range(self._workers_per_queue):
+            for number in range(settings.workers_per_queue):
                 name = f"mm-conn-transfer-{index}.{number}"
                 self._threads.append(
                     threading.Thread(target=self.transfer_worker, args=(index,), name=name, daemon=True)
@@ -111,7 +112,7 @@ class EncoderEndpoint:
             thread.start()
         logger.info(
             "conn_multimodal encoder %s: control port %d on %s, %d transfer queues with %d workers each, data path %s",
-            self.incarnation, self._control.port, host, settings.queues, self._workers_per_queue, settings.data_path,
+            self.incarnation, self._control.port, host, settings.queues, settings.workers_per_queue, settings.data_path,
         )  # fmt: skip
 
     @property
@@ -176,6 +177,7 @@ class EncoderEndpoint:
         try:
             message = decode_from_language(frame, self.settings.max_frame_bytes)
             if isinstance(message, Register):
+                self._registering.add(peer)
                 self._registrar.submit(self._register, peer, message)
                 return
             known = self._peers.get(peer)
@@ -213,7 +215,7 @@ class EncoderEndpoint:
                 self._drop_peer(peer, f"the language server was silent for {self.settings.peer_timeout:g} s")
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + self.settings.heartbeat
-            for peer in list(self._peers):
+            for peer in {*self._peers, *self._registering}:
                 self._send(peer, Heartbeat(incarnation=self.incarnation))
 
     def _retire(self, known: _ControlPeer, message: Retire) -> None:
@@ -232,7 +234,7 @@ class EncoderEndpoint:
             if session is None or session.peer != peer:
                 return  # the session speaks through a newer connection
             ended = self._perform(self.core.session_lost(known.session, reason, self._clock()))
-        self._links.close(known.session)
+            self._links.close(known.session)
         logger.warning("Language rank %s lost: %s", known.session, reason)
         self._tell(ended)
 
@@ -244,19 +246,21 @@ class EncoderEndpoint:
             if problem:
                 logger.error("Language rank %s refused: %s", message.mooncake_session_id, problem)
                 self._send(peer, Refused(reason=problem, kind="mismatch"))
-                return
-            goes_on = self._links.open(message)
+            else:
+                self._attach(peer, message)
         except LinkBusy as error:
             self._send(peer, Refused(reason=str(error), kind="register_first"))
-            return
         except (DataPathUnavailable, ProtocolError) as error:
             logger.warning("Language rank %s: %s", message.mooncake_session_id, error)
             self._send(peer, Refused(reason=as_text(str(error)), kind="data_path"))
-            return
         except Exception as error:
             logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
             self._send(peer, Refused(reason=as_text(f"{type(error).__name__}: {error}"), kind="data_path"))
-            return
+        finally:
+            self._registering.discard(peer)
+
+    def _attach(self, peer: str, message: Register) -> None:
+        goes_on = self._links.open(message)
         session = Session(
             mooncake_session_id=message.mooncake_session_id,
             peer=peer,
@@ -280,9 +284,12 @@ class EncoderEndpoint:
                 )
             elif known is not None:
                 session = replace(session, epochs=tuple(sorted({*known.epochs, message.epoch})))
-            self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
-            self._send(peer, answer)
-            ended += self._perform(self.core.register(session, now))
+            if self._links.has(message.mooncake_session_id, message.epoch):
+                self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
+                self._send(peer, answer)
+                ended += self._perform(self.core.register(session, now))
+            else:  # dropped for its silence on an older connection, in this very moment
+                self._send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
         logger.info(
             "Language rank %d of %d registered: session=%s epoch=%d path=%s pool=%d blocks of %d bytes",
             message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,
@@ -295,6 +302,9 @@ class EncoderEndpoint:
         for what, theirs, ours in (
             ("block size (SGLANG_EMBEDDING_CACHE_BLOCK_SIZE)", message.block_size, self.settings.block_size),
             ("dtype", message.dtype, self.dtype),
+            ("SGLANG_MM_CONN_CHECKSUM", message.checksum, self.settings.checksum),
+            ("SGLANG_MM_CONN_MAX_FRAME_BYTES", message.max_frame_bytes, self.settings.max_frame_bytes),
+            ("SGLANG_MM_CONN_MAX_METADATA_BYTES", message.max_metadata_bytes, self.settings.max_metadata_bytes),
         ):
             if theirs != ours:
                 return f"{what} is {theirs} on the language server and {ours} on the encoder"
@@ -332,36 +342,49 @@ class EncoderEndpoint:
                 self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
 
     def _write_window(self, room: str) -> bool:
-        with self._lock:
-            write = self.core.begin_write(room)
-            if write is None:
-                return False
-            source = self._sources[room]
-            entry = self.core.rooms[room]
-        error, in_doubt, path = "", False, "none"
-        try:
-            first = write.first_token * entry.row_bytes
-            nbytes = write.tokens * entry.row_bytes
-            runs = window_runs(write.session.geometry, write.blocks, nbytes)
-            with self._links.use(write.session.mooncake_session_id, write.epoch) as link:
-                path = link.name
-                link.write(source[first : first + nbytes], runs)
-        except DataPathError as failure:
-            error, in_doubt = str(failure), failure.in_doubt
-        except Exception as failure:
-            # Nothing is known about what a data call did that ended in a way it should not.
-            logger.exception("Data call for room %s failed", room)
-            error, in_doubt = f"{type(failure).__name__}: {failure}", True
+        error, in_doubt, link = "", False, None
+        with ExitStack() as pinned:
+            with self._lock:
+                write = self.core.begin_write(room)
+                if write is None:
+                    return False
+                source = self._sources[room]
+                entry = self.core.rooms[room]
+                try:
+                    # In the same breath as begin_write: between the two a frozen process could lose its link, the
+                    # language server its doubt, and the write would find another link under the same name.
+                    link = pinned.enter_context(self._links.use(write.session.mooncake_session_id, write.epoch))
+                except DataPathError as failure:
+                    error = str(failure)
+                    self._send(write.session.peer, Refused(reason=error, kind="register_first"))
+            if link is not None:
+                error, in_doubt = self._data_call(link, source, entry.row_bytes, write)
         with self._lock:
             ended = self._perform(self.core.on_written(write, error, in_doubt, self._clock()))
         for action in ended:
             if action.success:
                 logger.info(
                     "Embedding sent: room=%s tokens=%d windows=%d path=%s ms=%.1f",
-                    action.room, entry.total_tokens, entry.windows, path, entry.elapsed * 1000,
+                    action.room, entry.total_tokens, entry.windows,
+                    link.name if link is not None else "none", entry.elapsed * 1000,
                 )  # fmt: skip
         self._tell(ended)
         return True
+
+    @staticmethod
+    def _data_call(link: WriteLink, source: torch.Tensor, row_bytes: int, write: WindowWrite) -> tuple[str, bool]:
+        """Returns what went wrong (empty: nothing) and whether bytes may still land."""
+        try:
+            first, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
+            runs = window_runs(write.session.geometry, write.blocks, nbytes)
+            link.write(source[first : first + nbytes], runs)
+        except DataPathError as failure:
+            return str(failure), failure.in_doubt
+        except Exception as failure:
+            # Nothing is known about what a data call did that ended in a way it should not.
+            logger.exception("Data call for room %s failed", write.room)
+            return f"{type(failure).__name__}: {failure}", not link.synchronous
+        return "", False
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -400,7 +423,7 @@ class EncoderEndpoint:
         """Stop all threads; for tests and orderly shutdown."""
         self._control.stop()
         for transfer_queue in self.transfer_queues:
-            for _ in range(self._workers_per_queue):
+            for _ in range(self.settings.workers_per_queue):
                 transfer_queue.put(None)
         for thread in self._threads:
             thread.join(10)

@@ -236,7 +236,7 @@ class Encoders:
         process = self._processes.get(incarnation)
         if process is None:
             return
-        process.ready = False
+        was_ready, process.ready = process.ready, False
         if message.kind == "register_first":
             process.register_at = self._clock()  # at the next tick: an encoder that is busy is not asked in a loop
             return
@@ -246,7 +246,10 @@ class Encoders:
             process.path = other
             self._register(process)
             return
-        self._cannot_register(process, f"refused this language server: {message.reason}")
+        reason = f"refused this language server: {message.reason}"
+        if was_ready:
+            self._on_lost(incarnation, reason)
+        self._cannot_register(process, reason)
 
     def _cannot_register(self, process: _Process, reason: str) -> None:
         """Nothing to be had from this process as things are; it is asked again now and then."""

@@ -263,7 +263,11 @@ class LanguageEndpoint:
             logger.exception("Moving rows of room %s failed", move.room)
             error = f"{type(failure).__name__}: {failure}"
         with self._lock:
-            self._perform(self.core.on_moved(move.room, move.window, error, self._clock()))
+            try:
+                self._perform(self.core.on_moved(move.room, move.window, error, self._clock()))
+            except ConnError as failure:
+                logger.exception("Room %s", move.room)
+                self._perform(self.core.abort(move.room, str(failure), 500, self._clock()))
             entry = self.core.rooms.get(move.room)
             if entry is None or entry.poll() is Poll.Failed:
                 self._results.pop(move.room, None)

@@ -59,11 +59,12 @@ class Links:
             same = self._links.get(key)
             if same is not None and same.register == register and not same.closing:
                 return goes_on
-        if not goes_on or same is not None:
-            self.close(session)
+        same_process = all(link.register.incarnation == register.incarnation for link in known)
+        if same_process and (not goes_on or same is not None):
+            self.close(session)  # first: its lock on the writer slot is in the way of the new attachment
             goes_on = False
         with self._lock:
-            if key in self._links:
+            if key in self._links and same_process:
                 raise LinkBusy("the session's previous link has a write under way")
         path = self._data_paths.get(register.data_path)
         if path is None:
@@ -71,9 +72,24 @@ class Links:
                 f"this encoder has no data path {register.data_path!r} (it has {', '.join(self._data_paths) or 'none'})"
             )
         link = path.open(register)
+        if not same_process:
+            self.close(session)  # only now: who presents a session of another process must have memory to show
         with self._lock:
-            self._links[key] = _OpenLink(link, register)
+            if key in self._links:
+                busy = True
+            else:
+                busy = False
+                self._links[key] = _OpenLink(link, register)
+        if busy:
+            link.close()
+            raise LinkBusy("the session's previous link has a write under way")
         return goes_on
+
+    def has(self, session: str, epoch: int) -> bool:
+        """Whether there is a link that has not been given up."""
+        with self._lock:
+            entry = self._links.get((session, epoch))
+            return entry is not None and not entry.closing
 
     @contextmanager
     def use(self, session: str, epoch: int) -> Iterator[WriteLink]:

@@ -22,7 +22,8 @@ def encoder_data_paths(settings: Settings, host: str) -> dict[str, DataPath]:
         paths["shm"] = ShmPath()
     if settings.data_path in ("auto", "mooncake"):
         try:
-            paths["mooncake"] = MooncakePath(engine_factory(settings, host), settings.staging_bytes)
+            make_engine = engine_factory(settings, host)
+            paths["mooncake"] = MooncakePath(make_engine, settings.staging_bytes, settings.all_workers)
         except DataPathUnavailable as error:
             if settings.data_path == "mooncake":
                 raise

@@ -59,12 +59,14 @@ class Revocation:
         self.stage = Stage.IDLE
         self.count = 0
         self._epoch = 0
+        self._not_before = 0.0
         self._work: Future[object] | None = None
 
     def tick(self, now: float) -> None:
         if self.stage is Stage.IDLE:
             since = self._in_doubt_since()
-            if since is not None and now - since >= self._patience:
+            if since is not None and now - since >= self._patience and now >= self._not_before:
+                self._not_before = now + self._patience
                 logger.warning("Mooncake: blocks in doubt for %.1f s, replacing the engine", now - since)
                 self._begin(Stage.RENEWING, self._sessions.renew_mooncake)
         elif self.stage is Stage.RENEWING:

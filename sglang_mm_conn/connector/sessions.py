@@ -47,8 +47,9 @@ class Sessions:
         self.mooncake_session = ""
         # A session id is host:port, and the shard rule sums ports: this socket owns a port and never listens.
         self._port_holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._port_holder.bind(("127.0.0.1", 0))
-        self._shm_session = f"127.0.0.1:{self._port_holder.getsockname()[1]}"
+        self._port_holder.bind(("", 0))
+        port = self._port_holder.getsockname()[1]
+        self._shm_session = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._common: dict[str, Any] = {
             "incarnation": incarnation,
             "server": server,
@@ -59,6 +60,9 @@ class Sessions:
             "blocks_per_region": pool.geometry.blocks_per_region,
             "row_bytes": widest_row_bytes,
             "dtype": dtype,
+            "checksum": settings.checksum,
+            "max_frame_bytes": settings.max_frame_bytes,
+            "max_metadata_bytes": settings.max_metadata_bytes,
         }
         if self.first_path == "mooncake":
             self._start_mooncake()

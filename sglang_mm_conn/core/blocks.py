@@ -44,6 +44,10 @@ class BlockAllocator:
             self._held[block] = owner
         return blocks
 
+    def holds(self, owner: Hashable, blocks: Sequence[int]) -> bool:
+        """Whether ``owner`` holds every one of ``blocks``, each named once."""
+        return len(set(blocks)) == len(blocks) and all(self._held.get(block) == owner for block in blocks)
+
     def release(self, owner: Hashable, blocks: Sequence[int]) -> None:
         """Free blocks that ``owner`` holds. All or nothing: raises AllocatorError where it does not hold them all."""
         self._check(self._held, owner, blocks)

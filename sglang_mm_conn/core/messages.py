@@ -58,6 +58,9 @@ class Register(Message, frozen=True, kw_only=True, tag="register"):
     regions: Annotated[list[Region], Meta(min_length=1, max_length=64)]
     row_bytes: Positive  # of the model's widest row
     dtype: Name
+    checksum: bool
+    max_frame_bytes: Positive
+    max_metadata_bytes: Positive
     segment: Text = ""  # shared memory: name, proof that it is this one, and the byte the writer locks
     nonce: Text = ""
     writer_slot: Count = 0

@@ -463,6 +463,12 @@ class ReceiverCore:
         """Offer the next window of a room that holds no blocks: Init for window 0, Resume for any later one."""
         if sent_tokens != entry.sent_tokens:
             raise ConnError(f"room {entry.room}: {sent_tokens} rows named, {entry.sent_tokens} are here")
+        owner = (entry.room, entry.window + 1)
+        if not self.allocator.holds(owner, embedding_indices):
+            raise ConnError(f"blocks {embedding_indices[:8]}... are not held by (room, window) {owner}")
+        most = self.geometry.capacity(len(embedding_indices), entry.row_bytes)
+        if not 1 <= allocated_tokens <= min(most, entry.total_tokens - sent_tokens):
+            raise ConnError(f"room {entry.room}: allocated_tokens={allocated_tokens}, but the blocks hold {most} rows")
         assert entry.peer is not None
         entry.machine.to(ReceiverState.OFFERED)
         entry.window += 1

@@ -69,7 +69,6 @@ class TransferEmbeddingInfo:
     epoch: int = 0
     src_embedding_indices: tuple[int, ...] | None = None
     total_tokens: int = 0
-    abort_requested: bool = False
     machine: Machine[WindowState] = field(default_factory=lambda: Machine(WINDOW_MOVES, WindowState.OFFERED))
 
     @property
@@ -142,9 +141,9 @@ class SenderCore:
         # (room, session) -> until, answer: to be repeated after a lost connection
         self._done: OrderedDict[tuple[str, str], tuple[float, Message]] = OrderedDict()
         self._failures: OrderedDict[str, None] = OrderedDict()  # rooms; said to every session that registers
-        # (room, session) whose bytes may still land. Never forgotten: a forgotten one would be called drained. Each
-        # has cost a slot of staging memory, so they are few.
-        self._in_doubt: set[tuple[str, str]] = set()
+        # (room, session) -> epoch through which bytes may still land. Forgotten only when that way in is gone: one
+        # forgotten earlier would be called drained.
+        self._in_doubt: dict[tuple[str, str], int] = {}
         self._queues = queues
         self._send_timeout = send_timeout
         self._claim_timeout = claim_timeout
@@ -172,6 +171,8 @@ class SenderCore:
 
     def retire(self, mooncake_session_id: str, epoch: int) -> None:
         """The language rank took the ways in up to ``epoch`` down: no window is taken for them any more."""
+        for key in [key for key, one in self._in_doubt.items() if key[1] == mooncake_session_id and one <= epoch]:
+            del self._in_doubt[key]
         session = self.sessions.get(mooncake_session_id)
         if session is not None:
             kept = tuple(one for one in session.epochs if one > epoch)
@@ -193,6 +194,8 @@ class SenderCore:
 
     def announce(self, room: str, total_tokens: int, row_bytes: int, dtype: str, now: float) -> list[Action]:
         """The size of ``room`` is known. Raises ConnError where it was announced before with another size."""
+        if total_tokens < 1 or row_bytes < 1:
+            raise ConnError(f"room {room}: an embedding of {total_tokens} rows of {row_bytes} bytes cannot be sent")
         known = self.rooms.get(room)
         if known is not None:
             if (known.total_tokens, known.row_bytes, known.dtype) != (total_tokens, row_bytes, dtype):
@@ -230,6 +233,7 @@ class SenderCore:
             return self._fail(entry, reason, code, now)
         if room in self.tombstones:
             return []
+        server_of(room)  # raises before anything is remembered
         self.tombstones.put(room, Verdict(reason, code), now + TOMBSTONE_SECONDS)
         self._remember_failure(room)
         actions: list[Action] = [
@@ -323,9 +327,8 @@ class SenderCore:
             raise ProtocolError(f"session of server {session.server} aborts room {entry.room}")
         info = entry.transfer_infos.get(session.mooncake_session_id)
         actions: list[Action] = []
-        if info is not None and info.state is WindowState.WRITING:
-            info.abort_requested = True  # Drained follows when the data call has returned
-        elif info is None or info.state is not WindowState.IN_DOUBT:
+        # Where a write is under way, Drained follows when the data call has returned.
+        if info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT):
             if info is not None and not info.machine.final:
                 info.machine.to(WindowState.CLOSED)
             actions.append(Send(session.peer, Drained(room=entry.room)))
@@ -369,7 +372,7 @@ class SenderCore:
         if error:
             info.machine.to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
             if in_doubt:
-                self._in_doubt.add((entry.room, session.mooncake_session_id))
+                self._in_doubt[entry.room, session.mooncake_session_id] = write.epoch
             others = self._fail(entry, f"{error} (to {session.mooncake_session_id})", 502, now, except_session=session)
             assert entry.verdict is not None
             actions = [Send(session.peer, self._failed(entry.room, entry.verdict, drained=not in_doubt)), *others]

@@ -155,6 +155,15 @@ class Settings:
         "1: the encoder sends a checksum of every embedding and the language server verifies it (both sides)",
     )
 
+    @property
+    def workers_per_queue(self) -> int:
+        return max(1, self.workers // self.queues)
+
+    @property
+    def all_workers(self) -> int:
+        """Transfer workers of an encoder: data calls that can be under way at the same time."""
+        return self.queues * self.workers_per_queue
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """Read the settings from ``environ``. Raises SettingError naming the variable, its value and the range."""

@@ -15,6 +15,7 @@ class WriteLink(Protocol):
     """Writes into the memory of one session."""
 
     name: str
+    synchronous: bool  # whether nothing more lands once ``write`` has ended, however it ended
 
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
         """Write the bytes ``source`` (uint8, one dimension) to ``runs``; returns when all of them are in place.

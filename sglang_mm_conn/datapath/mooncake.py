@@ -32,7 +32,6 @@ from sglang_mm_conn.core.settings import Settings
 logger = logging.getLogger(__name__)
 
 MAX_PIECES = 1024
-_STAGING_SLOTS = 4
 
 EngineFactory = Callable[[], Any]
 
@@ -75,34 +74,27 @@ def register_memory(engine: Any, memory: torch.Tensor) -> None:
 
 
 class Staging:
-    """Registered source memory in a few slots; a slot is one write's until that write has returned 0."""
+    """Registered source memory in slots, one for each write that can be under way: nobody waits for a slot.
 
-    def __init__(self, nbytes: int) -> None:
-        self.memory = torch.zeros(nbytes, dtype=torch.uint8)
-        self.slot_bytes = nbytes // _STAGING_SLOTS
-        self._free = list(self.memory.split(self.slot_bytes))[:_STAGING_SLOTS]
-        self._changed = threading.Condition()
-        self._lost = 0
+    A slot is one write's until that write has returned 0; the slot of a failed write does not come back, for the
+    engine may still read it.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8)
+        self._free = list(self.memory.split(slot_bytes))
+        self._lock = threading.Lock()
 
     def take(self) -> torch.Tensor:
-        """A slot; waits for one. Raises DataPathError where all are lost."""
-        with self._changed:
-            while not self._free:
-                if self._lost == _STAGING_SLOTS:
-                    raise DataPathError("the Mooncake engine is being given up after failed writes", in_doubt=False)
-                self._changed.wait()
+        """Raises DataPathError where the writes that failed have used them up."""
+        with self._lock:
+            if not self._free:
+                raise DataPathError("the Mooncake engine is being given up after failed writes", in_doubt=False)
             return self._free.pop()
 
-    def lose(self) -> None:
-        """A slot does not come back: the engine may still read it."""
-        with self._changed:
-            self._lost += 1
-            self._changed.notify_all()
-
     def give_back(self, slot: torch.Tensor) -> None:
-        with self._changed:
+        with self._lock:
             self._free.append(slot)
-            self._changed.notify()
 
 
 class _Engine:
@@ -113,9 +105,9 @@ class _Engine:
     only then is its memory given back. Other links go on through another engine.
     """
 
-    def __init__(self, engine: Any, staging_bytes: int) -> None:
+    def __init__(self, engine: Any, slots: int, slot_bytes: int) -> None:
         self.engine = engine
-        self.staging = Staging(staging_bytes)
+        self.staging = Staging(slots, slot_bytes)
         register_memory(engine, self.staging.memory)
         self.known: dict[str, str] = {}
         self.writes = 0
@@ -126,6 +118,7 @@ class MooncakeLink:
     """Writes to one session, through whichever of the path's engines can reach it."""
 
     name = "mooncake"
+    synchronous = False
 
     def __init__(self, path: MooncakePath, register: Register) -> None:
         self._path = path
@@ -135,19 +128,14 @@ class MooncakeLink:
         self._one_batch = threading.Lock()
 
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
-        with self._path.engine_for(self._register) as entry:
-            for pieces in _batches(runs, entry.staging.slot_bytes):
+        for pieces in _batches(runs, self._path.slot_bytes):
+            # Each batch is complete when the next begins, so each may go through another engine.
+            with self._one_batch, self._path.engine_for(self._register) as entry:
                 slot = entry.staging.take()
-                code = -1
-                try:
-                    code = self._write_batch(entry.engine, slot, source, pieces)
-                finally:
-                    if code == 0:
-                        entry.staging.give_back(slot)
-                    else:
-                        entry.staging.lose()
+                code = self._write_batch(entry.engine, slot, source, pieces)
                 if code != 0:
                     raise DataPathError(f"Mooncake write of {len(pieces)} pieces returned {code}", in_doubt=True)
+                entry.staging.give_back(slot)
 
     def _write_batch(self, engine: Any, slot: torch.Tensor, source: torch.Tensor, pieces: Sequence[Run]) -> int:
         at, addresses, targets, lengths = 0, [], [], []
@@ -157,8 +145,7 @@ class MooncakeLink:
             targets.append(self._bases[piece.region] + piece.offset)
             lengths.append(piece.length)
             at += piece.length
-        with self._one_batch:
-            return int(engine.batch_transfer_sync_write(self._register.target, addresses, targets, lengths))
+        return int(engine.batch_transfer_sync_write(self._register.target, addresses, targets, lengths))
 
     def close(self) -> None:
         """The engines are shared with other links and stay."""
@@ -186,9 +173,11 @@ class MooncakePath:
 
     name = "mooncake"
 
-    def __init__(self, make_engine: EngineFactory, staging_bytes: int) -> None:
+    def __init__(self, make_engine: EngineFactory, staging_bytes: int, writers: int) -> None:
+        """``writers``: threads that may write at the same time; the staging memory is shared out among them."""
         self._make_engine = make_engine
-        self._staging_bytes = staging_bytes
+        self._slots = writers
+        self.slot_bytes = staging_bytes // writers
         self._lock = threading.Lock()
         self._engines: list[_Engine] = []
 
@@ -205,9 +194,12 @@ class MooncakePath:
         with self._lock:
             entry = next((one for one in self._engines if self._fits(one, register)), None)
             if entry is None:
-                entry = _Engine(self._make_engine(), self._staging_bytes)
+                entry = _Engine(self._make_engine(), self._slots, self.slot_bytes)
                 self._engines.append(entry)
-                logger.info("Mooncake engine made (%d now), staging %d bytes", len(self._engines), self._staging_bytes)
+                logger.info(
+                    "Mooncake engine made (%d now), staging %d x %d bytes",
+                    len(self._engines), self._slots, self.slot_bytes,
+                )  # fmt: skip
             entry.known[register.target] = register.incarnation
             entry.writes += 1
         try:

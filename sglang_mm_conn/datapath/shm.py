@@ -16,6 +16,7 @@ class ShmLink:
     """A mapped segment. A copy is synchronous: when it returns, nothing more will land."""
 
     name = "shm"
+    synchronous = True
 
     def __init__(self, register: Register) -> None:
         length = register.blocks_per_region * register.block_bytes

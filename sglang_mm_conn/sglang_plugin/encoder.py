@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from http import HTTPStatus
 from typing import Any
 
@@ -53,7 +54,10 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
 
 
 def _bind_host(host: str | None) -> str:
-    return {None: "127.0.0.1", "": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host or "")
+    """The address to bind: ZeroMQ binds no names."""
+    if not host:
+        return "0.0.0.0" if host == "" else "127.0.0.1"
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, Any]]) -> Any:
@@ -66,8 +70,13 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
             return
         for request in requests:
             state = self.req_states.get(request["req_id"])
-            if state is not None and state.embedding_data is not None and _is_room(request["req_id"]):
+            if state is None or state.embedding_data is None or not _is_room(request["req_id"]):
+                continue
+            try:
                 _announce(manager, request["req_id"], state.embedding_data.shape, state.embedding_data.dtype)
+            except ConnError as error:  # the others of its batch do not notice
+                assert manager.encoder is not None
+                manager.encoder.fail(request["req_id"], str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
 
     return publish()
 
@@ -135,6 +144,6 @@ async def _deliver(manager: EmbeddingManager, room: str, data: Any) -> None:
         key: value for key, value in vars(data).items() if key not in _NOT_METADATA and not key.startswith("_")
     }
     sender.send(data.embedding, {**metadata, "modality": data.modality.name})
-    ended = await asyncio.wrap_future(sender.ended)
+    ended = await asyncio.shield(asyncio.wrap_future(sender.ended))
     if not ended.success:
         raise MMError(f"embedding {room} was not delivered: {ended.reason}", code=ended.code)

@@ -41,6 +41,9 @@ from sglang_mm_conn.sglang_plugin.flag import is_ours, server_incarnation
 
 logger = logging.getLogger(__name__)
 
+# How long a prompt may take to be tokenized before the failure of its encode is told to nobody.
+_DISPATCHED_SECONDS = 300.0
+
 
 def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``create_mm_receiver``: ours for a server with the flag, sglang's for any other."""
@@ -81,6 +84,8 @@ class RoomDispatcher(MMReceiverHTTP):
     ) -> threading.Event | None:
         """Dispatch the items of ``obj`` to the encoders. Returns the event that sglang sets once the request is on
         its way to the scheduler; None where there is nothing to dispatch."""
+        if not obj.is_single:
+            raise ValueError("a batch of prompts with images cannot be sent to encoders: send them one by one")
         items = self._extract_url_data(obj)
         urls = list(self.encode_urls)
         if not items or not urls:
@@ -89,7 +94,6 @@ class RoomDispatcher(MMReceiverHTTP):
             obj.need_wait_for_mm_inputs = False
             return None
         room_base = new_room_base(self._server)
-        obj.rid = obj.rid or room_base
         obj.need_wait_for_mm_inputs = True
         obj.num_items_assigned = self._assign_items_by_modality(items, len(urls))
         obj.encoder_urls = [with_room(url, room_base) for url in urls]
@@ -127,12 +131,15 @@ class RoomDispatcher(MMReceiverHTTP):
         except Exception as failure:
             logger.warning("Dispatch of %s failed: %s", rid, failure)
             problem = (f"{type(failure).__name__}: {failure}", int(HTTPStatus.BAD_GATEWAY))
-        if problem is not None and on_dispatch_error is not None:
-            await self._loop.run_in_executor(None, dispatched.wait)
-            # The tag keeps a late error away from a later request that reuses the id.
-            on_dispatch_error(
-                EncoderDispatchErrorReq(rid=rid, error_msg=problem[0] + _tag(room_base), error_code=problem[1])
-            )
+        if problem is None or on_dispatch_error is None:
+            return
+        # The scheduler must know the request before it can hear that it failed.
+        deadline = self._loop.time() + _DISPATCHED_SECONDS
+        while not dispatched.is_set() and self._loop.time() < deadline:
+            await asyncio.sleep(0.005)
+        # The tag keeps a late error away from a later request that reuses the id.
+        text, code = problem[0] + _tag(room_base), _http_status(problem[1])
+        on_dispatch_error(EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=code))
 
     def process_waiting_requests(self, recv_reqs: Any) -> Any:
         raise ConnError("requests wait in the scheduler, not in the tokenizer")
@@ -175,6 +182,8 @@ class SchedulerReceiver(MMReceiverHTTP):
 
     def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
         """Every tick: take in new requests, poll the waiting ones, answer (ready requests, aborted requests)."""
+        assert self.manager.language is not None
+        self.manager.language.completions.clear()  # before the rooms are looked at, so that no ring is lost
         if not self._wakes_scheduler:
             self._wake_scheduler_on_completion()
         return self._process_waiting_requests(
@@ -303,6 +312,10 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             modality: parts[0] if len(parts) == 1 else torch.cat(parts) for modality, parts in tensors.items()
         }
 
+    def _fail_and_release(self, error_msg: str, error_code: int | None = None) -> None:
+        # sglang's scheduler makes an HTTPStatus of the code, and ends the whole server where there is none (499).
+        super()._fail_and_release(error_msg, None if error_code is None else _http_status(error_code))
+
     def release_resources(self) -> None:
         """On abort, failure and time-out; may be called again."""
         self._clear_rooms()
@@ -317,6 +330,13 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def _prepare_embedding_buffer(self) -> bool:
         raise ConnError("there is no buffer to prepare here")
+
+
+def _http_status(code: int) -> int:
+    """``code``, or the general one of its kind where Python's HTTPStatus does not know it."""
+    if code in HTTPStatus._value2member_map_:
+        return code
+    return int(HTTPStatus.BAD_REQUEST if 400 <= code < 500 else HTTPStatus.BAD_GATEWAY)
 
 
 def _embedding_data(rid: str, embedding: torch.Tensor, metadata: dict[str, Any]) -> EmbeddingData:

@@ -37,6 +37,9 @@ LIMIT = 4096
 ROOM, SESSION = "ab" * 8 + "-" + "cd" * 8, "10.0.0.1:17001"
 
 REGISTER = Register(
+    checksum=False,
+    max_frame_bytes=1 << 20,
+    max_metadata_bytes=1 << 26,
     epoch=0,
     mooncake_session_id=SESSION,
     incarnation="1",
