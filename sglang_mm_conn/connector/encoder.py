@@ -270,6 +270,7 @@ class EncoderEndpoint:
             size=message.size,
             geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
             epochs=(message.epoch,),
+            most_writes=max(1, self.settings.workers_per_queue // 2),
         )
         now = self._clock()
         answer = Registered(

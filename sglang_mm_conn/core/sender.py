@@ -10,7 +10,7 @@ of one session never touches another's blocks. What may be written, and when:
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +53,7 @@ class Session:
     size: int
     geometry: Geometry
     epochs: tuple[int, ...] = (0,)  # the ways in that exist
+    most_writes: int = 1 << 30  # at the same time: a destination that hangs must not hold every worker
 
 
 @dataclass
@@ -144,6 +145,8 @@ class SenderCore:
         # (room, session) -> epoch through which bytes may still land. Forgotten only when that way in is gone: one
         # forgotten earlier would be called drained.
         self._in_doubt: dict[tuple[str, str], int] = {}
+        self._writes: Counter[str] = Counter()  # session -> writes under way
+        self._deferred: dict[str, deque[str]] = {}  # session -> rooms whose window waits for its turn there
         self._queues = queues
         self._send_timeout = send_timeout
         self._claim_timeout = claim_timeout
@@ -351,6 +354,10 @@ class SenderCore:
             session = self.sessions.get(session_id)
             if info.state is not WindowState.OFFERED or session is None:
                 continue
+            if self._writes[session_id] >= session.most_writes:
+                self._deferred.setdefault(session_id, deque()).append(room)
+                continue
+            self._writes[session_id] += 1
             if info.src_embedding_indices is None:
                 info.src_embedding_indices = entry.source
                 info.total_tokens = entry.total_tokens
@@ -398,7 +405,20 @@ class SenderCore:
                 entry.verdict = Verdict("", 200)
                 actions.append(Ended(entry.room, success=True))
         self._drop_if_over(entry, now)
-        return actions
+        return [*actions, *self._next_deferred(session.mooncake_session_id)]
+
+    def _next_deferred(self, session_id: str) -> list[Action]:
+        """The session is free for another write: the longest waiting room's chunk is queued again."""
+        self._writes[session_id] -= 1
+        if not self._writes[session_id]:
+            del self._writes[session_id]
+        waiting = self._deferred.get(session_id, deque())
+        while waiting:
+            entry = self.rooms.get(waiting.popleft())
+            if entry is not None and entry.state is SenderState.TRANSFERRING:
+                return [self._chunk(entry)]
+        self._deferred.pop(session_id, None)
+        return []
 
     # -- time ----------------------------------------------------------------------------------------------------
 

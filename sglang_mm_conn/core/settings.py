@@ -82,8 +82,9 @@ class Settings:
         "transfer queues of an encoder; a room's queue is the port sum of its sessions modulo this",
     )
     workers: int = _setting(
-        "SGLANG_DISAGGREGATION_THREAD_POOL_SIZE", 8, _integer(1, 1024),
-        "transfer workers of an encoder, shared out over its queues (at least one each)",
+        "SGLANG_DISAGGREGATION_THREAD_POOL_SIZE", 16, _integer(1, 1024),
+        "transfer workers of an encoder, shared out over its queues (at least one each); one language rank gets at "
+        "most half of a queue's at a time",
     )
     data_path: str = _setting(
         "SGLANG_MM_CONN_DATA_PATH", "auto", _choice(*DATA_PATHS),

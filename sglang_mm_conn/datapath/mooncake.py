@@ -105,8 +105,9 @@ class _Engine:
     only then is its memory given back. Other links go on through another engine.
     """
 
-    def __init__(self, engine: Any, slots: int, slot_bytes: int) -> None:
+    def __init__(self, engine: Any, slots: int, slot_bytes: int, only: str = "") -> None:
         self.engine = engine
+        self.only = only  # the one target that it serves, if it is not for all
         self.staging = Staging(slots, slot_bytes)
         register_memory(engine, self.staging.memory)
         self.known: dict[str, str] = {}
@@ -149,6 +150,7 @@ class MooncakeLink:
 
     def close(self) -> None:
         """The engines are shared with other links and stay."""
+        self._path.forget(self._register.target)
 
 
 def _batches(runs: Sequence[Run], slot_bytes: int) -> list[list[Run]]:
@@ -180,10 +182,15 @@ class MooncakePath:
         self.slot_bytes = staging_bytes // writers
         self._lock = threading.Lock()
         self._engines: list[_Engine] = []
+        # Targets whose last write failed. The first contact to one that hangs blocks an engine for a minute, so they
+        # are tried through an engine of their own.
+        self._suspects: set[str] = set()
 
     def open(self, register: Register) -> MooncakeLink:
         if not register.target or any(region.address == 0 for region in register.regions):
             raise DataPathUnavailable("the language server registered no memory with Mooncake")
+        with self._lock:
+            self._suspects.discard(register.target)  # it has just spoken
         with self.engine_for(register):
             pass  # an engine that cannot be had is noticed here, not at the first write
         return MooncakeLink(self, register)
@@ -194,18 +201,22 @@ class MooncakePath:
         with self._lock:
             entry = next((one for one in self._engines if self._fits(one, register)), None)
             if entry is None:
-                entry = _Engine(self._make_engine(), self._slots, self.slot_bytes)
+                only = register.target if register.target in self._suspects else ""
+                entry = _Engine(self._make_engine(), 1 if only else self._slots, self.slot_bytes, only)
                 self._engines.append(entry)
                 logger.info(
-                    "Mooncake engine made (%d now), staging %d x %d bytes",
-                    len(self._engines), self._slots, self.slot_bytes,
+                    "Mooncake engine made (%d now)%s", len(self._engines), f", for {only} alone" if only else "",
                 )  # fmt: skip
             entry.known[register.target] = register.incarnation
             entry.writes += 1
         try:
             yield entry
+            if entry.only:  # it works again: back to the engine that all share
+                self._suspects.discard(register.target)
+                entry.retired = True
         except BaseException:
             entry.retired = True  # what it still does with the staging memory is unknown
+            self._suspects.add(register.target)
             raise
         finally:
             with self._lock:
@@ -216,9 +227,15 @@ class MooncakePath:
             if over:
                 destroy(entry)
 
-    @staticmethod
-    def _fits(entry: _Engine, register: Register) -> bool:
-        return not entry.retired and entry.known.get(register.target, register.incarnation) == register.incarnation
+    def forget(self, target: str) -> None:
+        """Nobody writes to ``target`` any more."""
+        with self._lock:
+            self._suspects.discard(target)
+
+    def _fits(self, entry: _Engine, register: Register) -> bool:
+        only = register.target if register.target in self._suspects else ""
+        known = entry.known.get(register.target, register.incarnation)
+        return not entry.retired and entry.only == only and known == register.incarnation
 
     def close(self) -> None:
         """Engines end with the process: ending one while a call is under way would crash."""

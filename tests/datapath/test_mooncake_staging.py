@@ -59,11 +59,13 @@ class Bed:
     def __init__(self, geometry: Geometry, staging_bytes: int = 4096) -> None:
         self.geometry = geometry
         self.engines: list[FakeEngine] = []
+        self.codes: list[int | Exception] = []
         self.path = MooncakePath(make_engine=self.make, staging_bytes=staging_bytes, writers=4)
         self.regions = [torch.zeros(geometry.region_bytes, dtype=torch.uint8) for _ in range(geometry.regions)]
 
     def make(self) -> FakeEngine:
         self.engines.append(FakeEngine())
+        self.engines[-1].codes = list(self.codes)
         return self.engines[-1]
 
     def register(self, incarnation: str = "1", session: str = SESSION) -> Register:
@@ -141,8 +143,29 @@ def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_n
     assert len(staging._free) == 3
     for _ in range(9):
         link.write(torch.ones(64, dtype=torch.uint8), runs)
-    assert len(engine.batches) == 1 and len(bed.engines) == 2 and len(bed.engines[1].batches) == 9
-    assert len(bed.path._engines) == 1, "the failed engine is not collected"
+    # The next write to that target has an engine of its own; where it goes well, the shared one serves it again.
+    assert [len(one.batches) for one in bed.engines] == [1, 1, 8]
+    assert len(bed.path._engines) == 1, "engines that are given up are not collected"
+
+
+def test_a_target_that_fails_again_and_again_does_not_cost_the_others_their_engine() -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    link, engine, _ = bed.link()
+    other = bed.path.open(bed.register("2", "10.0.0.2:2"))
+    runs, source = window_runs(bed.geometry, [0], 64), torch.ones(64, dtype=torch.uint8)
+    engine.codes = [-1]
+    with pytest.raises(DataPathError):
+        link.write(source, runs)
+    other.write(source, runs)
+    shared = bed.engines[-1]
+    bed.codes = [-1]  # of every engine that is made from now on
+    for _ in range(3):
+        with pytest.raises(DataPathError):
+            link.write(source, runs)
+        other.write(source, runs)
+    assert len(shared.batches) == 4 and set(shared.sessions) == {"10.0.0.2:2"}
+    link.close()
+    assert not bed.path._suspects
 
 
 def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() -> None:
