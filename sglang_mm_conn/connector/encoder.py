@@ -411,7 +411,10 @@ class EncoderEndpoint:
     def _tell(self, ended: list[Ended]) -> None:
         for action in ended:
             if not action.success:
-                logger.warning("Embedding not sent: room=%s code=%d reason=%s", action.room, action.code, action.reason)
+                logger.warning(
+                    "Embedding not sent: room=%s peer=%s code=%d reason=%s",
+                    action.room, action.peer or "none", action.code, action.reason,
+                )  # fmt: skip
             with self._lock:
                 listener = self._listeners.pop(action.room, None)
             if listener is not None:

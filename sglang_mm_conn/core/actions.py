@@ -45,12 +45,14 @@ class TransferEmbeddingChunk:
 
 @dataclass(frozen=True)
 class Ended:
-    """``room`` reached its final state. ``code`` is an HTTP status, ``reason`` says why a failed one failed."""
+    """``room`` reached its final state. ``code`` is an HTTP status, ``reason`` says why a failed one failed, ``peer``
+    with whom."""
 
     room: str
     success: bool
     reason: str = ""
     code: int = 0
+    peer: str = ""
 
 
 Action: TypeAlias = Send | Move | TransferEmbeddingChunk | Ended

@@ -243,7 +243,7 @@ class SenderCore:
             Send(session.peer, self._failed(room, Verdict(reason, code), drained=True))
             for session in self._sessions_of(server_of(room))
         ]
-        return [*actions, Ended(room, success=False, reason=reason, code=code)]
+        return [*actions, Ended(room, success=False, reason=reason, code=code, peer=f"server {server_of(room)}")]
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -571,7 +571,8 @@ class SenderCore:
         for info in entry.transfer_infos.values():
             if info.state in (WindowState.OFFERED, WindowState.PARTIAL):
                 info.machine.to(WindowState.CLOSED)
-        actions.append(Ended(entry.room, success=False, reason=reason, code=code))
+        peer = ",".join(entry.transfer_infos) or f"server {entry.server}"
+        actions.append(Ended(entry.room, success=False, reason=reason, code=code, peer=peer))
         self._drop_if_over(entry, now)
         return actions
 

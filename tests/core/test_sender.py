@@ -703,7 +703,9 @@ def test_a_language_server_restarted_on_the_same_address_does_not_inherit_rooms(
     wire, room, write = at_writing()
     reborn = replace(wire.rank.session, incarnation="new", server="ee" * 8, peer="connection-new")
     actions = wire.encoder.register(reborn, wire.now)
-    assert Ended(room, success=False, reason="the language server was restarted", code=502) in actions
+    (ended,) = [action for action in actions if isinstance(action, Ended)]
+    assert (ended.room, ended.reason, ended.code) == (room, "the language server was restarted", 502)
+    assert ended.peer == wire.rank.session_id
     answers = wire.encoder.on_written(write, "", False, wire.now)
     assert [action.peer for action in answers if isinstance(action, Send)] == [wire.rank.peer]
     assert not wire.encoder.rooms
