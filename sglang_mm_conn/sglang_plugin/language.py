@@ -33,7 +33,7 @@ from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 from sglang.srt.utils.network import get_local_ip_auto
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
-from sglang_mm_conn.core.errors import ConnError, TransferFailed
+from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_status
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
@@ -138,7 +138,7 @@ class RoomDispatcher(MMReceiverHTTP):
         while not dispatched.is_set() and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
         # The tag keeps a late error away from a later request that reuses the id.
-        text, code = problem[0] + _tag(room_base), _http_status(problem[1])
+        text, code = problem[0] + _tag(room_base), known_http_status(problem[1])
         on_dispatch_error(EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=code))
 
     def process_waiting_requests(self, recv_reqs: Any) -> Any:
@@ -314,7 +314,7 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def _fail_and_release(self, error_msg: str, error_code: int | None = None) -> None:
         # sglang's scheduler makes an HTTPStatus of the code, and ends the whole server where there is none (499).
-        super()._fail_and_release(error_msg, None if error_code is None else _http_status(error_code))
+        super()._fail_and_release(error_msg, None if error_code is None else known_http_status(error_code))
 
     def release_resources(self) -> None:
         """On abort, failure and time-out; may be called again."""
@@ -330,13 +330,6 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def _prepare_embedding_buffer(self) -> bool:
         raise ConnError("there is no buffer to prepare here")
-
-
-def _http_status(code: int) -> int:
-    """``code``, or the general one of its kind where Python's HTTPStatus does not know it."""
-    if code in HTTPStatus._value2member_map_:
-        return code
-    return int(HTTPStatus.BAD_REQUEST if 400 <= code < 500 else HTTPStatus.BAD_GATEWAY)
 
 
 def _embedding_data(rid: str, embedding: torch.Tensor, metadata: dict[str, Any]) -> EmbeddingData:

@@ -1,0 +1,127 @@
+"""The encoder's links: pinned while they are written through, closed only then, never mistaken for one another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+import torch
+
+from sglang_mm_conn.connector.links import LinkBusy, Links
+from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable
+from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.messages import Region, Register
+
+SESSION = "10.0.0.1:17001"
+REGISTER = Register(
+    mooncake_session_id=SESSION, epoch=0, incarnation="1", server="2", rank=0, size=1, data_path="fake", block_size=1,
+    block_bytes=64, blocks_per_region=4, regions=[Region(4096, 256)], row_bytes=1, dtype="float32", checksum=False,
+    max_frame_bytes=1 << 20, max_metadata_bytes=1 << 20,
+)  # fmt: skip
+
+
+@dataclass
+class FakeLink:
+    register: Register
+    name: str = "fake"
+    synchronous: bool = True
+    closed: bool = False
+
+    def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
+        raise AssertionError("not written here")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class FakePath:
+    """Two attachments of one process to one segment exclude each other, as over shared memory."""
+
+    name: str = "fake"
+    links: list[FakeLink] = field(default_factory=list)
+    impossible: bool = False
+
+    def open(self, register: Register) -> FakeLink:
+        if self.impossible:
+            raise DataPathUnavailable("cannot be opened here")
+        for link in self.links:
+            assert link.closed or link.register.incarnation != register.incarnation or (
+                link.register.epoch != register.epoch
+            ), "attached twice"  # fmt: skip
+        self.links.append(FakeLink(register))
+        return self.links[-1]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def path() -> FakePath:
+    return FakePath()
+
+
+@pytest.fixture
+def links(path: FakePath) -> Links:
+    return Links({"fake": path})
+
+
+def changed(**change: object) -> Register:
+    return msgspec.structs.replace(REGISTER, **change)
+
+
+def test_a_link_that_is_given_up_in_mid_write_closes_when_the_write_has_returned(links: Links, path: FakePath) -> None:
+    links.open(REGISTER)
+    with links.use(SESSION, 0):
+        links.close(SESSION)
+        assert not path.links[0].closed, "closing would say that this process cannot write any more"
+        assert not links.has(SESSION, 0)
+        with pytest.raises(DataPathError), links.use(SESSION, 0):
+            raise AssertionError("a second write began")
+        with pytest.raises(LinkBusy):
+            links.open(REGISTER)
+    assert path.links[0].closed and len(links) == 0
+    links.open(REGISTER)
+    assert links.has(SESSION, 0)
+
+
+def test_registering_again_the_same_way_goes_on_with_the_same_link(links: Links, path: FakePath) -> None:
+    assert links.open(REGISTER) is False
+    assert links.open(REGISTER) is True
+    assert len(path.links) == 1
+
+
+def test_a_new_epoch_stands_beside_the_old_one_until_that_is_retired(links: Links, path: FakePath) -> None:
+    links.open(REGISTER)
+    assert links.open(changed(epoch=1)) is True
+    with links.use(SESSION, 0) as old, links.use(SESSION, 1) as new:
+        assert old is not new
+    links.close(SESSION, up_to=0)
+    assert [link.closed for link in path.links] == [True, False] and links.has(SESSION, 1)
+    with pytest.raises(DataPathError, match="epoch 0"), links.use(SESSION, 0):
+        raise AssertionError("a window of the old epoch was written")
+
+
+def test_who_presents_anothers_session_without_memory_to_show_does_not_cost_it_its_link(
+    links: Links, path: FakePath
+) -> None:
+    links.open(REGISTER)
+    path.impossible = True
+    with pytest.raises(DataPathUnavailable):
+        links.open(changed(incarnation="9"))
+    assert links.has(SESSION, 0) and not path.links[0].closed
+
+
+def test_a_restarted_process_replaces_the_links_of_its_predecessor(links: Links, path: FakePath) -> None:
+    links.open(REGISTER)
+    links.open(changed(epoch=1))
+    assert links.open(changed(incarnation="9", epoch=2)) is False
+    assert [link.closed for link in path.links] == [True, True, False]
+
+
+def test_other_memory_of_the_same_process_replaces_the_link(links: Links, path: FakePath) -> None:
+    links.open(REGISTER)
+    assert links.open(changed(nonce="another")) is False
+    assert [link.closed for link in path.links] == [True, False]
+    links.close_all()
+    assert path.links[1].closed and len(links) == 0
