@@ -4,8 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sglang_mm_conn import keygen_command as keygen
-from sglang_mm_conn import settings_command as settings
+from sglang_mm_conn.commands import keygen, settings
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.demo import command as demo
 

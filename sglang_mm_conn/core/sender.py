@@ -405,17 +405,19 @@ class SenderCore:
                 entry.verdict = Verdict("", 200)
                 actions.append(Ended(entry.room, success=True))
         self._drop_if_over(entry, now)
+        self._writes[session.mooncake_session_id] -= 1
+        if not self._writes[session.mooncake_session_id]:
+            del self._writes[session.mooncake_session_id]
         return [*actions, *self._next_deferred(session.mooncake_session_id)]
 
     def _next_deferred(self, session_id: str) -> list[Action]:
         """The session is free for another write: the longest waiting room's chunk is queued again."""
-        self._writes[session_id] -= 1
-        if not self._writes[session_id]:
-            del self._writes[session_id]
         waiting = self._deferred.get(session_id, deque())
         while waiting:
             entry = self.rooms.get(waiting.popleft())
-            if entry is not None and entry.state is SenderState.TRANSFERRING:
+            if entry is None or entry.state is not SenderState.TRANSFERRING:
+                continue
+            if entry.transfer_infos[session_id].state is WindowState.OFFERED:
                 return [self._chunk(entry)]
         self._deferred.pop(session_id, None)
         return []

@@ -17,7 +17,7 @@ from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.sglang_plugin.flag import FLAG, is_ours
+from sglang_mm_conn.sglang_plugin.names import FLAG, is_ours
 
 logger = logging.getLogger(__name__)
 

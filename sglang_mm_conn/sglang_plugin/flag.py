@@ -10,24 +10,9 @@ from urllib.parse import urlsplit
 from sglang_mm_conn.control.authentication import DeploymentKey, is_loopback
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, SERVER_ENV, is_ours
 
 logger = logging.getLogger(__name__)
-
-BACKEND = "conn_multimodal"
-FLAG = "--disaggregation-transfer-backend"
-# Set by the process that resolves the arguments, inherited by the processes it spawns: the incarnation of the
-# server, and the sign that the flag was given (plugins are loaded there before any argument is at hand).
-SERVER_ENV = "SGLANG_MM_CONN_SERVER"
-
-
-def is_ours(server_args: Any) -> bool:
-    """Whether the server of ``server_args`` was given the flag: the raw field keeps it in every process."""
-    return getattr(server_args, "disaggregation_transfer_backend", None) == BACKEND
-
-
-def server_incarnation() -> str:
-    """The incarnation of the server that this process belongs to."""
-    return os.environ[SERVER_ENV]
 
 
 def install() -> None:

@@ -37,7 +37,7 @@ from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_sta
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.sglang_plugin.flag import is_ours, server_incarnation
+from sglang_mm_conn.sglang_plugin.names import is_ours, server_incarnation
 
 logger = logging.getLogger(__name__)
 

@@ -705,24 +705,30 @@ def test_a_connection_that_breaks_again_and_again_loses_no_row(world: World) -> 
     cut.language.wait_all_free()
 
 
-def test_a_network_that_is_silent_for_too_long_fails_the_room_and_only_quarantines_its_blocks(world: World) -> None:
+def test_a_network_that_is_silent_for_too_long_fails_the_rooms_and_quarantines_their_blocks_to_the_last_write(
+    world: World,
+) -> None:
     encoder, other = world.encoder(), world.encoder()
     proxy = world.proxy(encoder)
     language = world.language(encoder, other)
     safe = bystander(world, other, language)
-    part = world.part(language, TOKENS)
-    start_and_hold(encoder, language, part)
-    blocks = sorted(language.room(part)["blocks"])
+    parts = [world.part(language, TOKENS) for _ in range(2)]
+    for part in parts:
+        start_and_hold(encoder, language, part)
+    blocks = sorted(block for part in parts for block in language.room(part)["blocks"])
     proxy.open = False
     proxy.mute("to_encoder", "to_language")
-    assert encoder.url in language.fails(part, timeout=NOTICED)["reason"]
-    encoder.wait_ended(part, timeout=NOTICED)
+    for part in parts:
+        assert encoder.url in language.fails(part, timeout=NOTICED)["reason"]
+        encoder.wait_ended(part, timeout=NOTICED)
     still_quarantined(language, blocks)  # the encoder still writes
+    encoder.release(parts[0])
+    still_quarantined(language, blocks)  # the other room, through the same link
     safe.unharmed()
     proxy.cut()
     proxy.open = True
-    still_quarantined(language, blocks, 1.0)
-    encoder.release(part)
+    still_quarantined(language, blocks)
+    encoder.release(parts[1])
     language.wait_all_free()
     world.transfer(encoder, language)
 
