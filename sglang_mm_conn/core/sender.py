@@ -439,6 +439,11 @@ class SenderCore:
                 actions += self._fail(
                     entry, f"language server {entry.server} has not been here for {self._claim_timeout:g} s", 504, now
                 )
+        for session_id in list(self._deferred):
+            # Normally the end of a write passes the turn on; a room that was aborted in its turn wrote nothing.
+            session = self.sessions.get(session_id)
+            if session is None or self._writes[session_id] < session.most_writes:
+                actions += self._next_deferred(session_id)
         self.tombstones.sweep(now)
         while self._done and next(iter(self._done.values()))[0] <= now:
             self._done.popitem(last=False)

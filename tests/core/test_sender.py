@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from sglang_mm_conn.core import sender
-from sglang_mm_conn.core.actions import Ended, Send
+from sglang_mm_conn.core.actions import Ended, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, IllegalTransition, ProtocolError
 from sglang_mm_conn.core.messages import (
     Abort,
@@ -764,3 +764,24 @@ def test_a_window_of_an_epoch_that_is_over_is_refused_and_one_of_a_known_epoch_i
     wire.encoder.add_source(room, [0], b"", None, wire.now)
     write = wire.encoder.begin_write(room)
     assert write is not None and write.epoch == 1
+
+
+def test_one_session_gets_only_its_share_of_writes_and_every_room_its_turn_also_behind_one_that_was_aborted() -> None:
+    wire = Wire()
+    wire.encoder.register(replace(wire.rank.session, most_writes=1), wire.now)
+    first, second, third = (wire.start(50) for _ in range(3))
+    wire.deliver()
+    write = wire.encoder.begin_write(first)
+    assert write is not None
+    assert wire.encoder.begin_write(second) is None and wire.encoder.begin_write(third) is None
+    actions = wire.encoder.on_written(write, "", False, wire.now)
+    assert [action.room for action in actions if isinstance(action, TransferEmbeddingChunk)] == [second]
+    wire.encoder.fail(second, "aborted in its turn", 499, wire.now)
+    assert wire.encoder.begin_write(second) is None
+    actions = wire.encoder.tick(wire.now)
+    assert [action.room for action in actions if isinstance(action, TransferEmbeddingChunk)] == [third]
+    write = wire.encoder.begin_write(third)
+    assert write is not None
+    wire.encoder.on_written(write, "", False, wire.now)
+    wire.encoder.tick(wire.now)
+    assert not wire.encoder._deferred and not wire.encoder._writes
