@@ -150,8 +150,10 @@ class EncoderEndpoint:
                     f"room {room}: {embedding.shape[0]} rows of {row_bytes} bytes, but "
                     f"{entry.total_tokens} of {entry.row_bytes} were announced"
                 )
-            self._sources[room] = source
-            ended = self._perform(self.core.add_source(room, range(blocks), metadata, checksum, self._clock()))
+            actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
+            if not entry.machine.final:
+                self._sources[room] = source  # before the chunk is queued, and never in place of another
+            ended = self._perform(actions)
         self._tell(ended)
 
     def fail(self, room: str, reason: str, code: int) -> None:
