@@ -90,35 +90,46 @@ def reference(
 StartGroup = Callable[..., ServerGroup]
 
 
-@pytest.fixture(scope="session")
-def shared_group(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGroup]:
+class SharedGroups:
     """(kind, **options of ServerGroup) -> a running group, the same one for as long as the same options are asked for.
 
     One group runs at a time: other options stop the one before. For tests that leave the servers as they found them.
     """
-    running: dict[str, ServerGroup] = {}
 
-    def stop() -> None:
-        for group in running.values():
-            group.stop()
-        running.clear()
+    def __init__(self, tiny_model: Callable[[str], Path], new_directory: Callable[[], Path]) -> None:
+        self._tiny_model = tiny_model
+        self._new_directory = new_directory
+        self._running: dict[str, ServerGroup] = {}
 
-    def start(kind: str, **options: Any) -> ServerGroup:
+    def __call__(self, kind: str, **options: Any) -> ServerGroup:
         key = json.dumps([kind, options], sort_keys=True, default=str)
-        if key not in running or not all(server.alive for server in running[key].servers):
-            stop()
-            group = ServerGroup(tiny_model(kind), tmp_path_factory.mktemp("group"), **options)
-            running[key] = group.__enter__()
-        return running[key]
+        if key not in self._running or not all(server.alive for server in self._running[key].servers):
+            self.stop()
+            group = ServerGroup(self._tiny_model(kind), self._new_directory(), **options)
+            self._running[key] = group.__enter__()
+        return self._running[key]
 
-    with ExitStack() as stack:
-        stack.callback(stop)
-        yield start
+    def stop(self) -> None:
+        for group in self._running.values():
+            group.stop()
+        self._running.clear()
+
+
+@pytest.fixture(scope="session")
+def shared_group(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedGroups]:
+    groups = SharedGroups(tiny_model, lambda: tmp_path_factory.mktemp("group"))
+    yield groups
+    groups.stop()
 
 
 @pytest.fixture
-def new_group(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[StartGroup]:
+def new_group(
+    tiny_model: Callable[[str], Path], tmp_path: Path, shared_group: SharedGroups
+) -> Iterator[StartGroup]:
     """(kind, **options of ServerGroup) -> a group of this test's own, to be killed, frozen or starved at will."""
+    shared_group.stop()  # its idle schedulers would take the cores
     with ExitStack() as stack:
         count = 0
 
