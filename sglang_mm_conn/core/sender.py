@@ -405,10 +405,11 @@ class SenderCore:
                 entry.verdict = Verdict("", 200)
                 actions.append(Ended(entry.room, success=True))
         self._drop_if_over(entry, now)
-        self._writes[session.mooncake_session_id] -= 1
-        if not self._writes[session.mooncake_session_id]:
-            del self._writes[session.mooncake_session_id]
-        return [*actions, *self._next_deferred(session.mooncake_session_id)]
+        session_id = session.mooncake_session_id
+        self._writes[session_id] -= 1
+        if not self._writes[session_id]:
+            del self._writes[session_id]
+        return [*actions, *self._next_deferred(session_id)]
 
     def _next_deferred(self, session_id: str) -> list[Action]:
         """The session is free for another write: the longest waiting room's chunk is queued again."""

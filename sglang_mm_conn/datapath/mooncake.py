@@ -1,4 +1,4 @@
-"""The Mooncake Transfer Engine: one engine per process, rows leave through registered staging memory.
+"""The Mooncake Transfer Engine: engines shared by all links, rows leave through registered staging memory.
 
 What was measured of the engine (0.3.13) and decides this module:
 
