@@ -142,7 +142,7 @@ class EmbeddingSender(BaseKVSender):
         )
 
     def send(self, embedding: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> None:
-        """Hand the embedding over: [tokens, width], which must not change until the room has ended.
+        """Hand the embedding over: [tokens, width], which must not change any more.
 
         Raises ConnError where its size is not the announced one, ProtocolError where ``metadata`` cannot travel.
         """

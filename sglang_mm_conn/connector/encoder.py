@@ -10,22 +10,21 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from sglang_mm_conn.connector.links import LinkBusy, Links
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
-from sglang_mm_conn.control.server import ControlServer
-from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, DataPathError, DataPathUnavailable, ProtocolError
-from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.layout import Geometry, Run, window_runs
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
@@ -40,7 +39,7 @@ from sglang_mm_conn.core.messages import (
     encode,
 )
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import SenderCore, Session, WindowWrite
+from sglang_mm_conn.core.sender import SenderCore, SenderRoom, Session, WindowWrite
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.sharding import session_port
 from sglang_mm_conn.core.states import Poll
@@ -49,6 +48,25 @@ from sglang_mm_conn.datapath.base import DataPath, WriteLink
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
+
+
+@dataclass
+class DataCall:
+    """One window on its way: what is written, from where, and the link, which stays open until ``pinned`` is closed."""
+
+    write: WindowWrite
+    entry: SenderRoom
+    source: torch.Tensor  # uint8, the whole embedding
+    pinned: ExitStack
+    link: WriteLink | None = None
+    refusal: str = ""  # why there is no link
+
+    def rows(self) -> tuple[torch.Tensor, list[Run]]:
+        """The window's bytes and where they go."""
+        first = self.write.first_token * self.entry.row_bytes
+        nbytes = self.write.tokens * self.entry.row_bytes
+        runs = window_runs(self.write.session.geometry, self.write.blocks, nbytes)
+        return self.source[first : first + nbytes], runs
 
 
 @dataclass
@@ -69,14 +87,15 @@ class EncoderEndpoint:
         widest_row_bytes: int,
         send_timeout: float,
         data_paths: Mapping[str, DataPath],
-        clock: Callable[[], float] = time.monotonic,
+        runtime: Runtime | None = None,
     ) -> None:
         """``host``: address to bind the control socket to. ``send_timeout``: longest life of a room, in seconds."""
+        runtime = runtime or Runtime()
         self.settings = settings
         self.incarnation = new_id()
         self.dtype = dtype
         self.widest_row_bytes = widest_row_bytes
-        self._clock = clock
+        self._clock = runtime.clock
         self._lock = threading.Lock()
         self.core = SenderCore(
             queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
@@ -90,9 +109,9 @@ class EncoderEndpoint:
         self.transfer_queues: list[queue.SimpleQueue[TransferEmbeddingChunk | None]] = [
             queue.SimpleQueue() for _ in range(settings.queues)
         ]
-        self._registrar = ThreadPoolExecutor(1, "mm-conn-registrar")
+        self._registrar = runtime.executor(1, "mm-conn-registrar")
         self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
-        self._control = ControlServer(
+        self._control = runtime.control_server(
             host,
             key=self.key,
             max_frame_bytes=settings.max_frame_bytes,
@@ -101,15 +120,11 @@ class EncoderEndpoint:
             tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
         )
         # Threads start last: they use everything above.
-        self._threads = [threading.Thread(target=self.embedding_thread, name="mm-conn-embedding", daemon=True)]
+        self._threads = [runtime.start_thread(self.embedding_thread, "mm-conn-embedding")]
         for index in range(settings.queues):
             for number in range(settings.workers_per_queue):
-                name = f"mm-conn-transfer-{index}.{number}"
-                self._threads.append(
-                    threading.Thread(target=self.transfer_worker, args=(index,), name=name, daemon=True)
-                )
-        for thread in self._threads:
-            thread.start()
+                worker = partial(self.transfer_worker, index)
+                self._threads.append(runtime.start_thread(worker, f"mm-conn-transfer-{index}.{number}"))
         logger.info(
             "conn_multimodal encoder %s: control port %d on %s, %d transfer queues with %d workers each, data path %s",
             self.incarnation, self._control.port, host, settings.queues, settings.workers_per_queue, settings.data_path,
@@ -132,7 +147,8 @@ class EncoderEndpoint:
         self._tell(ended)
 
     def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
-        """The embedding of ``room`` is there: [tokens, width], contiguous. It must not change until the room's end.
+        """The embedding of ``room`` is there: [tokens, width], contiguous. It must never change: a write may be under
+        way when the room ends. This side keeps it until no write reads it any more.
 
         Raises ConnError where its size is not what was announced. Queues a TransferEmbeddingChunk once every
         language rank has said Init.
@@ -345,42 +361,53 @@ class EncoderEndpoint:
                 self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
 
     def _write_window(self, room: str) -> bool:
-        error, in_doubt, link = "", False, None
-        with ExitStack() as pinned:
-            with self._lock:
-                write = self.core.begin_write(room)
-                if write is None:
-                    return False
-                source = self._sources[room]
-                entry = self.core.rooms[room]
-                try:
-                    # In the same breath as begin_write: between the two a frozen process could lose its link, the
-                    # language server its doubt, and the write would find another link under the same name.
-                    link = pinned.enter_context(self._links.use(write.session.mooncake_session_id, write.epoch))
-                except DataPathError as failure:
-                    error = str(failure)
-                    self._send(write.session.peer, Refused(reason=error, kind="register_first"))
-            if link is not None:
-                error, in_doubt = self._data_call(link, source, entry.row_bytes, write)
+        call = self.begin_window(room)
+        if call is None:
+            return False
+        error, in_doubt = self._data_call(call)
+        self.end_window(call, error, in_doubt)
+        return True
+
+    def begin_window(self, room: str) -> DataCall | None:
+        """The next data call for ``room``, its link pinned until ``end_window``; None where there is none now."""
+        pinned = ExitStack()
         with self._lock:
-            ended = self._perform(self.core.on_written(write, error, in_doubt, self._clock()))
+            write = self.core.begin_write(room)
+            if write is None:
+                return None
+            call = DataCall(write, self.core.rooms[room], self._sources[room], pinned)
+            try:
+                # In the same breath as begin_write: between the two a frozen process could lose its link, the
+                # language server its doubt, and the write would find another link under the same name.
+                call.link = pinned.enter_context(self._links.use(write.session.mooncake_session_id, write.epoch))
+            except DataPathError as failure:
+                call.refusal = str(failure)
+                self._send(write.session.peer, Refused(reason=call.refusal, kind="register_first"))
+        return call
+
+    def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
+        """The data call has returned. ``error`` says what went wrong (empty: nothing), ``in_doubt`` whether bytes may
+        still land."""
+        call.pinned.close()
+        with self._lock:
+            ended = self._perform(self.core.on_written(call.write, error, in_doubt, self._clock()))
         for action in ended:
             if action.success:
                 logger.info(
                     "Embedding sent: room=%s tokens=%d windows=%d path=%s ms=%.1f",
-                    action.room, entry.total_tokens, entry.windows,
-                    link.name if link is not None else "none", entry.elapsed * 1000,
+                    action.room, call.entry.total_tokens, call.entry.windows,
+                    call.link.name if call.link is not None else "none", call.entry.elapsed * 1000,
                 )  # fmt: skip
         self._tell(ended)
-        return True
 
     @staticmethod
-    def _data_call(link: WriteLink, source: torch.Tensor, row_bytes: int, write: WindowWrite) -> tuple[str, bool]:
+    def _data_call(call: DataCall) -> tuple[str, bool]:
         """Returns what went wrong (empty: nothing) and whether bytes may still land."""
+        link, write = call.link, call.write
+        if link is None:
+            return call.refusal, False
         try:
-            first, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
-            runs = window_runs(write.session.geometry, write.blocks, nbytes)
-            link.write(source[first : first + nbytes], runs)
+            link.write(*call.rows())
         except DataPathError as failure:
             return str(failure), failure.in_doubt
         except Exception as failure:
@@ -402,9 +429,9 @@ class EncoderEndpoint:
                 self._send(action.peer, action.message)
             elif isinstance(action, TransferEmbeddingChunk):
                 self.transfer_queues[action.queue_idx].put(action)
-            elif isinstance(action, Ended):
-                # A worker that writes from this tensor keeps its own reference until its data call returns.
+            elif isinstance(action, Release):
                 self._sources.pop(action.room, None)
+            elif isinstance(action, Ended):
                 ended.append(action)
             elif isinstance(action, Move):
                 raise ConnError("an encoder moves nothing")

@@ -7,14 +7,13 @@ control thread, lookups and first registrations (which may be slow) on a small p
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.connector.sessions import Sessions
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address, look_up
+from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.messages import Heartbeat, Message, Refused, Registered, encode
@@ -69,7 +68,7 @@ class Encoders:
         on_ready: Callable[[Peer], None],
         on_lost: Callable[[str, str], None],
         on_refused: Callable[[str, str], None],
-        clock: Callable[[], float] = time.monotonic,
+        runtime: Runtime,
     ) -> None:
         """``on_ready(peer)``; ``on_lost(incarnation, reason)``; ``on_refused(encoder url, reason)``."""
         self._sessions = sessions
@@ -81,12 +80,13 @@ class Encoders:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._on_refused = on_refused
-        self._clock = clock
+        self._runtime = runtime
+        self._clock = runtime.clock
         self._encoders: dict[str, _Encoder] = {}
         self._processes: dict[str, _Process] = {}
         self._slots: dict[str, int] = {}
         self._next_heartbeat = 0.0
-        self._pool = ThreadPoolExecutor(4, "mm-conn-bootstrap")
+        self._pool = runtime.executor(4, "mm-conn-bootstrap")
         self.control: ControlClient  # set once by the endpoint, before the control thread starts
 
     def use(self, url: str) -> None:
@@ -137,7 +137,9 @@ class Encoders:
 
         def work() -> None:
             try:
-                answer: BootstrapInfo | Exception = look_up(encoder.url, self._key, insecure=self._insecure)
+                answer: BootstrapInfo | Exception = self._runtime.look_up(
+                    encoder.url, self._key, insecure=self._insecure
+                )
             except Exception as error:
                 answer = error
             self.control.call(lambda: self._looked_up(encoder, answer))

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -20,11 +19,11 @@ import torch
 from sglang_mm_conn.connector.encoders import Encoders
 from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.revocation import Revocation
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.connector.sessions import Sessions
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.wakeup import Wakeup
-from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, decode_from_encoder, encode
@@ -33,7 +32,7 @@ from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.core.tombstones import Verdict
-from sglang_mm_conn.memory.pool import BlockPool, pool_geometry
+from sglang_mm_conn.memory.pool import pool_geometry
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +54,18 @@ class LanguageEndpoint:
         widest_row_bytes: int,
         rank: int = 0,
         size: int = 1,
-        clock: Callable[[], float] = time.monotonic,
+        runtime: Runtime | None = None,
     ) -> None:
         """``server``: incarnation of the language server, the prefix of its rooms. ``host``: where Mooncake peers
         reach this process. Raises MemoryUnavailable, DataPathUnavailable."""
+        runtime = runtime or Runtime()
         self.settings = settings
         self.server = server
         self.incarnation = new_id()
-        self._clock = clock
+        self._clock = runtime.clock
         self._lock = threading.Lock()
         shared = settings.data_path != "mooncake"
-        self.pool = BlockPool(pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared)
+        self.pool = runtime.pool(pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared)
         self.core = ReceiverCore(
             BlockAllocator(self.pool.geometry.blocks),
             self.pool.geometry,
@@ -75,13 +75,13 @@ class LanguageEndpoint:
         )
         self._sessions = Sessions(
             settings, self.pool, host=host, incarnation=self.incarnation, server=server, rank=rank, size=size,
-            widest_row_bytes=widest_row_bytes, dtype=dtype,
+            widest_row_bytes=widest_row_bytes, dtype=dtype, runtime=runtime,
         )  # fmt: skip
         self._size = size
         self._results: dict[str, torch.Tensor] = {}
         self._labels: dict[str, str] = {}
         self.completions = Wakeup()  # rung when a room ends
-        self._movers = ThreadPoolExecutor(settings.movers, "mm-conn-mover")
+        self._movers = runtime.executor(settings.movers, "mm-conn-mover")
         key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._encoders = Encoders(
             self._sessions,
@@ -93,9 +93,9 @@ class LanguageEndpoint:
             on_ready=self._on_ready,
             on_lost=self._on_lost,
             on_refused=self._on_refused,
-            clock=clock,
+            runtime=runtime,
         )
-        self._control = ControlClient(
+        self._control = runtime.control_client(
             key=key,
             max_frame_bytes=settings.max_frame_bytes + settings.max_metadata_bytes,
             on_frame=self._on_frame,
@@ -105,7 +105,7 @@ class LanguageEndpoint:
             tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
         )
         self._encoders.control = self._control
-        self._revoker = ThreadPoolExecutor(1, "mm-conn-revoker")
+        self._revoker = runtime.executor(1, "mm-conn-revoker")
         self.revocation = Revocation(
             self._sessions,
             self._revoker,
@@ -116,8 +116,7 @@ class LanguageEndpoint:
             revoked=self._on_way_in_gone,
         )
         # The thread starts last: it uses everything above.
-        self._thread = threading.Thread(target=self.embedding_thread, name="mm-conn-embedding", daemon=True)
-        self._thread.start()
+        self._thread = runtime.start_thread(self.embedding_thread, "mm-conn-embedding")
 
     # -- what a receiver asks for --------------------------------------------------------------------------------
 
@@ -290,7 +289,7 @@ class LanguageEndpoint:
                 self._movers.submit(self._move, action)
             elif isinstance(action, Ended):
                 self._ended(action)
-            elif isinstance(action, TransferEmbeddingChunk):
+            elif isinstance(action, TransferEmbeddingChunk | Release):
                 raise ConnError("a language rank writes nothing")
 
     def _ended(self, action: Ended) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import socket
 import threading
 from typing import Any
 
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.core.messages import Region, Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath import mooncake
@@ -34,7 +34,7 @@ class Sessions:
         size: int,
         widest_row_bytes: int,
         dtype: str,
-        make_engine: mooncake.EngineFactory | None = None,
+        runtime: Runtime,
     ) -> None:
         """Raises DataPathUnavailable where SGLANG_MM_CONN_DATA_PATH=mooncake and Mooncake cannot be had."""
         self._settings = settings
@@ -43,12 +43,10 @@ class Sessions:
         self._lock = threading.Lock()
         self._slots = itertools.count()
         self._engines: dict[int, Any] = {}  # by epoch; the newest is offered
-        self._make_engine = make_engine or (lambda: mooncake.engine_factory(settings, host)())
+        self._make_engine = lambda: runtime.mooncake_engine(settings, host)
         self.mooncake_session = ""
-        # A session id is host:port, and the shard rule sums ports: this socket owns a port and never listens.
-        self._port_holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._port_holder.bind(("", 0))
-        port = self._port_holder.getsockname()[1]
+        # A session id is host:port, and the shard rule sums ports.
+        port, self._give_port_up = runtime.hold_port()
         self._shm_session = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._common: dict[str, Any] = {
             "incarnation": incarnation,
@@ -139,6 +137,6 @@ class Sessions:
 
     def close(self) -> None:
         """The Mooncake engine ends with the process."""
-        self._port_holder.close()
+        self._give_port_up()
 
 

@@ -55,4 +55,11 @@ class Ended:
     peer: str = ""
 
 
-Action: TypeAlias = Send | Move | TransferEmbeddingChunk | Ended
+@dataclass(frozen=True)
+class Release:
+    """No write of ``room`` is under way or will come: its source may be freed."""
+
+    room: str
+
+
+Action: TypeAlias = Send | Move | TransferEmbeddingChunk | Ended | Release

@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from sglang_mm_conn.core.actions import Action, Ended, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
 from sglang_mm_conn.core.messages import (
@@ -404,7 +404,7 @@ class SenderCore:
                 entry.machine.to(SenderState.SUCCESS)
                 entry.verdict = Verdict("", 200)
                 actions.append(Ended(entry.room, success=True))
-        self._drop_if_over(entry, now)
+        actions += self._drop_if_over(entry, now)
         session_id = session.mooncake_session_id
         self._writes[session_id] -= 1
         if not self._writes[session_id]:
@@ -581,14 +581,13 @@ class SenderCore:
                 info.machine.to(WindowState.CLOSED)
         peer = ",".join(entry.transfer_infos) or f"server {entry.server}"
         actions.append(Ended(entry.room, success=False, reason=reason, code=code, peer=peer))
-        self._drop_if_over(entry, now)
-        return actions
+        return actions + self._drop_if_over(entry, now)
 
-    def _drop_if_over(self, entry: SenderRoom, now: float) -> None:
-        """Replace an ended room by its tombstone once no write of it is under way."""
+    def _drop_if_over(self, entry: SenderRoom, now: float) -> list[Action]:
+        """Replace an ended room by its tombstone, and release its source, once no write of it is under way."""
         infos = entry.transfer_infos.values()
         if not entry.machine.final or any(info.state is WindowState.WRITING for info in infos):
-            return
+            return []
         assert entry.verdict is not None
         self.tombstones.put(entry.room, entry.verdict, now + TOMBSTONE_SECONDS)
-        self.rooms.pop(entry.room, None)
+        return [] if self.rooms.pop(entry.room, None) is None else [Release(entry.room)]

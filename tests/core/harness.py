@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from sglang_mm_conn.core.actions import Action, Ended, Move, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
@@ -203,6 +203,8 @@ class Wire:
             elif isinstance(action, TransferEmbeddingChunk):
                 self.chunks[action.queue_idx].append(action)
                 self.chunk_log.append(action)
+            elif isinstance(action, Release):
+                assert action.room not in [write.room for write in self.writing], "a source is freed in mid-write"
             else:
                 assert isinstance(action, Ended)
                 assert action.room not in self.encoder_ended, "a room ended twice on the encoder"

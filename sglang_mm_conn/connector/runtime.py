@@ -1,0 +1,89 @@
+"""What an endpoint lives on: the clock, threads, sockets, look-ups, memory, engines.
+
+Endpoints take all of it from here, so that a simulator can put a simulated one in its place (tests/simulator) and
+drive the very same endpoints step by step.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
+
+from sglang_mm_conn.control.authentication import DeploymentKey
+from sglang_mm_conn.control.bootstrap import BootstrapInfo, look_up
+from sglang_mm_conn.control.client import ControlClient
+from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.core.layout import Geometry
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.datapath import mooncake
+from sglang_mm_conn.memory.pool import BlockPool
+
+
+class Runtime:
+    """The real one."""
+
+    def clock(self) -> float:
+        """Seconds; monotonic."""
+        return time.monotonic()
+
+    def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
+        """A daemon thread that runs ``target``."""
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def executor(self, threads: int, name: str) -> Executor:
+        return ThreadPoolExecutor(threads, name)
+
+    def control_server(
+        self,
+        host: str,
+        *,
+        key: DeploymentKey | None,
+        max_frame_bytes: int,
+        on_frame: Callable[[str, bytes], None],
+        on_tick: Callable[[], None],
+        tick_seconds: float,
+    ) -> ControlServer:
+        return ControlServer(
+            host, key=key, max_frame_bytes=max_frame_bytes, on_frame=on_frame, on_tick=on_tick,
+            tick_seconds=tick_seconds,
+        )  # fmt: skip
+
+    def control_client(
+        self,
+        *,
+        key: DeploymentKey | None,
+        max_frame_bytes: int,
+        on_frame: Callable[[str, bytes], None],
+        on_connected: Callable[[str], None],
+        on_disconnected: Callable[[str], None],
+        on_tick: Callable[[], None],
+        tick_seconds: float,
+    ) -> ControlClient:
+        return ControlClient(
+            key=key, max_frame_bytes=max_frame_bytes, on_frame=on_frame, on_connected=on_connected,
+            on_disconnected=on_disconnected, on_tick=on_tick, tick_seconds=tick_seconds,
+        )  # fmt: skip
+
+    def look_up(self, encoder_url: str, key: DeploymentKey | None, *, insecure: bool) -> BootstrapInfo:
+        """Raises what ``control.bootstrap.look_up`` raises."""
+        return look_up(encoder_url, key, insecure=insecure)
+
+    def pool(self, geometry: Geometry, *, shared: bool) -> BlockPool:
+        """Raises MemoryUnavailable."""
+        return BlockPool(geometry, shared=shared)
+
+    def hold_port(self) -> tuple[int, Callable[[], None]]:
+        """A port that is this process's own, and how to give it up: a bound socket that never listens."""
+        holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        holder.bind(("", 0))
+        return int(holder.getsockname()[1]), holder.close
+
+    def mooncake_engine(self, settings: Settings, host: str) -> Any:
+        """A new engine that peers reach at ``host``. Raises DataPathUnavailable."""
+        return mooncake.engine_factory(settings, host)()
