@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test unit lint clean
+.PHONY: help install demo test unit lint simulate clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ unit: install ## All tests that need no sglang server
 lint: install ## ruff and mypy
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
+
+simulate: install ## Play 100,000 simulated schedules with faults (options: ARGS="--help")
+	@$(PYTHON) -m tests.simulator $(ARGS)
 
 clean: ## Remove what builds, tests and the demo leave behind (the environment stays)
 	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

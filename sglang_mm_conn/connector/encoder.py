@@ -270,10 +270,11 @@ class EncoderEndpoint:
             self._send(peer, Refused(reason=str(error), kind="register_first"))
         except (DataPathUnavailable, ProtocolError) as error:
             logger.warning("Language rank %s: %s", message.mooncake_session_id, error)
-            self._send(peer, Refused(reason=as_text(str(error)), kind="data_path"))
+            self._send(peer, Refused(reason=as_text(str(error)), kind="data_path", data_path=message.data_path))
         except Exception as error:
             logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
-            self._send(peer, Refused(reason=as_text(f"{type(error).__name__}: {error}"), kind="data_path"))
+            reason = as_text(f"{type(error).__name__}: {error}")
+            self._send(peer, Refused(reason=reason, kind="data_path", data_path=message.data_path))
         finally:
             self._registering.discard(peer)
 

@@ -236,8 +236,8 @@ class Encoders:
 
     def on_refused(self, incarnation: str, message: Refused) -> None:
         process = self._processes.get(incarnation)
-        if process is None:
-            return
+        if process is None or (message.kind == "data_path" and message.data_path != process.path):
+            return  # it was presented twice, and the path that this answers has been given up
         was_ready, process.ready = process.ready, False
         if message.kind == "register_first":
             process.register_at = self._clock()  # at the next tick: an encoder that is busy is not asked in a loop

@@ -126,12 +126,13 @@ class Registered(Message, frozen=True, kw_only=True, tag="registered"):
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """The session is not (or no longer) registered, and why.
 
-    ``mismatch``: the two sides do not fit. ``data_path``: only this data path is impossible, another may do.
+    ``mismatch``: the two sides do not fit. ``data_path``: only the path named is impossible, another may do.
     ``register_first``: the encoder does not know this peer (any more).
     """
 
     reason: Text
     kind: Literal["mismatch", "data_path", "register_first"]
+    data_path: Text = ""
 
 
 class Announce(Message, frozen=True, kw_only=True, tag="announce"):
@@ -146,7 +147,8 @@ class Announce(Message, frozen=True, kw_only=True, tag="announce"):
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     """Window ``window`` landed; ``sent_tokens`` rows are confirmed in all and rows remain.
 
-    Also the truthful answer to a Resume or Init that was refused (``refused`` says why) or repeated.
+    Also the truthful answer to a Resume or Init that was refused (``refused`` says why, ``refused_window`` which) or
+    repeated.
     """
 
     room: Name
@@ -154,6 +156,7 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     sent_tokens: Count
     metadata: bytes = b""  # with window 0
     refused: Text = ""
+    refused_window: Count = 0
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):

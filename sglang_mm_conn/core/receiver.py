@@ -314,6 +314,8 @@ class ReceiverCore:
     def _on_progress(self, entry: ReceiverRoom, message: Progress | Done, now: float) -> list[Action]:
         done = isinstance(message, Done)
         if isinstance(message, Progress) and message.refused:
+            if message.refused_window != entry.window or entry.state is not ReceiverState.OFFERED:
+                return []  # about an offer that was said twice and confirmed since
             return self._fail(entry, f"the encoder refused the offer: {message.refused}", 502, now)
         if message.window < entry.window or (
             message.window == entry.window and entry.state in (ReceiverState.MOVING, ReceiverState.QUEUED)
@@ -369,7 +371,10 @@ class ReceiverCore:
                 return self._serve_waiting(now)
             return []
         if room in self.tombstones or room in self.rooms:
-            if isinstance(message, Announce):
+            verdict = self.tombstones.get(room)
+            arrived = verdict is not None and verdict.code == SUCCESS_CODE
+            # One that arrived is announced again to a rank that registers anew; the other ranks still need it.
+            if isinstance(message, Announce) and not arrived:
                 return [self._abort_message(peer, room, "nobody waits for this room any more")]
             return []
         if isinstance(message, Announce | Failed):

@@ -296,7 +296,10 @@ class SenderCore:
     def _on_resume(self, entry: SenderRoom, session: Session, message: Resume) -> list[Action]:
         info = entry.transfer_infos.get(session.mooncake_session_id)
         if info is None:
-            return [Send(session.peer, Progress(room=entry.room, window=-1, sent_tokens=0, refused="no Init before"))]
+            refused = Progress(
+                room=entry.room, window=-1, sent_tokens=0, refused="no Init before", refused_window=message.window
+            )
+            return [Send(session.peer, refused)]
         if message.window == info.window and self._same_offer(info, message):
             return [self._truth(entry, info, session, "")]  # repeated: it changes nothing
         if info.state is not WindowState.PARTIAL:
@@ -308,7 +311,7 @@ class SenderCore:
         else:
             refusal = self._offer_problem(entry, session, message, entry.total_tokens - info.sent_tokens)
         if refusal:
-            return [self._truth(entry, info, session, refusal)]
+            return [self._truth(entry, info, session, refusal, message.window)]
         info.machine.to(WindowState.OFFERED)
         info.window = message.window
         info.epoch = message.epoch
@@ -520,7 +523,9 @@ class SenderCore:
             return str(error)
         return ""
 
-    def _truth(self, entry: SenderRoom, info: TransferEmbeddingInfo, session: Session, refused: str) -> Send:
+    def _truth(
+        self, entry: SenderRoom, info: TransferEmbeddingInfo, session: Session, refused: str, refused_window: int = 0
+    ) -> Send:
         """What is confirmed for (room, session): the answer to completion, to a repeated and to a refused offer."""
         if info.state is WindowState.DONE and not refused:
             return Send(
@@ -543,6 +548,7 @@ class SenderCore:
                 sent_tokens=info.sent_tokens,
                 metadata=entry.metadata if confirmed == 0 and not refused else b"",
                 refused=refused,
+                refused_window=refused_window,
             ),
         )
 

@@ -87,7 +87,7 @@ FROM_LANGUAGE: list[Message] = [
 FROM_ENCODER: list[Message] = [
     Registered(mooncake_session_id=SESSION, epoch=2, incarnation="3"),
     Refused(reason="block size is 64 here, 128 there", kind="mismatch"),
-    Refused(reason="", kind="data_path"),
+    Refused(reason="", kind="data_path", data_path="shm"),
     Refused(reason="who?", kind="register_first"),
     Announce(room=ROOM, total_tokens=2000, row_bytes=8192, dtype="float32"),
     Progress(room=ROOM, window=0, sent_tokens=1024, metadata=b"\x00\xff"),

@@ -7,10 +7,21 @@ import pytest
 from sglang_mm_conn.core import receiver
 from sglang_mm_conn.core.actions import Ended, Send
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
-from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Message, Progress, Resume
+from sglang_mm_conn.core.messages import (
+    Abort,
+    Announce,
+    Done,
+    Drained,
+    Failed,
+    Init,
+    Message,
+    Progress,
+    Resume,
+    decode_from_language,
+)
 from sglang_mm_conn.core.receiver import Peer
 from sglang_mm_conn.core.states import Poll, ReceiverState
-from tests.core.harness import ENCODER, Wire, metadata_of, only, sends
+from tests.core.harness import ENCODER, LIMIT, Wire, metadata_of, only, sends
 
 
 def announce_of(room: str, tokens: int = 2000, row_bytes: int = 4, dtype: str = "float32") -> Announce:
@@ -188,6 +199,37 @@ def test_an_announcement_that_no_request_claims_releases_its_encode_soon() -> No
     wire.assert_baseline()
     wire.expect(room)  # the request comes after all: it hears at once that its encode was released
     assert wire.rank.ended[room].code == 408 and "no request claimed" in wire.rank.ended[room].reason
+
+
+def test_a_room_that_arrived_is_not_aborted_for_the_other_ranks_when_it_is_announced_again() -> None:
+    wire = Wire(ranks=2)
+    room = wire.start(100)
+    first, second = wire.ranks
+    wire.settle(until=lambda: any(wire.chunks))
+    write = wire.begin_write()
+    assert write is not None and write.session.mooncake_session_id == first.session_id
+    wire.end_write(write)  # the write to the second rank begins, and takes long
+    while wire.deliver_to_rank(first):
+        pass
+    wire.move(first)
+    assert first.ended[room].success and room not in second.ended and wire.writing
+    wire.reconnect(first)
+    wire.deliver()
+    wire.settle()
+    assert wire.succeeded(room)
+
+
+def test_the_refusal_of_an_old_offer_that_was_said_twice_changes_nothing() -> None:
+    wire = Wire(first_offer=100, blocks=2, block_rows=100)
+    room = wire.start(500)
+    wire.settle(until=lambda: wire.rank.core.rooms[room].window == 1)
+    old = only([decode_from_language(frame, LIMIT) for frame in wire.rank.outbox], Resume)[0]
+    wire.settle(until=lambda: wire.rank.core.rooms[room].window == 2)
+    wire.deliver_to_encoder(wire.rank)
+    (answer,) = wire.inject_to_encoder(old)
+    assert isinstance(answer, Progress) and answer.refused and answer.refused_window == 1
+    wire.settle()
+    assert wire.succeeded(room)
 
 
 def test_an_announcement_after_the_abort_is_answered_with_abort() -> None:

@@ -380,7 +380,7 @@ def test_an_early_resume_in_mid_write_is_refused_not_applied() -> None:
     wire, room, write = at_writing()
     before = frozen(wire.encoder.rooms[room])
     (answer,) = wire.inject_to_encoder(resume_of(room, wire.rank))
-    assert answer == Progress(room=room, window=-1, sent_tokens=0, refused="window 0 is writing")
+    assert answer == Progress(room=room, window=-1, sent_tokens=0, refused="window 0 is writing", refused_window=1)
     assert frozen(wire.encoder.rooms[room]) == before
     wire.end_write(write)
 
@@ -390,7 +390,9 @@ def test_an_early_resume_before_the_source_is_known_is_refused_not_lost() -> Non
     room = wire.room()
     wire.announce(room, 2000)
     (answer,) = wire.inject_to_encoder(resume_of(room, wire.rank))
-    assert answer == Progress(room=room, window=-1, sent_tokens=0, refused="no Init before")
+    assert answer == Progress(
+        room=room, window=-1, sent_tokens=0, refused="no Init before", refused_window=1
+    )
     wire.inject_to_encoder(init_of(room, wire.rank))
     (answer,) = wire.inject_to_encoder(resume_of(room, wire.rank))
     assert isinstance(answer, Progress) and answer.refused == "window 0 is offered"

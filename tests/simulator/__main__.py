@@ -1,0 +1,154 @@
+"""``python -m tests.simulator``: play many schedules; print and replay those in which a promise is broken."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import secrets
+import sys
+import time
+import traceback
+from collections import Counter
+
+from tests.simulator.mutations import MUTATIONS, without
+from tests.simulator.schedule import Schedule
+
+CHUNK = 100
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulator",
+        description="Plays schedules: encoders and language servers made of the real endpoints, with simulated "
+        "network, memory and clock, and with faults, all drawn from a seed. Ends with 1 where a promise was broken.",
+    )
+    parser.add_argument("--schedules", type=int, default=100_000, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--seed", default="", help="of the whole run (default: a fresh one, which is printed)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--replay", metavar="SEED:NUMBER", help="play this schedule alone and print what happens in it")
+    parser.add_argument(
+        "--without", choices=MUTATIONS, metavar="PROTECTION",
+        help="take a protection out of the code first: " + "; ".join(MUTATIONS),
+    )  # fmt: skip
+    parser.add_argument(
+        "--prove", action="store_true",
+        help="take every protection out in turn and say after how many schedules it is missed (at most --schedules)",
+    )  # fmt: skip
+    parser.add_argument("--most", type=int, default=5, metavar="N", help="violations to stop at (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    return parser
+
+
+def play(name: str) -> tuple[Counter[str], str]:
+    """One schedule: what happened, and how it broke a promise (empty: it did not)."""
+    schedule = Schedule(name)
+    try:
+        return schedule.run(), ""
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return schedule.seen, f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+
+
+def play_chunk(task: tuple[str, int, int, str | None]) -> tuple[int, Counter[str], list[tuple[str, str]]]:
+    seed, first, count, protection = task
+    seen: Counter[str] = Counter()
+    broken = []
+    with without(protection) if protection else contextlib.nullcontext():
+        for number in range(first, first + count):
+            name = f"{seed}:{number}"
+            happened, problem = play(name)
+            seen += happened
+            if problem:
+                broken.append((name, problem))
+    return count, seen, broken
+
+
+class Run:
+    """Many schedules on several processes; ends early after ``most`` violations."""
+
+    def __init__(
+        self, seed: str, schedules: int, jobs: int, protection: str | None, most: int, *, quiet: bool
+    ) -> None:
+        self.seed = seed
+        self.schedules = 0
+        self.seen: Counter[str] = Counter()
+        self.broken: list[tuple[str, str]] = []
+        tasks = [(seed, first, min(CHUNK, schedules - first), protection) for first in range(0, schedules, CHUNK)]
+        began, shown = time.monotonic(), 0.0
+        with multiprocessing.get_context("fork").Pool(jobs) as pool:
+            for count, happened, problems in pool.imap_unordered(play_chunk, tasks):
+                self.schedules += count
+                self.seen += happened
+                self.broken += problems
+                now = time.monotonic()
+                if now - shown > 5 and not quiet:
+                    shown = now
+                    left = (schedules - self.schedules) * (now - began) / self.schedules
+                    print(f"{self.schedules} schedules, {len(self.broken)} violations, {left:.0f} s left",
+                          file=sys.stderr)  # fmt: skip
+                if len(self.broken) >= most:
+                    pool.terminate()
+                    break
+        self.seconds = round(time.monotonic() - began, 1)
+
+
+def prove(seed: str, schedules: int, jobs: int, *, as_json: bool) -> int:
+    """Play without each protection until that is noticed. Returns 1 where one is not missed."""
+    missed: dict[str, tuple[int, str]] = {}
+    for protection in MUTATIONS:
+        run = Run(seed, schedules, jobs, protection, 1, quiet=True)
+        missed[protection] = (run.schedules, run.broken[0][1] if run.broken else "")
+        if not as_json:
+            print(f"{protection}: " + (f"missed within {run.schedules} schedules: {missed[protection][1]}"
+                  if run.broken else f"NOT MISSED in {run.schedules} schedules"))  # fmt: skip
+    if as_json:
+        print(json.dumps(missed))
+    return 0 if all(problem for _, problem in missed.values()) else 1
+
+
+def replay(name: str, protection: str | None) -> int:
+    schedule = Schedule(name, print)
+    with without(protection) if protection else contextlib.nullcontext():
+        try:
+            schedule.run()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            for part in schedule.parts:
+                print(
+                    f"part {part.number}: touched by {sorted(part.touched) or 'nothing'}, outcome {part.outcome}, "
+                    f"on the encoder {part.sender_outcome}"
+                )
+            return 1
+    print("No promise was broken.")
+    return 0
+
+
+def main() -> int:
+    options = arguments().parse_args()
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # The order of sets is part of a schedule: it must be the same when the schedule is played again.
+        os.execve(sys.executable, [sys.executable, "-m", "tests.simulator", *sys.argv[1:]],
+                  {**os.environ, "PYTHONHASHSEED": "0"})  # fmt: skip
+    if options.replay:
+        return replay(options.replay, options.without)
+    seed = options.seed or secrets.token_hex(4)
+    if options.prove:
+        return prove(seed, options.schedules, options.jobs, as_json=options.json)
+    run = Run(seed, options.schedules, options.jobs, options.without, options.most, quiet=options.json)
+    if options.json:
+        print(json.dumps(vars(run)))
+        return 1 if run.broken else 0
+    print(f"{run.schedules} schedules in {run.seconds:.0f} s (seed {seed}, {options.jobs} processes), "
+          f"{len(run.broken)} violations")  # fmt: skip
+    print("In them: " + ", ".join(f"{count} {what}" for what, count in run.seen.most_common()))
+    for name, problem in run.broken:
+        print(f"VIOLATION in {name}: {problem}\n    python -m tests.simulator --replay {name}"
+              + (f" --without '{options.without}'" if options.without else ""))  # fmt: skip
+    return 1 if run.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Protections of the code, each of which can be taken away: the simulator must notice.
+
+A mutation replaces a few words in the source of one function, for a while. Words that are not there any more are an
+error: then the protection has moved, and the mutation must follow it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_mm_conn.connector.encoders import Encoders
+from sglang_mm_conn.connector.revocation import Revocation
+from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.core import rooms
+from sglang_mm_conn.core.receiver import ReceiverCore
+from sglang_mm_conn.core.sender import SenderCore
+from tests.simulator.kernel import attribute
+
+
+@dataclass(frozen=True)
+class Change:
+    """In the source of ``owner.name``: each first text becomes the second."""
+
+    owner: Any
+    name: str
+    texts: tuple[tuple[str, str], ...]
+
+    def function(self) -> Any:
+        """The changed function. Raises LookupError where a text does not occur exactly once."""
+        raw = inspect.getattr_static(self.owner, self.name)
+        original = raw.__func__ if isinstance(raw, staticmethod) else raw
+        source = inspect.getsource(original)
+        for old, new in self.texts:
+            if source.count(old) != 1:
+                raise LookupError(f"{old!r} occurs {source.count(old)} times in {original.__qualname__}")
+            source = source.replace(old, new)
+        head = "from __future__ import annotations\n" + ("class Holder:\n" if source.startswith(" ") else "")
+        namespace = dict(vars(sys.modules[original.__module__]))
+        exec(compile(head + source, "mutation", "exec"), namespace)
+        holder = namespace.get("Holder")
+        return namespace[self.name] if holder is None else inspect.getattr_static(holder, self.name)
+
+
+def change(owner: Any, name: str, *texts: tuple[str, str]) -> Change:
+    return Change(owner, name, texts)
+
+
+MUTATIONS: dict[str, tuple[Change, ...]] = {
+    "quarantine": (
+        change(
+            ReceiverCore, "_fail",
+            (
+                "        # Blocks of a window that is being moved",
+                "            self._absolve(entry.room)\n        # Blocks of a window that is being moved",
+            ),
+        ),
+    ),
+    "window check on the encoder": (
+        change(SenderCore, "_on_resume", ("message.window != info.window + 1", "False")),
+    ),
+    "window check on the language side": (
+        change(ReceiverCore, "_on_progress", ("message.window < entry.window or (", "False or (")),
+    ),
+    "resume token check": (
+        change(SenderCore, "_on_resume", ("message.sent_tokens != info.sent_tokens", "False")),
+    ),
+    "shard stored at completion": (
+        change(
+            SenderCore, "_advance",
+            ("if not self._complete(entry):", "if not entry.transfer_infos:"),
+            (
+                "entry.machine.to(SenderState.TRANSFERRING)",
+                "entry.state is SenderState.TRANSFERRING or entry.machine.to(SenderState.TRANSFERRING)",
+            ),
+            (
+                "entry.machine.to(SenderState.READY)",
+                "entry.state is SenderState.READY or entry.machine.to(SenderState.READY)",
+            ),
+        ),
+    ),
+    "drain before source release": (
+        change(
+            SenderCore, "_fail",
+            (
+                "return actions + self._drop_if_over(entry, now)",
+                "return [*actions, Release(entry.room), *self._drop_if_over(entry, now)]",
+            ),
+        ),
+    ),
+    "nonce in the room's name": (
+        change(rooms, "new_room_base", ("{new_id()}", "{new_id()[:1].zfill(16)}")),
+    ),
+    # Beyond those that everybody would name:
+    "Drained only after the write": (
+        change(
+            SenderCore, "_on_abort",
+            ("info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)", "True"),
+            (
+                "if info is not None and not info.machine.final:",
+                "if info is not None and not info.machine.final and info.state is not WindowState.WRITING:",
+            ),
+        ),
+    ),
+    "no Drained after a write in doubt": (
+        change(SenderCore, "on_written", ("drained=not in_doubt", "drained=True")),
+    ),
+    "a silent writer may still write": (
+        change(Sessions, "writer_gone", ("return self._pool", "return True or self._pool")),
+    ),
+    "the old engine is destroyed before its blocks are free": (
+        change(
+            Revocation, "tick",
+            (
+                "self._begin(Stage.DESTROYING, lambda: self._sessions.destroy_mooncake(epoch))",
+                "self._begin(Stage.DESTROYING, lambda: None)",
+            ),
+        ),
+    ),
+    "healthy rooms leave the old engine first": (
+        change(
+            Revocation, "tick",
+            ("if not self._is_in_use(self._sessions.mooncake_session, self._epoch):", "if True:"),
+        ),
+    ),
+    "blocks stay with the mover until it is done": (
+        change(
+            ReceiverCore, "_on_progress",
+            (
+                "        entry.last = done\n",
+                "        entry.last = done\n        self.allocator.release((entry.room, entry.window), entry.blocks)\n",
+            ),
+        ),
+        change(ReceiverCore, "on_moved", ("self.allocator.release((room, window), entry.blocks)", "pass")),
+        change(ReceiverCore, "check_integrity", ("if held !=", "if False and held !=")),
+    ),
+    "offers are repeated after a lost connection": (
+        change(ReceiverCore, "_offer_again", ("if entry.state is ReceiverState.OFFERED", "if False")),
+    ),
+    "rooms are announced again after a lost connection": (
+        change(SenderCore, "register", ("actions.append(self._announcement(entry, session))", "pass")),
+    ),
+    "a refusal of a path that was given up is old": (
+        change(Encoders, "on_refused", ('message.kind == "data_path" and', "False and")),
+    ),
+    "a refusal of an offer that was confirmed since is old": (
+        change(ReceiverCore, "_on_progress", ("if message.refused_window != entry.window", "if False")),
+    ),
+    "deadlines are enforced": (
+        change(ReceiverCore, "tick", ("now >= entry.deadline", "False")),
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def without(protection: str) -> Iterator[None]:
+    """The code lacks ``protection`` (a key of MUTATIONS) for a while."""
+    with ExitStack() as changed:
+        for one in MUTATIONS[protection]:
+            changed.enter_context(attribute(one.owner, one.name, one.function()))
+        yield

@@ -1,0 +1,207 @@
+"""Simulated encoder and language processes: the real endpoints on a simulated runtime."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from sglang_mm_conn.connector.encoder import EncoderEndpoint
+from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.runtime import Runtime
+from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent
+from sglang_mm_conn.core.layout import Geometry
+from sglang_mm_conn.core.rooms import new_id
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.pool import BlockPool
+from tests.simulator.kernel import Kernel, Process, SimulatedExecutor, Violation
+from tests.simulator.memory import SimulatedEngine, SimulatedPath, SimulatedSegment, Write
+from tests.simulator.network import Network, SimulatedClient, SimulatedServer
+
+ROW_BYTES = 8
+DTYPE = "float32"
+SEND_TIMEOUT = 300.0
+
+
+class World:
+    """All processes of one schedule and what they share."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.network = Network(kernel)
+        self.encoders: dict[str, EncoderProcess] = {}  # by URL: the newest process there
+        self.languages: list[LanguageProcess] = []
+        self.segments: dict[str, SimulatedSegment] = {}
+        self.sessions: dict[str, LanguageProcess] = {}  # by Mooncake session id
+        self.ways_in: dict[str, weakref.ref[SimulatedEngine]] = {}  # by target
+        self.writes: list[Write] = []  # data calls under way
+        self.late: list[Write] = []  # ended in doubt: their bytes may still land
+        self.queue_of: dict[tuple[EncoderProcess, str], int] = {}  # by room: the transfer queue that serves it
+        self.numbers = itertools.count(20000)
+        self.over = False  # the schedule was broken off
+
+    def processes(self) -> list[EncoderProcess | LanguageProcess]:
+        return [*self.encoders.values(), *self.languages]
+
+
+class SimulatedRuntime(Runtime):
+    """What an endpoint lives on, simulated."""
+
+    def __init__(self, world: World, process: EncoderProcess | LanguageProcess) -> None:
+        self._world = world
+        self._process = process
+        self._kernel = world.kernel
+
+    def clock(self) -> float:
+        return self._kernel.now
+
+    def start_thread(self, target: Callable[[], None], name: str) -> Any:
+        """Control threads and transfer workers are played by the kernel."""
+
+    def executor(self, threads: int, name: str) -> Executor:
+        return SimulatedExecutor(self._kernel, self._process, threads)
+
+    def control_server(self, host: str, *, on_frame: Any, on_tick: Any, **_: Any) -> Any:
+        return SimulatedServer(
+            self._world.network, self._process, next(self._world.numbers), on_frame=on_frame, on_tick=on_tick
+        )
+
+    def control_client(self, *, on_frame: Any, on_connected: Any, on_disconnected: Any, on_tick: Any, **_: Any) -> Any:
+        return SimulatedClient(
+            self._world.network, self._process, on_frame=on_frame, on_connected=on_connected,
+            on_disconnected=on_disconnected, on_tick=on_tick,
+        )  # fmt: skip
+
+    def look_up(self, encoder_url: str, key: Any, *, insecure: bool) -> BootstrapInfo:
+        encoder = self._world.encoders[encoder_url]
+        if encoder.dead:
+            raise EncoderAbsent("refused", refused=True)
+        if not self._world.network.reaches(self._process, encoder):
+            raise EncoderAbsent("timed out", refused=False)
+        return encoder.endpoint.bootstrap_info[0]
+
+    def pool(self, geometry: Geometry, *, shared: bool) -> BlockPool:
+        pool = BlockPool(geometry, shared=False)
+        assert isinstance(self._process, LanguageProcess)
+        pool.segment = self._process.segment  # type: ignore[assignment]
+        return pool
+
+    def hold_port(self) -> tuple[int, Callable[[], None]]:
+        return next(self._world.numbers), lambda: None
+
+    def mooncake_engine(self, settings: Settings, host: str) -> Any:
+        assert isinstance(self._process, LanguageProcess)
+        engine = SimulatedEngine(self._process, next(self._world.numbers), self._world.ways_in)
+        self._world.sessions.setdefault(f"{host}:{engine.get_rpc_port()}", self._process)
+        return engine
+
+
+class EncoderProcess(Process):
+    """One life of an encoder at ``url``."""
+
+    def __init__(self, world: World, name: str, url: str, host: int, settings: Settings) -> None:
+        super().__init__(name)
+        self.world = world
+        self.url = url
+        self.host = host
+        self.busy: Counter[int] = Counter()  # transfer queue -> workers in a data call
+        self.endpoint = EncoderEndpoint(
+            settings, host="127.0.0.1", dtype=DTYPE, widest_row_bytes=ROW_BYTES, send_timeout=SEND_TIMEOUT,
+            data_paths={"shm": SimulatedPath("shm", self), "mooncake": SimulatedPath("mooncake", self)},
+            runtime=SimulatedRuntime(world, self),
+        )  # fmt: skip
+        self.http = world.kernel.lane(self, width=100)
+        world.encoders[url] = self
+
+    def tick(self) -> None:
+        self.endpoint._on_tick()
+        for entry in self.endpoint.core.rooms.values():
+            if not entry.machine.final and entry.deadline < self.world.kernel.now:
+                raise Violation(f"room {entry.room} outlived its deadline on {self.name}")
+
+    def idle_queues(self) -> list[int]:
+        """Transfer queues with work and a worker for it."""
+        per_queue = self.endpoint.settings.workers_per_queue
+        return [
+            index
+            for index, waiting in enumerate(self.endpoint.transfer_queues)
+            if not waiting.empty() and self.busy[index] < per_queue
+        ]
+
+    def take_chunk(self, index: int) -> None:
+        """A transfer worker takes a chunk and begins its data call."""
+        chunk = self.endpoint.transfer_queues[index].get_nowait()
+        assert chunk is not None
+        self._begin(chunk.room, index)
+
+    def _begin(self, room: str, index: int) -> None:
+        while (call := self.endpoint.begin_window(room)) is not None:
+            if call.link is not None:
+                if any(write.room == room and write.encoder is self for write in self.world.writes):
+                    raise Violation(f"two data calls for {room} at once")
+                if index != self.world.queue_of.setdefault((self, room), index):
+                    raise Violation(f"room {room} is served by two transfer queues")
+                self.world.writes.append(Write(call, self, index))
+                self.busy[index] += 1
+                return
+            self.endpoint.end_window(call, call.refusal, False)
+
+    def write_returns(self, write: Write, error: str = "", in_doubt: bool = False) -> None:
+        """The data call returns; the worker looks for the room's next window."""
+        self.world.writes.remove(write)
+        write.returned()
+        if in_doubt:
+            self.world.late.append(write)
+        self.busy[write.queue] -= 1
+        self.endpoint.end_window(write.call, error, in_doubt)
+        self._begin(write.room, write.queue)
+
+    def kill(self) -> None:
+        self.dead = True
+        for write in [one for one in self.world.writes if one.encoder is self]:
+            self.world.writes.remove(write)
+            write.returned()
+            if not write.link.synchronous:
+                self.world.late.append(write)  # what is in its host's sockets
+        self.world.network.process_ended(self)
+
+
+class LanguageProcess(Process):
+    """One rank of one life of a language server."""
+
+    def __init__(
+        self, world: World, name: str, host: int, settings: Settings, *, server: str, rank: int, size: int, dtype: str
+    ) -> None:
+        super().__init__(name)
+        self.world = world
+        self.host = host
+        self.server = server
+        self.fits = dtype == DTYPE
+        self.segment = SimulatedSegment(self, f"segment-{next(world.numbers)}")
+        world.segments[self.segment.name] = self.segment
+        self.endpoint = LanguageEndpoint(
+            settings, server=server, host="10.0.0.9", dtype=dtype, widest_row_bytes=ROW_BYTES, rank=rank, size=size,
+            runtime=SimulatedRuntime(world, self),
+        )  # fmt: skip
+        self.endpoint.completions.close()  # nobody waits on it here
+        self.scheduler = world.kernel.lane(self, width=100)
+        world.languages.append(self)
+
+    def tick(self) -> None:
+        self.endpoint._on_tick()
+        self.endpoint.core.check_integrity()
+        for entry in self.endpoint.core.rooms.values():
+            if not entry.machine.final and entry.deadline < self.world.kernel.now:
+                raise Violation(f"room {entry.room} outlived its deadline on {self.name}")
+
+    def kill(self) -> None:
+        self.dead = True
+        self.endpoint._sessions._engines.clear()
+        self.world.network.process_ended(self)
+
+
+def new_server() -> str:
+    return new_id()
