@@ -33,12 +33,13 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.core.tombstones import Verdict
 from sglang_mm_conn.memory.pool import pool_geometry
+from sglang_mm_conn.memory.results import Contents, PrivateResult, Result, ResultMaker
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.1
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 class LanguageEndpoint:
@@ -54,10 +55,11 @@ class LanguageEndpoint:
         widest_row_bytes: int,
         rank: int = 0,
         size: int = 1,
+        make_result: ResultMaker = PrivateResult,
         runtime: Runtime | None = None,
     ) -> None:
         """``server``: incarnation of the language server, the prefix of its rooms. ``host``: where Mooncake peers
-        reach this process. Raises MemoryUnavailable, DataPathUnavailable."""
+        reach this process. ``make_result``: where rows are moved to. Raises MemoryUnavailable, DataPathUnavailable."""
         runtime = runtime or Runtime()
         self.settings = settings
         self.server = server
@@ -78,7 +80,8 @@ class LanguageEndpoint:
             widest_row_bytes=widest_row_bytes, dtype=dtype, runtime=runtime,
         )  # fmt: skip
         self._size = size
-        self._results: dict[str, torch.Tensor] = {}
+        self._make_result = make_result
+        self._results: dict[str, Result] = {}
         self._labels: dict[str, str] = {}
         self.completions = Wakeup()  # rung when a room ends
         self._movers = runtime.executor(settings.movers, "mm-conn-mover")
@@ -142,14 +145,14 @@ class LanguageEndpoint:
         return self._room(room).verdict or Verdict("", 200)
 
     def take(self, room: str) -> tuple[torch.Tensor, bytes]:
-        """The embedding [tokens, width] and metadata of a room that ended in Success; the caller owns the memory."""
+        """The embedding [tokens, width] and metadata of a room that ended in Success; the memory is the caller's."""
         with self._lock:
             entry = self._room(room)
             if entry.poll() is not Poll.Success or room not in self._results:
                 raise ConnError(f"room {room} has no embedding to take")
-            flat = self._results.pop(room)
+            rows = self._results[room].rows
         dtype = dtype_of(entry.dtype)
-        return flat.view(dtype).reshape(entry.total_tokens, -1), entry.metadata
+        return rows.view(dtype).reshape(entry.total_tokens, -1), entry.metadata
 
     def abort(self, room: str, reason: str, code: int = 499) -> None:
         """Give the room up. Its blocks are reused only when nobody can write them any more."""
@@ -171,10 +174,10 @@ class LanguageEndpoint:
         """Drop what is kept of an ended room."""
         with self._lock:
             self.core.forget(room)
-            self._results.pop(room, None)
+            self._drop_result(room)
             self._labels.pop(room, None)
 
-    def submit(self, work: Callable[[], Result]) -> Future[Result]:
+    def submit(self, work: Callable[[], Value]) -> Future[Value]:
         """Run something large off the caller's thread; rings ``completions`` when it is done."""
         future = self._movers.submit(work)
         future.add_done_callback(lambda _: self.completions.ring())
@@ -246,14 +249,7 @@ class LanguageEndpoint:
     def _move(self, move: Move) -> None:
         error = ""
         try:
-            with self._lock:
-                flat = self._results.get(move.room)
-            if flat is None:
-                flat = torch.empty(move.total_tokens * move.row_bytes, dtype=torch.uint8)
-                if (move.row_bytes % dtype_of(move.dtype).itemsize) != 0:
-                    raise ProtocolError(f"a row of {move.row_bytes} bytes is not whole values of {move.dtype}")
-                with self._lock:
-                    self._results[move.room] = flat
+            flat = self._result_of(move).rows
             first = move.first_token * move.row_bytes
             self.pool.read(move.blocks, flat[first : first + move.tokens * move.row_bytes])
             if move.last and self.settings.checksum:
@@ -262,6 +258,8 @@ class LanguageEndpoint:
             logger.exception("Moving rows of room %s failed", move.room)
             error = f"{type(failure).__name__}: {failure}"
         with self._lock:
+            if move.last and not error and self._room(move.room).poll() is not Poll.Failed:
+                error = self._publish(move.room)
             try:
                 self._perform(self.core.on_moved(move.room, move.window, error, self._clock()))
             except ConnError as failure:
@@ -269,7 +267,35 @@ class LanguageEndpoint:
                 self._perform(self.core.abort(move.room, str(failure), 500, self._clock()))
             entry = self.core.rooms.get(move.room)
             if entry is None or entry.poll() is Poll.Failed:
-                self._results.pop(move.room, None)
+                self._drop_result(move.room)
+
+    def _result_of(self, move: Move) -> Result:
+        """The room's result; made at its first move."""
+        with self._lock:
+            result = self._results.get(move.room)
+            metadata = self._room(move.room).metadata
+        if result is None:
+            if (move.row_bytes % dtype_of(move.dtype).itemsize) != 0:
+                raise ProtocolError(f"a row of {move.row_bytes} bytes is not whole values of {move.dtype}")
+            nbytes = move.total_tokens * move.row_bytes
+            result = self._make_result(move.room, Contents(move.total_tokens, move.dtype, nbytes, metadata))
+            with self._lock:
+                self._results[move.room] = result
+        return result
+
+    def _publish(self, room: str) -> str:
+        """Under the lock, so that no result gets a name after it was dropped. Returns why it could not be done."""
+        try:
+            self._results[room].publish()
+        except OSError as error:
+            return f"the result could not be shared with the other ranks: {error}"
+        return ""
+
+    def _drop_result(self, room: str) -> None:
+        """Under the lock. Whoever took the rows keeps them."""
+        result = self._results.pop(room, None)
+        if result is not None:
+            result.close()
 
     @staticmethod
     def _checksum_error(flat: torch.Tensor, expected: int | None) -> str:
@@ -306,7 +332,7 @@ class LanguageEndpoint:
                 (entry.ended - entry.started) * 1000,
             )  # fmt: skip
         else:
-            self._results.pop(action.room, None)
+            self._drop_result(action.room)
             logger.warning(
                 "Embedding failed: room=%s rid=%s peer=%s code=%d reason=%s",
                 action.room, label, entry.peer.incarnation if entry.peer is not None else entry.encoder,

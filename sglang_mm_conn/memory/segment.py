@@ -92,11 +92,14 @@ def sweep_stale_segments() -> list[str]:
 class Segment:
     """The owner's end. ``data`` is the mapping; payload starts at HEADER_BYTES."""
 
-    def __init__(self, payload_bytes: int) -> None:
-        """Reserve a segment. Raises MemoryUnavailable, naming the bytes asked for and those free."""
+    def __init__(self, payload_bytes: int, *, name: str = "", published: bool = True) -> None:
+        """Reserve a segment; others can open it by its name from ``publish`` on (``published``: at once).
+
+        Raises MemoryUnavailable, naming the bytes asked for and those free.
+        """
         self.payload_bytes = payload_bytes
         self.nonce = secrets.token_hex(16)
-        self.name = PREFIX + secrets.token_hex(16)
+        self.name = name or PREFIX + secrets.token_hex(16)
         self._path = os.path.join(DIRECTORY, self.name)
         nbytes = HEADER_BYTES + payload_bytes
         sweep_stale_segments()
@@ -111,14 +114,19 @@ class Segment:
             self.data[: len(header)] = header
             if not _try_lock(self._fd, 0):
                 raise MemoryUnavailable(f"segment {self.name} is locked by somebody else")
-            # linkat through /proc gives the nameless file its name; src_dir_fd only makes Python call linkat.
-            os.link(f"/proc/self/fd/{self._fd}", self._path, src_dir_fd=self._fd, follow_symlinks=True)
+            if published:
+                self.publish()
         except OSError as error:
             os.close(self._fd)
             raise MemoryUnavailable(
                 f"{nbytes >> 20} MiB of shared memory asked for, {free_bytes() >> 20} MiB free in {DIRECTORY} "
                 f"({error.strerror}): lower SGLANG_EMBEDDING_CACHE_BUFFER_SIZE or enlarge {DIRECTORY}"
             ) from error
+
+    def publish(self) -> None:
+        """Give it its name."""
+        # linkat through /proc names the nameless file; src_dir_fd only makes Python call linkat.
+        os.link(f"/proc/self/fd/{self._fd}", self._path, src_dir_fd=self._fd, follow_symlinks=True)
 
     def writer_gone(self, slot: int) -> bool:
         """True where the process that attached with ``slot`` does not exist any more (or never attached)."""
@@ -128,6 +136,9 @@ class Segment:
         """Unlink the name. The mapping lives on until nobody refers to it: a mover may still read it."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class AttachedSegment:

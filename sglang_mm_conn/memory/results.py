@@ -1,0 +1,105 @@
+"""Finished embeddings: in this process's own memory, or where the other ranks of this host can read them.
+
+A tensor-parallel language server receives an embedding once per host: its leader's process owns the shared result,
+which gets a name only when every row is in it; the other ranks map it as their own private copy-on-write view, so what
+one of them does to it reaches nobody else. The name follows from the room's, which no two dispatches share. A result
+whose owner crashed is swept like any other segment (memory.segment).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+import torch
+
+from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, Segment
+
+_LENGTH_BYTES = 8
+_LENGTH_AT = HEADER_BYTES - _LENGTH_BYTES  # the last bytes of a segment's header page are free
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What a result holds: ``tokens`` rows of values of ``dtype``, ``nbytes`` in all, and the room's metadata."""
+
+    tokens: int
+    dtype: str
+    nbytes: int
+    metadata: bytes
+
+
+class Result(Protocol):
+    """Memory that the rows of one room are moved into."""
+
+    rows: torch.Tensor  # uint8, one dimension
+
+    def publish(self) -> None:
+        """Every row is in place."""
+
+    def close(self) -> None:
+        """Nobody needs the name any more; the memory lives as long as somebody uses ``rows``."""
+
+
+ResultMaker = Callable[[str, Contents], Result]
+
+
+class PrivateResult:
+    """A result that only this process reads."""
+
+    def __init__(self, room: str, contents: Contents) -> None:
+        self.rows = torch.empty(contents.nbytes, dtype=torch.uint8)
+
+    def publish(self) -> None:
+        """Nobody else reads it."""
+
+    def close(self) -> None:
+        """Nothing has a name."""
+
+
+class SharedResult:
+    """A result that other processes on this host can read once it is published."""
+
+    def __init__(self, room: str, contents: Contents) -> None:
+        """Raises MemoryUnavailable."""
+        described = msgspec.msgpack.encode(contents)
+        self._segment = Segment(contents.nbytes + len(described), name=_name(room), published=False)
+        data = self._segment.data
+        data[_LENGTH_AT:HEADER_BYTES] = len(described).to_bytes(_LENGTH_BYTES, "little")
+        data[HEADER_BYTES + contents.nbytes :] = described
+        self.rows = torch.frombuffer(data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + contents.nbytes]
+
+    def publish(self) -> None:
+        self._segment.publish()
+
+    def close(self) -> None:
+        self._segment.close()
+
+
+def read_result(room: str) -> tuple[torch.Tensor, Contents] | None:
+    """The rows (uint8, one dimension, private to this process) and contents of the result that another rank of this
+    host published for ``room``; None where there is none yet. Raises ProtocolError where it is damaged."""
+    try:
+        fd = os.open(os.path.join(DIRECTORY, _name(room)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        data = mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(fd)
+    length = int.from_bytes(data[_LENGTH_AT:HEADER_BYTES], "little")
+    try:
+        contents = msgspec.msgpack.decode(memoryview(data)[len(data) - length :], type=Contents)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"the shared result of {room} is damaged: {error}") from None
+    if HEADER_BYTES + contents.nbytes + length != len(data):
+        raise ProtocolError(f"the shared result of {room} has {len(data)} bytes and describes {contents.nbytes}")
+    return torch.frombuffer(data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + contents.nbytes], contents
+
+
+def _name(room: str) -> str:
+    return PREFIX + hashlib.blake2b(room.encode(), digest_size=16).hexdigest()
