@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-Role = Literal["colocated", "encoder", "language"]
+Role = Literal["colocated", "encoder", "language", "decode"]
 OUR_BACKEND = "conn_multimodal"
 
 _COMMON_FLAGS = shlex.split(
@@ -65,6 +65,10 @@ class Launch:
             *self.flags,
         ]
 
+    @property
+    def kv_backend(self) -> str:
+        return OUR_BACKEND if self.backend == OUR_BACKEND else "mooncake"
+
     def environment(self) -> dict[str, str]:
         return {**os.environ, **_COMMON_ENV, **(_CPU_ENV if self.device == "cpu" else {}), **self.env}
 
@@ -77,6 +81,9 @@ class Launch:
             transfer = ["--encoder-transfer-backend", self.backend]
         if self.role == "encoder":
             return ["--encoder-only", *transfer]
+        if self.role == "decode":  # gets its KV cache from a language server in prefill mode
+            backup = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+            return ["--disaggregation-mode", "decode", "--disaggregation-transfer-backend", self.kv_backend, *backup]
         # Every language server opens this second port, the same one unless told otherwise.
         bootstrap = ["--encoder-bootstrap-port", str(bootstrap_port)]
         return ["--language-only", "--encoder-urls", *self.encoder_urls, *bootstrap, *transfer]
