@@ -41,7 +41,8 @@ def ask(
     session = requests.Session()
     session.trust_env = False  # a proxy from the environment has no business between two loopback sockets
     with session:
-        response = session.post(f"{url}/v1/chat/completions", json={**_body(question, rid), **(more or {})}, timeout=timeout)
+        body = {**_body(question, rid), **(more or {})}
+        response = session.post(f"{url}/v1/chat/completions", json=body, timeout=timeout)
     if response.status_code != 200:
         return Answer(status=response.status_code, error=response.text[:600])
     choice = response.json()["choices"][0]

@@ -1,4 +1,4 @@
-"""An encoder of several processes: data parallel workers, each with embeddings of its own, and tensor parallel ranks."""
+"""An encoder of several processes: data parallel workers, each with its own embeddings, or tensor parallel ranks."""
 
 import os
 import signal
