@@ -1,5 +1,6 @@
 """Owns one chat request to an OpenAI-style endpoint and what came back."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,23 @@ class Answer:
         return self.ok and other.ok and (self.text, self.tokens) == (other.text, other.tokens)
 
 
-def ask(url: str, question: Question, *, rid: str | None = None, timeout: float = 120.0) -> Answer:
-    """Asks greedily, so that two servers of one model must answer alike. `rid` names the request in their logs."""
+def ask(
+    url: str,
+    question: Question,
+    *,
+    rid: str | None = None,
+    timeout: float = 120.0,
+    more: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Asks greedily, so that two servers of one model must answer alike. `rid` names the request in their logs; `more`
+    goes into the request's body as it is."""
     import requests
 
     session = requests.Session()
     session.trust_env = False  # a proxy from the environment has no business between two loopback sockets
     with session:
-        response = session.post(f"{url}/v1/chat/completions", json=_body(question, rid), timeout=timeout)
+        body = {**_body(question, rid), **(more or {})}
+        response = session.post(f"{url}/v1/chat/completions", json=body, timeout=timeout)
     if response.status_code != 200:
         return Answer(status=response.status_code, error=response.text[:600])
     choice = response.json()["choices"][0]

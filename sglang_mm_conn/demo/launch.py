@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-Role = Literal["colocated", "encoder", "language"]
+Role = Literal["colocated", "encoder", "language", "decode"]
 OUR_BACKEND = "conn_multimodal"
 
 _COMMON_FLAGS = shlex.split(
-    "--disable-overlap-schedule --max-total-tokens 4096 --max-running-requests 4 --context-length 2048 "
+    "--max-total-tokens 4096 --max-running-requests 4 --context-length 2048 "
     "--chunked-prefill-size 2048 --skip-server-warmup --trust-remote-code --tp 1 --grammar-backend none "
     "--disable-cuda-graph"
 )
@@ -45,6 +45,8 @@ class Launch:
     model: Path
     backend: str = OUR_BACKEND  # ours, or one of sglang's own --encoder-transfer-backend names; unused when colocated
     device: str = "cpu"
+    program: tuple[str, ...] = (sys.executable, "-m", "sglang.launch_server")
+    overlap: bool = False  # sglang's default is on; off, a server on a CPU answers sooner
     encoder_urls: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -52,18 +54,21 @@ class Launch:
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
             raise ValueError(f"role must be one of {', '.join(get_args(Role))}, not {self.role!r}")
-        if self.role == "language" and not self.encoder_urls:
-            raise ValueError("a language server needs encoder_urls, which is empty")
 
     def command(self, port: int, bootstrap_port: int) -> list[str]:
         return [
-            *(sys.executable, "-m", "sglang.launch_server"),
+            *self.program,
             *("--model-path", str(self.model), "--host", "127.0.0.1", "--port", str(port)),
             *_COMMON_FLAGS,
+            *(() if self.overlap else ("--disable-overlap-schedule",)),
             *(_CPU_FLAGS if self.device == "cpu" else ("--device", self.device, *_GPU_FLAGS)),
             *self._role_flags(bootstrap_port),
             *self.flags,
         ]
+
+    @property
+    def kv_backend(self) -> str:
+        return OUR_BACKEND if self.backend == OUR_BACKEND else "mooncake"
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, **_COMMON_ENV, **(_CPU_ENV if self.device == "cpu" else {}), **self.env}
@@ -77,6 +82,10 @@ class Launch:
             transfer = ["--encoder-transfer-backend", self.backend]
         if self.role == "encoder":
             return ["--encoder-only", *transfer]
+        if self.role == "decode":  # gets its KV cache from a language server in prefill mode
+            backup = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+            return ["--disaggregation-mode", "decode", "--disaggregation-transfer-backend", self.kv_backend, *backup]
         # Every language server opens this second port, the same one unless told otherwise.
         bootstrap = ["--encoder-bootstrap-port", str(bootstrap_port)]
-        return ["--language-only", "--encoder-urls", *self.encoder_urls, *bootstrap, *transfer]
+        urls = ["--encoder-urls", *self.encoder_urls] if self.encoder_urls else []  # none: encoders register themselves
+        return ["--language-only", *urls, *bootstrap, *transfer]

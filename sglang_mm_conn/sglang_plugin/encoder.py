@@ -9,15 +9,18 @@ import socket
 from http import HTTPStatus
 from typing import Any
 
+from sglang.srt.disaggregation.encoder import http_server
 from sglang.srt.disaggregation.encoder.server import MMError
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingSender
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.names import FLAG, is_ours
+from sglang_mm_conn.sglang_plugin.processes import DpWorkers, replace_spawn_targets, tell_route
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +28,29 @@ logger = logging.getLogger(__name__)
 _NOT_METADATA = frozenset(
     {"req_id", "embedding", "send_time", "dtype", "shape", "error_msg", "error_code", "modality"}
 )
-_manager: EmbeddingManager | None = None
+_manager: EmbeddingManager | None = None  # in a process that holds embeddings
+_dp_workers: DpWorkers | None = None  # in the process that starts the server
+_key: DeploymentKey | None = None
 
 
 def bootstrap_info() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
     """For the bootstrap route; None as long as the model is being loaded."""
-    return None if _manager is None else _manager.register_to_bootstrap()
+    return _info_of_dp_workers() if _manager is None else _manager.register_to_bootstrap()
+
+
+def start_processes(dp_size: int, key_file: str | None) -> None:
+    """Before sglang spawns the encoder's DP workers and TP ranks: see that the hooks get there."""
+    global _dp_workers, _key
+    _dp_workers = replace_spawn_targets(dp_size)
+    _key = None if key_file is None else DeploymentKey.load(key_file)
+
+
+def _info_of_dp_workers() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
+    dispatcher = http_server.dp_dispatcher
+    if dispatcher is None or _dp_workers is None:
+        return None
+    workers = _dp_workers.known(dispatcher.alive_ranks)  # sglang does not start a worker again that died
+    return (BootstrapInfo(PROTOCOL_VERSION, workers), _key) if workers else None
 
 
 def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -51,6 +71,9 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
         EmbeddingMode.ENCODE,
         server_args,
     )
+    assert _manager.encoder is not None
+    info, _ = _manager.encoder.bootstrap_info
+    tell_route(info.workers[0])
 
 
 def _bind_host(host: str | None) -> str:

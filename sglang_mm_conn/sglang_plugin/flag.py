@@ -11,6 +11,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey, is_loopback
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, SERVER_ENV, is_ours
+from sglang_mm_conn.sglang_plugin.processes import use_our_application
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,12 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
     os.environ[SERVER_ENV] = new_id()
     seams.hook_all()
     seams.apply_and_verify()
+    if cfg.encoder_only:
+        from sglang_mm_conn.sglang_plugin.encoder import start_processes
+
+        start_processes(cfg.dp_size, settings.key_file)
+    elif cfg.tokenizer_worker_num > 1:
+        use_our_application()
     previous(server_args)
     logger.info("Embeddings travel over %s (server %s)", BACKEND, os.environ[SERVER_ENV])
 
@@ -104,14 +111,16 @@ def _refuse_untested(cfg: Any) -> None:
             found.append(f"{option} {value}")
     if envs.SGLANG_ENCODER_MM_RECEIVER_MODE.get() != "http":
         found.append(f"SGLANG_ENCODER_MM_RECEIVER_MODE={envs.SGLANG_ENCODER_MM_RECEIVER_MODE.get()}")
-    for option, value in (
-        ("--tokenizer-worker-num", cfg.tokenizer_worker_num),
-        ("--tp-size", cfg.tp_size),
-        ("--dp-size", cfg.dp_size),
-        ("--pp-size", cfg.pp_size),
-        ("--nnodes", cfg.nnodes),
-    ):
-        if value != 1:
-            found.append(f"{option} {value}")
+    must_be_one = [("--pp-size", cfg.pp_size), ("--nnodes", cfg.nnodes)]
+    if cfg.language_only:
+        must_be_one += [
+            ("--tp-size", cfg.tp_size),
+            ("--dp-size", cfg.dp_size),
+        ]
+        if not cfg.encoder_urls:  # sglang tells one of the workers, and the others would encode by themselves
+            must_be_one.append(("without --encoder-urls, --tokenizer-worker-num", cfg.tokenizer_worker_num))
+    elif cfg.tp_size > 1:  # sglang serves one or the other, and finds out only when the model is loaded
+        must_be_one.append((f"--tp-size {cfg.tp_size} together with --dp-size", cfg.dp_size))
+    found += [f"{option} {value}" for option, value in must_be_one if value != 1]
     if found:
         raise ValueError(f"{FLAG} {BACKEND} does not support {', '.join(found)} yet")

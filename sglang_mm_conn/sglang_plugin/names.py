@@ -10,6 +10,8 @@ FLAG = "--disaggregation-transfer-backend"
 # Set by the process that resolves the arguments, inherited by the processes it spawns: the incarnation of the
 # server, and the sign that the flag was given (plugins are loaded there before any argument is at hand).
 SERVER_ENV = "SGLANG_MM_CONN_SERVER"
+# Set by the same process for tokenizer workers: the application that ours stands in for.
+APP_ENV = "SGLANG_MM_CONN_APP"
 
 
 def is_ours(server_args: Any) -> bool:

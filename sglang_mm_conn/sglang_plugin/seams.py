@@ -57,8 +57,15 @@ SEAMS = (
         "sglang_mm_conn.sglang_plugin.encoder:push_embedding",
     ),
 )
+# Functions that the runtime spawns processes with: not hooked but replaced, see processes.py.
+SPAWN_TARGETS = {
+    f"{_ENCODER}.runtime.launch_dp_worker": ("server_args", "dp_rank"),
+    f"{_ENCODER}.runtime.launch_encoder": ("server_args", "rank"),
+}
 # Used by the hooks, not hooked: their absence must be noticed at the start as well.
 NEEDED = (
+    f"{_ENCODER}.runtime.DPDispatcher.alive_ranks",
+    f"{_ENCODER}.http_server.dp_dispatcher",
     f"{_ENCODER}.receiver.MMReceiverHTTP.encode",
     f"{_ENCODER}.receiver.MMReceiverBase._process_waiting_requests",
     f"{_ENCODER}.receiver.MMReceiverBase._init_mm_processor",
@@ -126,15 +133,15 @@ def apply_and_verify() -> None:
             _load(name)
         except (AttributeError, ImportError) as error:
             problems.append(f"{name}: {error}")
-    for seam in SEAMS:
+    for target, expected in {**{seam.target: seam.parameters for seam in SEAMS}, **SPAWN_TARGETS}.items():
         try:
-            parameters = inspect.signature(_load(seam.target)).parameters
+            parameters = inspect.signature(_load(target)).parameters
         except (AttributeError, ImportError) as error:
-            problems.append(f"{seam.target}: {error}")
+            problems.append(f"{target}: {error}")
             continue
-        missing = [name for name in seam.parameters if name not in parameters]
+        missing = [name for name in expected if name not in parameters]
         if missing:
-            problems.append(f"{seam.target} has no parameter {', '.join(missing)}")
+            problems.append(f"{target} has no parameter {', '.join(missing)}")
     if not problems:
         HookRegistry.apply_hooks()
         _add_route()

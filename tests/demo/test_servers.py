@@ -135,5 +135,3 @@ def test_command_lines() -> None:
 def test_what_cannot_be_started_is_refused() -> None:
     with pytest.raises(ValueError, match="not 'decoder'"):
         Launch("decoder", Path("model"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="encoder_urls"):
-        Launch("language", Path("model"))
