@@ -279,6 +279,10 @@ class EncoderEndpoint:
             self._registering.discard(peer)
 
     def _attach(self, peer: str, message: Register) -> None:
+        with self._lock:
+            known = self.core.sessions.get(message.mooncake_session_id)
+        if known is not None and known.incarnation == message.incarnation and known.number > message.number:
+            return  # overtaken, on a connection that is broken: whoever speaks now speaks through another
         goes_on = self._links.open(message)
         session = Session(
             mooncake_session_id=message.mooncake_session_id,
@@ -290,6 +294,7 @@ class EncoderEndpoint:
             geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
             epochs=(message.epoch,),
             most_writes=max(1, self.settings.workers_per_queue // 2),
+            number=message.number,
         )
         now = self._clock()
         answer = Registered(
@@ -303,13 +308,16 @@ class EncoderEndpoint:
                     self.core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
                 )
             elif known is not None:
-                session = replace(session, epochs=tuple(sorted({*known.epochs, message.epoch})))
+                living = {epoch for epoch in known.epochs if epoch >= message.oldest_epoch}
+                session = replace(session, epochs=tuple(sorted({*living, message.epoch})))
             if self._links.has(message.mooncake_session_id, message.epoch):
                 self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
                 self._send(peer, answer)
                 ended += self._perform(self.core.register(session, now))
             else:  # dropped for its silence on an older connection, in this very moment
                 self._send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
+        if message.oldest_epoch:
+            self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
         logger.info(
             "Language rank %d of %d registered: session=%s epoch=%d path=%s pool=%d blocks of %d bytes",
             message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,

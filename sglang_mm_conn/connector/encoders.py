@@ -6,6 +6,7 @@ control thread, lookups and first registrations (which may be slow) on a small p
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class _Process:
     path: str
     last_seen: float
     ready: bool = False
+    known: bool = False  # it has been ready
     register_at: float | None = None
 
 
@@ -49,6 +51,7 @@ class _Encoder:
     look_up_at: float = 0.0
     delay: float = _LOOK_UP_AGAIN_SECONDS
     looking: bool = False
+    complete: bool = False  # nothing happened since a look-up said which processes there are
     refusal: str = ""
     complaint: str = ""  # logged last, so that one cause is logged once
 
@@ -85,6 +88,7 @@ class Encoders:
         self._encoders: dict[str, _Encoder] = {}
         self._processes: dict[str, _Process] = {}
         self._slots: dict[str, int] = {}
+        self._registrations = itertools.count(1)
         self._next_heartbeat = 0.0
         self._pool = runtime.executor(4, "mm-conn-bootstrap")
         self.control: ControlClient  # set once by the endpoint, before the control thread starts
@@ -170,6 +174,7 @@ class Encoders:
                 self._processes[incarnation] = process
                 self.control.connect(incarnation, control_address(encoder.url, worker))
             encoder.processes[incarnation] = process
+        encoder.complete = True
 
     def _complain(self, encoder: _Encoder, level: int, text: str) -> None:
         if text != encoder.complaint:
@@ -198,6 +203,7 @@ class Encoders:
             return
         process.ready = False
         for encoder in self._encoders_of(process):
+            encoder.complete = False
             encoder.look_up_at, encoder.delay = 0.0, _LOOK_UP_AGAIN_SECONDS
             self._maybe_look_up(encoder, self._clock())
 
@@ -208,10 +214,11 @@ class Encoders:
 
     def _register(self, process: _Process) -> None:
         process.register_at = None
+        number = next(self._registrations)
 
         def work() -> None:
             try:
-                message = self._sessions.register_message(process.path, process.slot)
+                message = self._sessions.register_message(process.path, process.slot, number)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 self.control.call(lambda: self._cannot_register(process, reason))
@@ -227,11 +234,14 @@ class Encoders:
         if message.incarnation != incarnation:
             self._lose(incarnation, "another process answers on the encoder's control port")
             return
+        if not self._sessions.is_newest(process.path, message.epoch):
+            self._register(process)  # the way in was replaced when this process was not yet among those to be told
+            return
         for encoder in self._encoders_of(process):
             encoder.refusal = encoder.complaint = ""
             encoder.delay = _LOOK_UP_AGAIN_SECONDS
             logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
-        process.ready = True
+        process.ready = process.known = True
         self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path, message.epoch))
 
     def on_refused(self, incarnation: str, message: Refused) -> None:
@@ -268,10 +278,15 @@ class Encoders:
         for encoder in encoders:
             del encoder.processes[incarnation]
             encoder.refusal = ""  # what comes next may fit
+            encoder.complete = False
             encoder.look_up_at, encoder.delay = 0.0, _LOOK_UP_AGAIN_SECONDS
         self.control.disconnect(incarnation)
         text = f"encoder {', '.join(encoder.url for encoder in encoders)} (process {incarnation}) lost: {reason}"
-        logger.warning("%s", text)
+        if process.known:
+            logger.warning("%s", text)
+        else:
+            for encoder in encoders:
+                self._complain(encoder, logging.WARNING, f"process {incarnation} does not answer: {reason}")
         self._on_lost(incarnation, text)
 
     # -- time ----------------------------------------------------------------------------------------------------
@@ -284,7 +299,7 @@ class Encoders:
             elif process.register_at is not None and now >= process.register_at:
                 self._register(process)
         for encoder in list(self._encoders.values()):
-            if any(process.ready for process in encoder.processes.values()):
+            if encoder.complete and any(process.ready for process in encoder.processes.values()):
                 continue
             if now - encoder.last_used > _FORGET_SECONDS and not encoder.processes and not encoder.looking:
                 del self._encoders[encoder.url]

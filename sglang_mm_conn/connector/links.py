@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
@@ -18,6 +20,11 @@ from sglang_mm_conn.datapath.base import DataPath, WriteLink
 
 class LinkBusy(DataPathUnavailable):
     """The session's previous link to the same memory has a write under way: try again."""
+
+
+def _memory(register: Register) -> Register:
+    """What ``register`` says of the memory, without what differs from one registration of it to the next."""
+    return msgspec.structs.replace(register, number=0, oldest_epoch=0)
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Links:
                 link.register.incarnation == register.incarnation and not link.closing for link in known
             )
             same = self._links.get(key)
-            if same is not None and same.register == register and not same.closing:
+            if same is not None and _memory(same.register) == _memory(register) and not same.closing:
                 return goes_on
         same_process = all(link.register.incarnation == register.incarnation for link in known)
         if same_process and (not goes_on or same is not None):

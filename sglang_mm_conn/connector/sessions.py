@@ -43,6 +43,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._slots = itertools.count()
         self._engines: dict[int, Any] = {}  # by epoch; the newest is offered
+        self._newest_epoch = 0
         self._make_engine = lambda: runtime.mooncake_engine(settings, host)
         self.mooncake_session = ""
         # A session id is host:port, and the shard rule sums ports.
@@ -81,13 +82,21 @@ class Sessions:
     def writer_gone(self, slot: int) -> bool:
         return self._pool.segment is not None and self._pool.segment.writer_gone(slot)
 
-    def register_message(self, path: str, slot: int) -> Register:
-        """How this rank presents itself over ``path``. Making the Mooncake engine for the first time takes a while."""
+    def is_newest(self, path: str, epoch: int) -> bool:
+        """Whether ``epoch`` is the way in to offer over ``path``. Never waits."""
+        return path == "shm" or epoch == self._newest_epoch
+
+    def register_message(self, path: str, slot: int, number: int) -> Register:
+        """How this rank presents itself over ``path``, for the ``number``-th time.
+
+        Making the Mooncake engine for the first time takes a while.
+        """
         if path == "shm":
             segment = self._pool.segment
             assert segment is not None
             return Register(
                 mooncake_session_id=self._shm_session,
+                number=number,
                 epoch=0,
                 data_path="shm",
                 regions=[Region(0, region.length) for region in self._pool.describe()],
@@ -101,7 +110,9 @@ class Sessions:
             epoch, engine = max(self._engines.items())
             return Register(
                 mooncake_session_id=self.mooncake_session,
+                number=number,
                 epoch=epoch,
+                oldest_epoch=min(self._engines),
                 target=mooncake.session_id(engine, self._host),
                 data_path="mooncake",
                 regions=self._pool.describe(),
@@ -120,6 +131,7 @@ class Sessions:
         for region in self._pool.regions:
             mooncake.register_memory(engine, region)
         self._engines[epoch] = engine
+        self._newest_epoch = epoch
         return engine
 
     def renew_mooncake(self) -> int:

@@ -45,7 +45,9 @@ class Register(Message, frozen=True, kw_only=True, tag="register"):
     """
 
     mooncake_session_id: Name
+    number: Count = 0  # of this registration: one that arrives late, from a broken connection, is known by it
     epoch: Count
+    oldest_epoch: Count = 0  # ways in of epochs below it exist no more (a Retire may have been lost)
     target: Text = ""  # Mooncake: the engine to write through, host:port
     incarnation: Name  # of this rank's process
     server: Name  # incarnation of its server: the prefix of its rooms

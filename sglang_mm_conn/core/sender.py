@@ -53,6 +53,7 @@ class Session:
     size: int
     geometry: Geometry
     epochs: tuple[int, ...] = (0,)  # the ways in that exist
+    number: int = 0  # of the registration
     most_writes: int = 1 << 30  # at the same time: a destination that hangs must not hold every worker
 
 
