@@ -35,6 +35,7 @@ BLOCK_BYTES = 12
 CLAIM_TIMEOUT = 20.0
 Byte = tuple[str, int]  # room, and which byte of its embedding: what a cell of memory holds
 Index = st.integers(0, 63)
+Patience = st.sampled_from([5.0, 40.0])
 
 
 @dataclass
@@ -215,7 +216,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.sizes[new_room_base("5e" * 8)] = (rows, row)
 
     @precondition(lambda self: self.sizes)
-    @rule(index=Index, seconds=st.sampled_from([5.0, 40.0]))
+    @rule(index=Index, seconds=Patience)
     def expect(self, index: int, seconds: float) -> None:
         room = list(self.sizes)[index % len(self.sizes)]
         if room not in self.deadlines:
@@ -223,7 +224,7 @@ class ReceiverMachine(RuleBasedStateMachine):
             self.perform(self.core.expect(room, "http://encoder", self.deadlines[room], self.now))
 
     @precondition(lambda self: len(self.sizes) < 10)
-    @rule(rows=st.integers(1, 20), row=st.sampled_from([4, 5]), encoder=st.integers(0, 1), seconds=st.sampled_from([5.0, 40.0]))
+    @rule(rows=st.integers(1, 20), row=st.sampled_from([4, 5]), encoder=st.integers(0, 1), seconds=Patience)
     def start(self, rows: int, row: int, encoder: int, seconds: float) -> None:
         """A request whose room is announced at once, and heard."""
         self.dispatch(rows, row)
@@ -602,7 +603,7 @@ ReceiverMachine.TestCase.settings = settings(max_examples=100, stateful_step_cou
 TestReceiver = ReceiverMachine.TestCase
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(60))
 def test_long_walks_in_which_most_goes_well(seed: int) -> None:
     """The same rules over hundreds of steps: windows follow one another, and faults meet every state of a room."""
     chance = random.Random(seed)
@@ -614,6 +615,9 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
 
     def side() -> int:
         return chance.randrange(2)
+
+    def patience() -> float:
+        return chance.choice([5.0, 40.0])
 
     def lie() -> None:
         if len(walk.ended) < len(walk.deadlines):
@@ -628,9 +632,9 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
 
     steps: list[tuple[int, Callable[[], object]]] = [
         (60, lambda: walk.go_on([number() for _ in range(chance.randint(1, 6))])),
-        (8, lambda: walk.start(chance.randint(1, 20), chance.choice([1, 4, 5, 12]), side(), chance.choice([5.0, 40.0]))),
+        (8, lambda: walk.start(chance.randint(1, 20), chance.choice([1, 4, 5, 12]), side(), patience())),
         (2, lambda: walk.dispatch(chance.randint(1, 20), chance.choice([1, 4, 5, 12]))),
-        (3, lambda: walk.sizes and walk.expect(number(), chance.choice([5.0, 40.0]))),
+        (3, lambda: walk.sizes and walk.expect(number(), patience())),
         (3, lambda: walk.sizes and walk.encode(number(), chance.randrange(4))),
         (3, lambda: walk.sizes and walk.encode(len(walk.sizes) - 1, 3)),
         (3, lambda: walk.deadlines and walk.abort(len(walk.deadlines) - 1 - chance.randrange(3))),
