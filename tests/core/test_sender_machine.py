@@ -5,9 +5,9 @@ and repeat whatever was ever said. The model decides by itself which offers fit;
 of them once.
 
 Seen to fail when, in the core: the window or the confirmed count of a resume, or the length of an offer, was not
-checked; a repeated resume was taken again; a resume queued no work; Drained was said in mid-write or in doubt; a failed
-room's other windows stayed open; a rank did not hear of a failure; the queue was computed anew; a source was released
-in mid-write; only offers shortened no deadline; a rank's share of writes was not kept, or its turn not passed on.
+checked; a second Init was taken; a resume queued no work; Drained was said in mid-write or in doubt; a rank did not hear
+of a failure; the queue was computed anew; a source was released in mid-write; two workers served one room; an offer put
+the deadline off, or did not shorten it; a rank's share of writes was not kept, or its turn not passed on.
 """
 
 from __future__ import annotations
@@ -216,10 +216,12 @@ class SenderMachine(RuleBasedStateMachine):
             self.announce(room)
 
     def pick(self, index: int) -> Room:
-        """Two times of three one that is under way."""
-        rooms = [room for room in self.rooms.values() if room.open] if index % 3 else []
+        """Mostly one that is under way; sometimes one that is being written, though it may have ended; or any."""
+        rooms = [room for room in self.rooms.values() if room.open] if index % 4 > 1 else []
+        if index % 4 == 1:
+            rooms = [self.rooms[write.room] for write in self.writes]
         rooms = rooms or list(self.rooms.values())
-        return rooms[index // 3 % len(rooms)]
+        return rooms[index // 4 % len(rooms)]
 
     def announce(self, room: Room) -> None:
         actions = self.core.announce(room.name, room.total, room.row, "float32", self.now)
