@@ -5,7 +5,7 @@ and repeat whatever was ever said. The model decides by itself which offers fit;
 of them once.
 
 Seen to fail when, in the core: the window or the confirmed count of a resume, or the length of an offer, was not
-checked; a second Init was taken; a resume queued no work; Drained was said in mid-write or in doubt; a rank did not hear
+checked; a second Init was taken; a resume queued no work; Drained was said in mid-write or in doubt; a rank never heard
 of a failure; the queue was computed anew; a source was released in mid-write; two workers served one room; an offer put
 the deadline off, or did not shorten it; a rank's share of writes was not kept, or its turn not passed on.
 """
