@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,18 @@ class OwnedLock:
         self._lock.release()
 
 
+class CountedExecutor(ThreadPoolExecutor):
+    """Counts what it is given."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, name)
+        self.name, self.given = name, 0
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.given += 1
+        return super().submit(*args, **kwargs)
+
+
 class WatchedRuntime(Runtime):
     """The real one; it notes what an endpoint had when its first thread started, and then watches lock and core."""
 
@@ -54,6 +66,11 @@ class WatchedRuntime(Runtime):
         self.fields: dict[Any, set[str]] = {}
         self.unlocked: list[str] = []
         self.calls = 0
+        self.executors: list[CountedExecutor] = []
+
+    def executor(self, threads: int, name: str) -> Executor:
+        self.executors.append(CountedExecutor(threads, name))
+        return self.executors[-1]
 
     def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
         endpoint = (target.func if isinstance(target, partial) else target).__self__  # type: ignore[attr-defined]
@@ -136,6 +153,13 @@ def test_a_status_changes_under_the_lock_whichever_thread_changes_it(ends: Ends)
     transfer_many(ends)
     runtime = ends[-1]
     assert runtime.calls > 300 and not runtime.unlocked, runtime.unlocked[:5]
+
+
+def test_every_pool_of_threads_has_work_to_do(ends: Ends) -> None:
+    transfer_many(ends)
+    idle = {executor.name for executor in ends[-1].executors if not executor.given}
+    # The revoker replaces Mooncake engines, and there is none here (tests/connector/test_faults.py has them).
+    assert len(ends[-1].executors) == 4 and idle == {"mm-conn-revoker"}
 
 
 def test_each_control_socket_is_touched_by_one_thread(monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
