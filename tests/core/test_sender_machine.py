@@ -382,11 +382,9 @@ class SenderMachine(RuleBasedStateMachine):
     def say_abort(self, rank: Rank, message: Abort) -> None:
         self.history.append((rank, message))
         room = self.rooms[message.room]
-        if not rank.peer or (rank.server != room.server and room.announced and not room.released):
+        if not rank.peer or rank.server != room.server:
             with pytest.raises(ProtocolError):
                 self.core.on_message(rank.peer or "nobody", message, self.now)
-            return
-        if rank.server != room.server:
             return
         if not room.announced and room.ended is None:
             room.ended = False
