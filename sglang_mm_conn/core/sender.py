@@ -322,6 +322,8 @@ class SenderCore:
         return [self._chunk(entry)]
 
     def _on_abort(self, session: Session, message: Abort, now: float) -> list[Action]:
+        if session.server != server_of(message.room):  # also before it is announced: an abort would end it at once
+            raise ProtocolError(f"session of server {session.server} aborts room {message.room}")
         entry = self.rooms.get(message.room)
         if entry is None:
             if (message.room, session.mooncake_session_id) in self._in_doubt:
@@ -330,8 +332,6 @@ class SenderCore:
                 # The encode may still be on its way here: it ends as soon as it announces.
                 self.tombstones.put(message.room, Verdict(message.reason, 499), now + TOMBSTONE_SECONDS)
             return [Send(session.peer, Drained(room=message.room))]
-        if session.server != entry.server:
-            raise ProtocolError(f"session of server {session.server} aborts room {entry.room}")
         info = entry.transfer_infos.get(session.mooncake_session_id)
         actions: list[Action] = []
         # Where a write is under way, Drained follows when the data call has returned.

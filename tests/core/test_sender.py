@@ -267,6 +267,21 @@ def test_another_server_can_neither_join_nor_shorten_nor_abort_a_room() -> None:
     assert wire.succeeded(room)
 
 
+def test_another_server_cannot_abort_a_room_that_is_not_announced_yet() -> None:
+    wire = Wire()
+    room = wire.room()
+    rank = foreign(wire)
+    for name in (room, "no room of ours"):
+        with pytest.raises(ProtocolError):
+            wire.inject_to_encoder(Abort(room=name, mooncake_session_id=rank.session_id, reason=""), rank)
+    assert not len(wire.encoder.tombstones)
+    wire.expect(room)
+    wire.announce(room, 10)
+    wire.compute(room)
+    wire.settle()
+    assert wire.succeeded(room)
+
+
 @pytest.mark.parametrize("source_first", [True, False])
 def test_one_rank_too_many_does_not_make_a_complete_room_incomplete(source_first: bool) -> None:
     wire = Wire()

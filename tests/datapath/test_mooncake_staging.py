@@ -98,6 +98,12 @@ class Bed:
         return whole[blocks].reshape(-1)[:nbytes]
 
 
+def test_opening_a_link_writes_nothing_so_that_no_warm_up_lands_in_a_live_block() -> None:
+    bed = Bed(Geometry(64, 50, 2))
+    _, engine, _ = bed.link()
+    assert not engine.batches and not any(bool(region.any()) for region in bed.regions)
+
+
 @pytest.mark.parametrize(("staging_bytes", "nbytes"), [(4096, 700), (4096, 6000), (400, 6400), (44, 333), (4, 50)])
 def test_the_right_bytes_land_whatever_the_staging_holds(staging_bytes: int, nbytes: int) -> None:
     bed = Bed(Geometry(64, 50, 2), staging_bytes)

@@ -16,6 +16,7 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath.shm import ShmLink, ShmPath
 from sglang_mm_conn.memory import pool as pool_module
 from sglang_mm_conn.memory.pool import BlockPool, pool_geometry
+from sglang_mm_conn.memory.results import Contents, PrivateResult
 
 GEOMETRY = Geometry(block_bytes=24, blocks_per_region=5, regions=3)
 
@@ -86,6 +87,23 @@ def test_a_window_is_read_into_the_middle_of_a_result(pool: BlockPool, link: Shm
     link.write(source, window_runs(GEOMETRY, [9, 2], 40))
     pool.read([9, 2], result[30:70])
     assert torch.equal(result[30:70], source) and not result[:30].any() and not result[70:].any()
+
+
+def test_rows_that_were_moved_out_are_no_view_of_blocks_that_the_next_room_is_written_to(
+    pool: BlockPool, link: ShmLink
+) -> None:
+    result = PrivateResult("room", Contents(5, "float32", 40, b"")).rows
+    link.write(torch.full((40,), 1, dtype=torch.uint8), window_runs(GEOMETRY, [9, 2], 40))
+    pool.read([9, 2], result)
+    link.write(torch.full((40,), 2, dtype=torch.uint8), window_runs(GEOMETRY, [9, 2], 40))
+    assert bool((result == 1).all())
+
+
+def test_a_writer_that_comes_and_goes_changes_no_byte_of_the_pool(pool: BlockPool) -> None:
+    for region in pool.regions:
+        region.fill_(0xEE)
+    ShmPath().open(register_of(pool, 8)).close()
+    assert all(bool((region == 0xEE).all()) for region in pool.regions)
 
 
 def test_more_than_the_blocks_hold_is_not_read(pool: BlockPool) -> None:

@@ -1,0 +1,182 @@
+"""Threads of the two endpoints: when they start, which of them touches a socket, and under what the cores are used.
+
+Both endpoints run in this process, over shared memory and real sockets.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from sglang_mm_conn.connector.encoder import EncoderEndpoint
+from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.metadata import encode_metadata
+from sglang_mm_conn.connector.paths import encoder_data_paths
+from sglang_mm_conn.connector.runtime import Runtime
+from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
+from sglang_mm_conn.core.rooms import new_id, new_room_base
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.core.states import Poll
+from tests.connector.processes import wait_for
+
+HOST = "127.0.0.1"
+WIDTH = 8
+
+
+class OwnedLock:
+    """A lock that knows who holds it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.owner = 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self.owner = 0
+        self._lock.release()
+
+
+class CountedExecutor(ThreadPoolExecutor):
+    """Counts what it is given."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, name)
+        self.name, self.given = name, 0
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.given += 1
+        return super().submit(*args, **kwargs)
+
+
+class WatchedRuntime(Runtime):
+    """The real one; it notes what an endpoint had when its first thread started, and then watches lock and core."""
+
+    def __init__(self) -> None:
+        self.fields: dict[Any, set[str]] = {}
+        self.unlocked: list[str] = []
+        self.calls = 0
+        self.executors: list[CountedExecutor] = []
+
+    def executor(self, threads: int, name: str) -> Executor:
+        self.executors.append(CountedExecutor(threads, name))
+        return self.executors[-1]
+
+    def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
+        endpoint = (target.func if isinstance(target, partial) else target).__self__  # type: ignore[attr-defined]
+        if endpoint not in self.fields:
+            self.fields[endpoint] = set(vars(endpoint))
+            endpoint._lock = OwnedLock()
+            self._watch(endpoint)
+        return super().start_thread(target, name)
+
+    def _watch(self, endpoint: Any) -> None:
+        core = endpoint.core
+        for name in [name for name in dir(type(core)) if not name.startswith("_") and callable(getattr(core, name))]:
+            setattr(core, name, partial(self._call, endpoint._lock, getattr(core, name)))
+
+    def _call(self, lock: OwnedLock, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if lock.owner != threading.get_ident():
+            self.unlocked.append(f"{method.__name__} on {threading.current_thread().name}")
+        return method(*args, **kwargs)
+
+
+Ends = tuple[EncoderEndpoint, LanguageEndpoint, str, WatchedRuntime]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """An encoder, a language rank with a pool smaller than one embedding, the encoder's URL, and what was watched."""
+    settings = Settings.from_env(
+        {
+            "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "4",
+            "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": "8",
+            "SGLANG_MM_CONN_DATA_PATH": "shm",
+            "SGLANG_MM_CONN_CHECKSUM": "1",
+        }
+    )
+    runtime = WatchedRuntime()
+    encoder = EncoderEndpoint(
+        settings, host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4, send_timeout=60.0,
+        data_paths=encoder_data_paths(settings, HOST), runtime=runtime,
+    )  # fmt: skip
+    bootstrap = StandaloneBootstrap(HOST, 0, lambda: encoder.bootstrap_info)
+    language = LanguageEndpoint(
+        settings, server=new_id(), host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4, runtime=runtime
+    )
+    yield encoder, language, bootstrap.url, runtime
+    language.close()
+    encoder.close()
+    bootstrap.close()
+
+
+def transfer(ends: Ends, number: int) -> None:
+    """One room that needs many resumes, or every fourth time one that is given up at once."""
+    encoder, language, url, _ = ends
+    room = new_room_base(language.server)
+    rows = torch.full((100, WIDTH), float(number))
+    language.expect(room, url, 60.0, str(number))
+    encoder.announce(room, 100, WIDTH * 4, "float32", lambda ended: None)
+    if number % 4 == 3:
+        language.abort(room, "given up")
+    encoder.add_transfer_request(room, rows, encode_metadata({}, 1 << 20))
+    wait_for(lambda: language.poll(room) in (Poll.Success, Poll.Failed), f"the end of {room}")
+    if number % 4 != 3:
+        assert language.poll(room) is Poll.Success, language.verdict(room)
+        assert torch.equal(language.take(room)[0].view(torch.float32).reshape(100, WIDTH), rows)
+    language.forget(room)
+
+
+def transfer_many(ends: Ends) -> None:
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(lambda number: transfer(ends, number), range(24)))
+
+
+def test_threads_start_when_every_field_that_they_use_is_there(ends: Ends) -> None:
+    encoder, language, _, runtime = ends
+    assert set(vars(encoder)) - runtime.fields[encoder] == {"_threads"}
+    assert set(vars(language)) - runtime.fields[language] == {"_thread"}
+
+
+def test_a_status_changes_under_the_lock_whichever_thread_changes_it(ends: Ends) -> None:
+    transfer_many(ends)
+    runtime = ends[-1]
+    assert runtime.calls > 300 and not runtime.unlocked, runtime.unlocked[:5]
+
+
+def test_every_pool_of_threads_has_work_to_do(ends: Ends) -> None:
+    transfer_many(ends)
+    idle = {executor.name for executor in ends[-1].executors if not executor.given}
+    # The revoker replaces Mooncake engines, and there is none here (tests/connector/test_faults.py has them).
+    assert len(ends[-1].executors) == 4 and idle == {"mm-conn-revoker"}
+
+
+def test_each_control_socket_is_touched_by_one_thread(monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    threads: dict[int, set[str]] = defaultdict(set)
+    kept: list[zmq.Socket[Any]] = []  # so that no id serves two sockets
+
+    def watch(name: str) -> None:
+        method = getattr(zmq.Socket, name)
+
+        def watched(socket: zmq.Socket[Any], *args: Any, **kwargs: Any) -> Any:
+            kept.append(socket)
+            threads[id(socket)].add(threading.current_thread().name)
+            return method(socket, *args, **kwargs)
+
+        monkeypatch.setattr(zmq.Socket, name, watched)
+
+    for name in ("send", "send_multipart", "recv", "recv_multipart"):
+        watch(name)
+    transfer_many(request.getfixturevalue("ends"))
+    assert len(threads) >= 2 and all(names == {"mm-conn-embedding"} for names in threads.values()), threads

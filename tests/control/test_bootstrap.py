@@ -1,0 +1,66 @@
+"""Where an encoder's control sockets are: asked too early, asked by IPv6, answered by something else."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import requests
+
+from sglang_mm_conn.control.authentication import DeploymentKey
+from sglang_mm_conn.control.bootstrap import ROUTE, BootstrapInfo, EncoderAbsent, Worker, control_address, look_up
+from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
+from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.messages import PROTOCOL_VERSION
+
+INFO = BootstrapInfo(PROTOCOL_VERSION, [Worker("0123456789abcdef", 4711)])
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def test_a_look_up_before_the_encoder_is_ready_is_told_to_come_again_and_not_that_something_broke() -> None:
+    ready: list[tuple[BootstrapInfo, DeploymentKey | None]] = []
+    server = StandaloneBootstrap("127.0.0.1", 0, lambda: ready[0] if ready else None)
+    try:
+        assert requests.get(server.url + ROUTE, timeout=5).status_code == 503
+        with pytest.raises(EncoderAbsent) as absent:
+            look_up(server.url)
+        assert not absent.value.refused  # nobody may take it for an encoder that is gone
+        ready.append((INFO, None))
+        assert look_up(server.url) == INFO
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://127.0.0.1:30000", "tcp://127.0.0.1:4711"),
+        ("http://host.example:30000/", "tcp://host.example:4711"),
+        ("http://[::1]:30000", "tcp://[::1]:4711"),
+        ("http://[fe80::1:2]:30000", "tcp://[fe80::1:2]:4711"),
+    ],
+)
+def test_the_control_address_has_the_host_of_the_url_also_of_ipv6(url: str, address: str) -> None:
+    assert control_address(url, INFO.workers[0]) == address
+
+
+def test_a_url_without_a_host_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="has no host"):
+        control_address("http:///x", INFO.workers[0])
+
+
+@pytest.mark.skipif(not has_ipv6_loopback(), reason="this machine has no IPv6 loopback address")
+def test_a_look_up_goes_over_ipv6() -> None:
+    server = StandaloneBootstrap("::1", 0, lambda: (INFO, None))
+    try:
+        assert look_up(server.url) == INFO
+    finally:
+        server.close()
