@@ -41,7 +41,7 @@ DONE_LIMIT = 1024
 DONE_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """One language rank's session, as registered: who speaks for it and the shape of its memory."""
 

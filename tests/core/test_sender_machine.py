@@ -411,9 +411,17 @@ class SenderMachine(RuleBasedStateMachine):
         rank.peer = f"connection {self.connections}"
         self.speaks[rank.peer] = (rank, rank.incarnation)
         session = Session(
-            rank.session, rank.peer, rank.incarnation, rank.server, rank.number, rank.size,
-            Geometry(BLOCK_BYTES, BLOCKS // 2, 2), rank.epochs, rank.most_writes,
-        )  # fmt: skip
+            mooncake_session_id=rank.session,
+            peer=rank.peer,
+            incarnation=rank.incarnation,
+            server=rank.server,
+            rank=rank.number,
+            size=rank.size,
+            geometry=Geometry(BLOCK_BYTES, BLOCKS // 2, 2),
+            epochs=rank.epochs,
+            number=self.connections,
+            most_writes=rank.most_writes,
+        )
         actions = self.core.register(session, self.now)
         self.perform(actions)
         told = {one.message.room for one in actions if isinstance(one, Send) and isinstance(one.message, Announce)}
