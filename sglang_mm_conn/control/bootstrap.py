@@ -34,6 +34,11 @@ class BootstrapInfo(msgspec.Struct, frozen=True):
     workers: list[Worker]
 
 
+# Made once, at import: msgspec learns a struct at its first use, and threads that make it learn one at the same time
+# crash the process (seen: SIGSEGV of a language server that starts with two encoders).
+_INFO = msgspec.json.Decoder(BootstrapInfo)
+
+
 class EncoderAbsent(ConnError):
     """Nothing answers at the encoder's URL; ``refused``: the connection was refused, so no process listens there."""
 
@@ -92,7 +97,7 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
         except NotAuthentic as error:
             raise NotAuthentic(f"{url}: {error}") from None
     try:
-        info = msgspec.json.decode(body, type=BootstrapInfo)
+        info = _INFO.decode(body)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"{url} answered something else: {error}") from None
     if info.version != PROTOCOL_VERSION:

@@ -33,6 +33,9 @@ class Contents(msgspec.Struct, frozen=True):
     metadata: bytes
 
 
+_CONTENTS = msgspec.msgpack.Decoder(Contents)  # at import: see control.bootstrap on the first use of a struct
+
+
 class Result(Protocol):
     """Memory that the rows of one room are moved into."""
 
@@ -93,7 +96,7 @@ def read_result(room: str) -> tuple[torch.Tensor, Contents] | None:
         os.close(fd)
     length = int.from_bytes(data[_LENGTH_AT:HEADER_BYTES], "little")
     try:
-        contents = msgspec.msgpack.decode(memoryview(data)[len(data) - length :], type=Contents)
+        contents = _CONTENTS.decode(memoryview(data)[len(data) - length :])
     except msgspec.DecodeError as error:
         raise ProtocolError(f"the shared result of {room} is damaged: {error}") from None
     if HEADER_BYTES + contents.nbytes + length != len(data):

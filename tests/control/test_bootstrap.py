@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 
 import pytest
 import requests
@@ -12,6 +14,41 @@ from sglang_mm_conn.control.bootstrap import ROUTE, BootstrapInfo, EncoderAbsent
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
+
+# Eight threads look an encoder up at once, each in the middle of another's first decoding of an answer; a fresh copy
+# of the module has decoded none.
+MANY_AT_ONCE = """
+import importlib, sys, threading, types
+
+import requests
+
+from sglang_mm_conn.control import bootstrap
+from sglang_mm_conn.core.messages import PROTOCOL_VERSION
+
+BODY = b'{"version":%d,"workers":[{"incarnation":"1","control_port":2}]}' % PROTOCOL_VERSION
+
+
+class Answer:
+    status_code, headers = 200, {}
+    raw = types.SimpleNamespace(read=lambda *_, **__: BODY)
+
+
+requests.Session.get = lambda *_, **__: Answer()
+sys.setswitchinterval(1e-6)
+for _ in range(300):
+    importlib.reload(bootstrap)
+    start = threading.Barrier(8)
+
+    def look_up():
+        start.wait()
+        assert bootstrap.look_up("http://127.0.0.1:1").workers[0].control_port == 2
+
+    threads = [threading.Thread(target=look_up) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
 
 INFO = BootstrapInfo(PROTOCOL_VERSION, [Worker("0123456789abcdef", 4711)])
 
@@ -64,3 +101,8 @@ def test_a_look_up_goes_over_ipv6() -> None:
         assert look_up(server.url) == INFO
     finally:
         server.close()
+
+
+def test_first_look_ups_on_several_threads_at_once_do_not_crash_the_process() -> None:
+    run = subprocess.run([sys.executable, "-c", MANY_AT_ONCE], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
