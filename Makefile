@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test unit lint simulate clean
+.PHONY: help install demo test unit lint simulate faults clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ lint: install ## ruff and mypy
 
 simulate: install ## Play 100,000 simulated schedules with faults (options: ARGS="--help")
 	@$(PYTHON) -m tests.simulator $(ARGS)
+
+faults: install ## Kill, freeze, restart and cut off real processes at every step (options: ARGS="--help")
+	@$(PYTHON) -m tests.faults $(ARGS)
 
 clean: ## Remove what builds, tests and the demo leave behind (the environment stays)
 	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

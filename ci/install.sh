@@ -61,6 +61,8 @@ missing_packages() {
     has_library librdmacm.so.1 || echo librdmacm1
     has_library libnuma.so.1 || echo libnuma1
     command -v make >/dev/null || echo make
+    # Debian keeps it in /sbin, which is not on everybody's PATH. For cutting networks in tests.
+    PATH="$PATH:/usr/sbin:/sbin" command -v ip >/dev/null || echo iproute2
     if [ -z "$PYTHON" ]; then
         printf '%s\n' python3 python3-venv
     elif ! "$PYTHON" -c 'import ensurepip' 2>/dev/null; then

@@ -41,8 +41,8 @@ from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
 from tests.connector.content import Part, plain
 
-HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWNET = 0x40000000
 
 
 # -- what an encoder's data calls do ---------------------------------------------------------------------------------
@@ -50,7 +50,8 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Gate:
-    """What happens to one data call: ``hold`` it half-way, or end it ``in_doubt``, ``not_in_doubt`` or ``unexpected``.
+    """What happens to one data call: ``hold`` it half-way, ``hold_written`` when all bytes are in place but the call
+    has not returned, or end it ``in_doubt``, ``not_in_doubt`` or ``unexpected``.
 
     An error comes after half of the bytes are in place.
     """
@@ -76,8 +77,14 @@ class Gates:
             self._sources[room] = tensor
 
     def forget(self, room: str) -> None:
+        """Drop all that is kept of ``room``; its data calls that are held go on."""
         with self._lock:
             self._sources.pop(room, None)
+            for key in [key for key in self._gates if key[0] == room]:
+                self._gates.pop(key).released.set()
+            for key in [key for key in self._windows if key[0] == room]:
+                del self._windows[key]
+            self.calls = [call for call in self.calls if call["room"] != room]
 
     def set(self, room: str, window: int, action: str, rank: int | None) -> None:
         with self._lock:
@@ -120,6 +127,11 @@ class Gates:
             return
         first, second = cut(runs, source.numel() // 2)
         link.write(source, first)
+        if gate.action == "hold_written":
+            link.write(source, second)
+            gate.reached.set()
+            gate.released.wait()
+            return
         gate.reached.set()
         if gate.action == "unexpected":
             raise RuntimeError("the data call went mad")
@@ -211,7 +223,7 @@ class EncoderRole:
         self._ended: dict[str, Ended] = {}
         self._endpoint = self._new_endpoint()
         self._advertised: int | None = None
-        self._bootstrap = StandaloneBootstrap(HOST, config["port"], self._info)
+        self._bootstrap = StandaloneBootstrap(config["host"], config["port"], self._info)
 
     def _new_endpoint(self) -> EncoderEndpoint:
         config = self._config
@@ -219,11 +231,11 @@ class EncoderRole:
         refusals, tamper = config["refusals"], config["tamper"]
         paths: dict[str, DataPath] = {
             name: GatedPath(path, self._gates, refusals.get(name, ""), name in tamper)
-            for name, path in encoder_data_paths(settings, HOST).items()
+            for name, path in encoder_data_paths(settings, config["host"]).items()
         }
         return EncoderEndpoint(
             settings,
-            host=HOST,
+            host=config["host"],
             dtype=config["dtype"],
             widest_row_bytes=config["row_bytes"],
             send_timeout=config["send_timeout"],
@@ -336,7 +348,7 @@ class LanguageRole:
         self._endpoint = LanguageEndpoint(
             settings,
             server=config["server"],
-            host=HOST,
+            host=config["host"],
             dtype=config["dtype"],
             widest_row_bytes=config["row_bytes"],
             rank=config["rank"],
@@ -495,8 +507,19 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def enter_network(namespace: str) -> None:
+    """Move this process, which has one thread, into the network namespace at this path. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(namespace) as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"network namespace {namespace} cannot be entered")
+
+
 def main() -> None:
-    """Fork a process per request ``{"role", "config", "env"}`` with two descriptors: its commands, its log."""
+    """Fork a process per request ``{"role", "config", "env", "network"}`` with two descriptors: its commands, its log.
+
+    ``network``: path of the network namespace that it lives in; empty: this one's.
+    """
     die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     requests = socket.socket(fileno=int(sys.argv[1]))
@@ -516,6 +539,8 @@ def main() -> None:
             os.close(descriptors[1])
             os.environ.update(request["env"])
             try:
+                if request["network"]:
+                    enter_network(request["network"])
                 serve(request["role"], request["config"], socket.socket(fileno=descriptors[0]))
             finally:
                 os._exit(0)

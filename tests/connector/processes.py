@@ -22,6 +22,7 @@ from sglang_mm_conn.core.states import Poll
 from tests.connector.content import ITEM_BYTES, Part
 
 ROOT = Path(__file__).resolve().parents[2]
+HOST = "127.0.0.1"
 WIDTH = 256
 BLOCK_SIZE = 16
 BLOCKS = 32
@@ -74,11 +75,14 @@ class Zygote:
         )
         theirs.close()
         self._socket = ours
+        self._lock = threading.Lock()
 
-    def fork(self, role: str, config: dict[str, Any], env: dict[str, str], log: Path) -> tuple[int, socket.socket]:
+    def fork(
+        self, role: str, config: dict[str, Any], env: dict[str, str], log: Path, network: str
+    ) -> tuple[int, socket.socket]:
         ours, theirs = socket.socketpair()
-        with theirs, log.open("ab") as file:
-            request = json.dumps({"role": role, "config": config, "env": env}).encode()
+        with self._lock, theirs, log.open("ab") as file:
+            request = json.dumps({"role": role, "config": config, "env": env, "network": network}).encode()
             socket.send_fds(self._socket, [request], [theirs.fileno(), file.fileno()])
             pid = int(self._socket.recv(64))
         return pid, ours
@@ -89,20 +93,24 @@ class Zygote:
 
 
 class Child:
-    """One process under test."""
+    """One process under test. Any thread may call it, one command at a time."""
 
-    def __init__(self, zygote: Zygote, role: str, config: dict[str, Any], env: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, zygote: Zygote, role: str, config: dict[str, Any], env: dict[str, str], log: Path, network: str
+    ) -> None:
         self.config = config
         self.log = log
-        self.pid, self._socket = zygote.fork(role, config, env, log)
+        self._lock = threading.Lock()
+        self.pid, self._socket = zygote.fork(role, config, env, log, network)
         self._pidfd = os.pidfd_open(self.pid)  # it waits for its first command: it cannot have ended yet
         self._socket.settimeout(COMMAND_SECONDS)
         self._answers = self._socket.makefile("r")
         self.hello: dict[str, Any] = self.call("start")
 
     def call(self, do: str, /, **args: Any) -> Any:
-        self._socket.sendall(json.dumps({"do": do, "args": args}).encode() + b"\n")
-        line = self._answers.readline()
+        with self._lock:
+            self._socket.sendall(json.dumps({"do": do, "args": args}).encode() + b"\n")
+            line = self._answers.readline()
         assert line, f"process {self.pid} is gone: {self.log.read_text()[-4000:]}"
         answer = json.loads(line)
         if "error" in answer:
@@ -166,9 +174,9 @@ class Encoder(Child):
         self.announce(part)
         self.send(part)
 
-    def hold(self, part: Part, window: int = 0, *, rank: int | None = None) -> None:
-        """Stop the data call of this window half-way, until ``release``."""
-        self.call("gate", room=part.room, window=window, action="hold", rank=rank)
+    def hold(self, part: Part, window: int = 0, *, rank: int | None = None, action: str = "hold") -> None:
+        """Stop the data call of this window half-way, until ``release``. ``action``: another gate that holds."""
+        self.call("gate", room=part.room, window=window, action=action, rank=rank)
 
     def wait_held(self, part: Part, window: int = 0) -> None:
         what = f"window {window} of {part.room} is being written"
@@ -348,6 +356,7 @@ class World:
         self._children: list[Child] = []
         self._proxies: list[Proxy] = []
         self._numbers = itertools.count(1)
+        self._logs = itertools.count()
 
     def settings(self, **changes: Any) -> dict[str, Any]:
         return {
@@ -373,10 +382,13 @@ class World:
         send_timeout: float = PATIENCE,
         refusals: dict[str, str] | None = None,
         tamper: tuple[str, ...] = (),
+        host: str = HOST,
+        network: str = "",
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> Encoder:
         config = {
+            "host": host,
             "settings": self.settings(**settings),
             "port": port,
             "dtype": dtype,
@@ -385,7 +397,7 @@ class World:
             "refusals": refusals or {},
             "tamper": list(tamper),
         }
-        return self._add(Encoder(self._zygote, "encoder", config, env or {}, self._log("encoder")))
+        return self._add(Encoder(self._zygote, "encoder", config, env or {}, self._log("encoder"), network))
 
     def language(
         self,
@@ -395,11 +407,14 @@ class World:
         server: str | None = None,
         rank: int = 0,
         size: int = 1,
+        host: str = HOST,
+        network: str = "",
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> Language:
-        """A language process that is registered with ``encoders``."""
+        """A language process that is registered with ``encoders``. ``network``: as for ``Zygote.fork``."""
         config = {
+            "host": host,
             "settings": self.settings(**settings),
             "server": server or new_id(),
             "dtype": dtype,
@@ -407,7 +422,7 @@ class World:
             "rank": rank,
             "size": size,
         }
-        language = self._add(Language(self._zygote, "language", config, env or {}, self._log("language")))
+        language = self._add(Language(self._zygote, "language", config, env or {}, self._log("language"), network))
         for encoder in encoders:
             language.use(encoder)
         for encoder in encoders:
@@ -435,12 +450,17 @@ class World:
         encoder.offer(part)
         language.succeeds(part, timeout)
 
+    def end(self, child: Child) -> None:
+        """Kill a process and forget it."""
+        self._children.remove(child)
+        child.end()
+
     def _add(self, child: Value) -> Value:
         self._children.append(child)  # type: ignore[arg-type]
         return child
 
     def _log(self, role: str) -> Path:
-        return self._directory / f"{role}-{len(self._children)}.log"
+        return self._directory / f"{role}-{next(self._logs)}.log"
 
     def close(self) -> None:
         for child in self._children:
