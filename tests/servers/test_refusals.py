@@ -39,8 +39,8 @@ def test_a_bad_setting_is_refused_before_the_model_is_loaded(tiny_model: Callabl
 
 
 def test_what_is_untested_is_refused_naming_the_option(tiny_model: Callable[[str], Path]) -> None:
-    output = _start_and_fail(tiny_model("qwen2_5_vl"), "--tp", "2")
-    assert "--tp-size 2" in output and "conn_multimodal" in output
+    output = _start_and_fail(tiny_model("qwen2_5_vl"), "--tp", "2", "--dp-size", "2")
+    assert "does not support --tp-size 2 together with --dp-size 2 yet" in output and "conn_multimodal" in output
 
 
 def test_a_seam_that_does_not_match_stops_the_server_naming_the_version_that_fits(
