@@ -108,6 +108,7 @@ class Quarantine:
     owner: tuple[str, int]
     peer: Peer
     blocks: tuple[int, ...]
+    confirmed_tokens: int  # rows in all, once this window has landed
     since: float
     ask_again_at: float
 
@@ -361,11 +362,10 @@ class ReceiverCore:
         room = message.room
         held = self.quarantine.get(room)
         if held is not None and held.peer == peer:  # what is said about another session of this process proves nothing
-            window = held.owner[1]
             if (
                 isinstance(message, Drained)
                 or (isinstance(message, Failed) and message.drained)
-                or (isinstance(message, Progress | Done) and message.window == window)
+                or (isinstance(message, Progress | Done) and self._says_landed(held, message))
             ):
                 self._absolve(room)
                 return self._serve_waiting(now)
@@ -383,6 +383,13 @@ class ReceiverCore:
             elif isinstance(message, Announce):
                 return [self._abort_message(peer, room, "too many rooms are announced that no request has claimed")]
         return []
+
+    @staticmethod
+    def _says_landed(held: Quarantine, message: Progress | Done) -> bool:
+        """Whether exactly the window in quarantine is confirmed, and by a message that does not contradict itself."""
+        if isinstance(message, Done):
+            return (message.window, message.total_tokens) == (held.owner[1], held.confirmed_tokens)
+        return not message.refused and (message.window, message.sent_tokens) == (held.owner[1], held.confirmed_tokens)
 
     # -- the rows were moved out ---------------------------------------------------------------------------------
 
@@ -536,8 +543,9 @@ class ReceiverCore:
             owner = (entry.room, entry.window)
             self.allocator.quarantine(owner, entry.blocks)
             peer = replace(entry.peer, epoch=entry.epoch)
+            confirmed = entry.sent_tokens + entry.allocated_tokens
             self.quarantine[entry.room] = Quarantine(
-                owner, peer, tuple(entry.blocks), now, now + ABORT_AGAIN_SECONDS
+                owner, peer, tuple(entry.blocks), confirmed, now, now + ABORT_AGAIN_SECONDS
             )
             entry.blocks = []
         # Blocks of a window that is being moved are freed by on_moved: the mover still reads them.

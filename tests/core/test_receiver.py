@@ -35,9 +35,9 @@ def at_expected() -> tuple[Wire, str]:
     return wire, room
 
 
-def at_offered(path: str = "shm") -> tuple[Wire, str]:
+def at_offered(path: str = "shm", first_offer: int | None = 1024) -> tuple[Wire, str]:
     """Window 0 is offered; the Init is not delivered."""
-    wire = Wire(first_offer=1024, path=path)
+    wire = Wire(first_offer=first_offer, path=path)
     room = wire.start(2000)
     wire.deliver_to_rank(wire.rank)
     return wire, room
@@ -460,13 +460,15 @@ def test_drained_of_another_process_does_not_fail_a_room_that_nobody_announced()
 
 PROOFS = {
     "Progress of that window": lambda room: Progress(room=room, window=0, sent_tokens=1024),
-    "Done of that window": lambda room: Done(room=room, window=0, total_tokens=2000),
     "Drained": lambda room: Drained(room=room),
     "Failed, drained": lambda room: Failed(room=room, reason="x", code=500, drained=True),
 }
 NO_PROOFS = {
     "Progress of no window": lambda room: Progress(room=room, window=-1, sent_tokens=0),
     "refusal of no window": lambda room: Progress(room=room, window=-1, sent_tokens=0, refused="x"),
+    "Progress of that window with other rows": lambda room: Progress(room=room, window=0, sent_tokens=0),
+    "refusal that names that window": lambda room: Progress(room=room, window=0, sent_tokens=1024, refused="x"),
+    "Done when rows remain": lambda room: Done(room=room, window=0, total_tokens=2000),
     "Failed, not drained": lambda room: Failed(room=room, reason="x", code=500, drained=False),
     "another announcement": announce_of,
     "Drained of another room": lambda room: Drained(room=room + "_local_part_1"),
@@ -491,6 +493,15 @@ def test_each_proof_frees_the_blocks_once(name: str) -> None:
     wire.inject_to_rank(PROOFS[name](room))
     assert wire.rank.core.allocator.free_count == 16 and not wire.rank.core.suspects()
     assert wire.inject_to_rank(PROOFS[name](room)) == []
+
+
+def test_done_of_the_last_window_frees_its_blocks() -> None:
+    wire, room = at_offered(first_offer=None)
+    wire.abort(room)
+    held = wire.rank.core.allocator.quarantined_count
+    assert held
+    wire.inject_to_rank(Done(room=room, window=0, total_tokens=2000))
+    assert wire.rank.core.allocator.quarantined_count == 0
 
 
 @pytest.mark.parametrize("name", PROOFS)
