@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -176,6 +176,11 @@ class LanguageEndpoint:
             self.core.forget(room)
             self._drop_result(room)
             self._labels.pop(room, None)
+
+    def report(self) -> dict[str, Any]:
+        """For operators: see ReceiverCore.report."""
+        with self._lock:
+            return self.core.report()
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
         """Run something large off the caller's thread; rings ``completions`` when it is done."""

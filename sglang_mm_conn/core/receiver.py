@@ -15,8 +15,9 @@ A room that waits for blocks holds none: the rows it has were moved out first. S
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sglang_mm_conn.core.actions import Action, Ended, Move, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
@@ -565,6 +566,17 @@ class ReceiverCore:
             peer.incarnation,
             Abort(room=room, mooncake_session_id=peer.mooncake_session_id, reason=as_text(reason)),
         )
+
+    def report(self) -> dict[str, Any]:
+        """Blocks by who has them, rooms by state, announcements that no request has claimed."""
+        return {
+            "blocks": self.allocator.blocks,
+            "free": self.allocator.free_count,
+            "held": self.allocator.held_count,
+            "quarantined": self.allocator.quarantined_count,
+            "rooms": dict(Counter(entry.state.value for entry in self.rooms.values())),
+            "unclaimed": len(self.parked),
+        }
 
     def check_integrity(self) -> None:
         """Raise unless every block is accounted for: free, held by an open window, or quarantined on record."""

@@ -41,7 +41,7 @@ def ask(
     session = requests.Session()
     session.trust_env = False  # a proxy from the environment has no business between two loopback sockets
     with session:
-        body = {**_body(question, rid), **(more or {})}
+        body = {**body_of(question, rid), **(more or {})}
         response = session.post(f"{url}/v1/chat/completions", json=body, timeout=timeout)
     if response.status_code != 200:
         return Answer(status=response.status_code, error=response.text[:600])
@@ -55,7 +55,7 @@ def ask(
     )
 
 
-def _body(question: Question, rid: str | None) -> dict[str, Any]:
+def body_of(question: Question, rid: str | None = None) -> dict[str, Any]:
     content: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": image.data_uri()}} for image in question.images
     ]

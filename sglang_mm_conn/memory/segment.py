@@ -4,8 +4,9 @@ Hazards, and what is done about them:
 
 - A sparse segment raises SIGBUS in the middle of a copy when /dev/shm is full: pages are reserved at the start.
 - The first touch of a page is many times slower than later ones: both ends map with MAP_POPULATE.
-- A process that crashes leaves its segment behind: the owner holds a lock on the file for life, and whoever starts
-  next unlinks the segments whose owner lock is free. A segment gets its name only after its owner holds that lock.
+- A process that ends in good order unlinks its segment; one that crashes leaves it behind: the owner holds a lock on
+  the file for life, and whoever starts next unlinks the segments whose owner lock is free. A segment gets its name
+  only after its owner holds that lock.
 - "The writer is gone" cannot be told by a PID (a frozen process resumes in mid-copy; PIDs are reused): every writer
   holds a lock of its own on the same file, which the kernel drops when the process is really gone.
 - ``multiprocessing.shared_memory`` is not used: before Python 3.13 its tracker lets an attaching process unlink the
@@ -25,6 +26,7 @@ import re
 import secrets
 import stat
 import struct
+import weakref
 
 from sglang_mm_conn.core.errors import DataPathUnavailable, MemoryUnavailable
 
@@ -69,6 +71,13 @@ def free_bytes() -> int:
     return info.f_bavail * info.f_frsize
 
 
+def _unlink(path: str, owner: int) -> None:
+    """Also when the process ends in good order. A forked child ends too, but owns nothing."""
+    if os.getpid() == owner:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
 def sweep_stale_segments() -> list[str]:
     """Unlink the segments whose owner is gone, and nothing else. Returns their names."""
     removed = []
@@ -101,6 +110,7 @@ class Segment:
         self.nonce = secrets.token_hex(16)
         self.name = name or PREFIX + secrets.token_hex(16)
         self._path = os.path.join(DIRECTORY, self.name)
+        self._unlink: weakref.finalize[..., Segment] | None = None
         nbytes = HEADER_BYTES + payload_bytes
         sweep_stale_segments()
         try:
@@ -127,6 +137,7 @@ class Segment:
         """Give it its name."""
         # linkat through /proc names the nameless file; src_dir_fd only makes Python call linkat.
         os.link(f"/proc/self/fd/{self._fd}", self._path, src_dir_fd=self._fd, follow_symlinks=True)
+        self._unlink = weakref.finalize(self, _unlink, self._path, os.getpid())
 
     def writer_gone(self, slot: int) -> bool:
         """True where the process that attached with ``slot`` does not exist any more (or never attached)."""
@@ -134,8 +145,8 @@ class Segment:
 
     def close(self) -> None:
         """Unlink the name. The mapping lives on until nobody refers to it: a mover may still read it."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        if self._unlink is not None:
+            self._unlink()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -96,7 +96,9 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
             if state is None or state.embedding_data is None or not _is_room(request["req_id"]):
                 continue
             try:
-                _announce(manager, request["req_id"], state.embedding_data.shape, state.embedding_data.dtype)
+                state.conn_multimodal = _announce(
+                    manager, request["req_id"], state.embedding_data.shape, state.embedding_data.dtype
+                )
             except ConnError as error:  # the others of its batch do not notice
                 assert manager.encoder is not None
                 manager.encoder.fail(request["req_id"], str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
@@ -113,9 +115,7 @@ def _is_room(req_id: str) -> bool:
 
 
 def _announce(manager: EmbeddingManager, room: str, shape: list[int], dtype: Any) -> EmbeddingSender:
-    sender = manager.senders.get(room)
-    if sender is None:
-        sender = EmbeddingSender(manager, "", room)
+    sender = EmbeddingSender(manager, "", room)
     sender.init(shape[0], row_bytes=shape[1] * dtype.itemsize, dtype=dtype)
     return sender
 
@@ -147,7 +147,7 @@ async def push_embedding(
         if data.error_msg is not None:
             manager.encoder.fail(room, data.error_msg, data.error_code or int(HTTPStatus.INTERNAL_SERVER_ERROR))
             return
-        await _deliver(manager, room, data)
+        await _deliver(manager, room, data, getattr(state, "conn_multimodal", None))
     except ConnError as error:
         manager.encoder.fail(room, str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
         raise MMError(str(error)) from error
@@ -161,8 +161,9 @@ async def push_embedding(
         await enc.release_request(room)
 
 
-async def _deliver(manager: EmbeddingManager, room: str, data: Any) -> None:
-    sender = _announce(manager, room, list(data.embedding.shape), data.embedding.dtype)
+async def _deliver(manager: EmbeddingManager, room: str, data: Any, sender: EmbeddingSender | None) -> None:
+    if sender is None:  # one that was announced may have ended since: its end was told, and is not told again
+        sender = _announce(manager, room, list(data.embedding.shape), data.embedding.dtype)
     metadata = {
         key: value for key, value in vars(data).items() if key not in _NOT_METADATA and not key.startswith("_")
     }

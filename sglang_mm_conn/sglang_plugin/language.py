@@ -37,7 +37,7 @@ from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_sta
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.sglang_plugin.names import is_ours, server_incarnation
+from sglang_mm_conn.sglang_plugin.names import BACKEND, is_ours, server_incarnation
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,13 @@ def split_room(url: str) -> tuple[str, str]:
     """(encoder URL, room base); the base is empty where a dispatcher other than ours made the request."""
     plain, _, room_base = url.partition("#")
     return plain, room_base
+
+
+def ready_first(requests: list[Any], received: list[Any]) -> list[Any]:
+    """Those that have waited before those ``received`` in this tick. sglang has it the other way round: an abort that
+    came just now would be handled while its request is neither waiting for embeddings nor queued, and do nothing."""
+    new = {id(request) for request in received}
+    return sorted(requests, key=lambda request: id(request) in new)
 
 
 def _tag(room_base: str) -> str:
@@ -176,7 +183,7 @@ class SchedulerReceiver(MMReceiverHTTP):
             server_args,
         )
         assert self.manager.language is not None
-        self._wakes_scheduler = False
+        self._joined_scheduler = False
         for url in self.encode_urls:
             self.manager.language.use_encoder(url)
 
@@ -184,13 +191,13 @@ class SchedulerReceiver(MMReceiverHTTP):
         """Every tick: take in new requests, poll the waiting ones, answer (ready requests, aborted requests)."""
         assert self.manager.language is not None
         self.manager.language.completions.clear()  # before the rooms are looked at, so that no ring is lost
-        if not self._wakes_scheduler:
+        if not self._joined_scheduler:  # it is complete now; it was not when it made this object
+            self._joined_scheduler = True
             self._wake_scheduler_on_completion()
-        return self._process_waiting_requests(
-            [request for request in recv_reqs if not self._is_stale_error(request)],
-            WaitingEmbeddingRequest,
-            manager=self.manager,
-        )
+            self._report_in_server_info()
+        received = [request for request in recv_reqs if not self._is_stale_error(request)]
+        requests, aborted = self._process_waiting_requests(received, WaitingEmbeddingRequest, manager=self.manager)
+        return ready_first(requests, received), aborted
 
     def _is_stale_error(self, request: Any) -> bool:
         """A dispatch error of an earlier request whose id was used again."""
@@ -201,13 +208,25 @@ class SchedulerReceiver(MMReceiverHTTP):
 
     def _wake_scheduler_on_completion(self) -> None:
         """With --sleep-on-idle the scheduler polls only its own sockets, once a second: add the end of a room."""
-        self._wakes_scheduler = True
         sleeper = getattr(self.scheduler, "idle_sleeper", None)
         assert self.manager.language is not None
         if sleeper is not None and hasattr(sleeper, "poller"):
             import zmq
 
             sleeper.poller.register(self.manager.language.completions.fileno(), zmq.POLLIN)
+
+    def _report_in_server_info(self) -> None:
+        """``GET /server_info`` says what the pool and the rooms are doing: in ``internal_states``, by our name."""
+        state, language = self.scheduler.internal_state, self.manager.language
+        assert language is not None
+        original = state.get_internal_state
+
+        def get_internal_state(request: Any) -> Any:
+            answer = original(request)
+            answer.internal_state[BACKEND] = language.report()
+            return answer
+
+        state.get_internal_state = get_internal_state
 
     def create_req(self, recv_req: Any) -> Any:
         # In sglang 0.5.23 an aborted request without input ids ends the whole server (len(None) in its output).

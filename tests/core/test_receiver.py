@@ -904,6 +904,19 @@ def test_tables_return_to_baseline_after_successes_failures_and_aborts() -> None
     assert len(wire.rank.core.tombstones) == 0 and not wire.rank.core._waiting
 
 
+def test_a_report_says_who_has_the_blocks_and_how_far_the_rooms_are() -> None:
+    wire, room = at_offered()
+    core = wire.rank.core
+    core.on_message(wire.incarnation, announce_of(wire.room()), wire.now)
+    idle = {"blocks": 16, "free": 16, "held": 0, "quarantined": 0, "rooms": {}, "unclaimed": 0}
+    assert core.report() == {**idle, "free": 8, "held": 8, "rooms": {"offered": 1}, "unclaimed": 1}
+    core.abort(room, "given up", 499, wire.now)
+    assert core.report() == {**idle, "free": 8, "quarantined": 8, "rooms": {"failed": 1}, "unclaimed": 1}
+    core.forget(room)
+    core.writer_gone(wire.incarnation, wire.now)
+    assert core.report() == {**idle, "unclaimed": 1}
+
+
 def test_check_integrity_sees_blocks_that_no_room_accounts_for() -> None:
     wire, room = at_offered()
     wire.rank.core.rooms[room].blocks.pop()

@@ -200,6 +200,16 @@ def test_the_segment_of_a_killed_process_is_swept_by_the_next_start_and_a_living
     following.close()
 
 
+def test_a_process_that_ends_in_good_order_leaves_no_segment_though_a_forked_child_of_it_ended_before() -> None:
+    program = (
+        f"import os, sys\nfrom sglang_mm_conn.memory import segment\nsegment.DIRECTORY = {module.DIRECTORY!r}\n"
+        f"kept = segment.Segment({PAYLOAD})\nchild = os.fork()\nif not child: sys.exit()\nos.waitpid(child, 0)\n"
+        "print(os.path.exists(kept._path))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["True"] and names() == set()
+
+
 def test_a_sweep_names_what_it_removed_and_touches_nothing_else(children: list[Child]) -> None:
     children.append(Child(f"s = Segment({PAYLOAD}); print(s.name, flush=True)"))
     other = at("sglang-mm-conn-test-" + os.urandom(4).hex())
