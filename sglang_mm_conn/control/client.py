@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,10 @@ class ControlClient:
                 link.socket.send(frame, zmq.NOBLOCK)
 
     def _receive(self, key: str, link: _Link) -> None:
+        nbytes = 0
         for _ in range(BATCH):
+            if nbytes >= BATCH_BYTES:
+                return
             try:
                 frame = link.socket.recv(zmq.NOBLOCK)
                 more = link.socket.getsockopt(zmq.RCVMORE)
@@ -161,6 +164,7 @@ class ControlClient:
                 self._complaints.log(key, logging.WARNING, "Control message of several frames: connecting anew")
                 self._connect(key, link.address)
                 return
+            nbytes += len(frame)
             guarded(lambda frame=frame: self._on_frame(key, frame))  # type: ignore[misc]
 
     def _watch(self, key: str, link: _Link) -> None:

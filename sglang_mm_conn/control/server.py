@@ -15,7 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -126,11 +126,15 @@ class ControlServer:
         self._wakeup.close()
 
     def _receive(self) -> None:
+        nbytes = 0
         for _ in range(BATCH):
+            if nbytes >= BATCH_BYTES:
+                return
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            nbytes += sum(map(len, parts))
             if len(parts) == 2:
                 guarded(lambda parts=parts: self._on_frame(parts[0].hex(), parts[1]))  # type: ignore[misc]
             else:

@@ -23,6 +23,7 @@ from tests.fuzz.flood import FLOODS, FLOOR_SECONDS, MOST_RATIO, Measured, measur
 from tests.fuzz.run import DEADLINE, Ground, Outcome, fuzz
 
 MARKERS = ("<!-- fuzz:begin -->", "<!-- fuzz:end -->")
+FLOOD_MARKERS = ("<!-- flood:begin -->", "<!-- flood:end -->")
 COLUMNS = (
     "flooded", "with", "frames/s", "healthy room before, ms", "beside it, ms", "times as long", "growth, MiB",
 )  # fmt: skip
@@ -90,7 +91,7 @@ def cells(flood: Measured) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def in_markdown(outcomes: Sequence[Outcome], floods: Sequence[Measured]) -> str:
+def fuzz_in_markdown(outcomes: Sequence[Outcome]) -> str:
     frames = sum(outcome.frames for outcome in outcomes)
     held = [
         f"{name} process{', with a key' if outcome.key else ''}: {first.rss_kb >> 10} MiB resident, "
@@ -101,8 +102,15 @@ def in_markdown(outcomes: Sequence[Outcome], floods: Sequence[Measured]) -> str:
     ]
     lines = [
         f"`python -m tests.fuzz --frames {frames // 10_000 * 10_000} --write` printed this: "
-        f"{summary(outcomes, floods)}",
-        "", *(f"- {text}" for text in held), "",
+        f"{summary(outcomes, ())}",
+        "", *(f"- {text}" for text in held),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def floods_in_markdown(floods: Sequence[Measured]) -> str:
+    lines = [
+        f"`python -m tests.fuzz --flood --write` printed this: {summary((), floods)}", "",
         "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS),
     ]  # fmt: skip
     return "\n".join([*lines, *("| " + " | ".join(cells(flood)) + " |" for flood in floods)])
@@ -164,8 +172,6 @@ class Run:
 def main() -> int:
     parser = arguments()
     options = parser.parse_args()
-    if options.write and (options.flood or options.no_flood):
-        parser.error("--write takes all figures: leave --flood and --no-flood out")
     if options.frames < 1000:
         parser.error(f"--frames {options.frames}: at least 1000, or nothing is seen")
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -196,7 +202,10 @@ def main() -> int:
         console.print(f"Logs: {directory}")
         return 1
     if options.write:
-        write(in_markdown(run.outcomes, run.floods), markers=MARKERS)
+        if run.outcomes:
+            write(fuzz_in_markdown(run.outcomes), markers=MARKERS)
+        if run.floods:
+            write(floods_in_markdown(run.floods), markers=FLOOD_MARKERS)
         console.print(f"Written into {DOCUMENT}")
     shutil.rmtree(directory)
     return 0
