@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from sglang_mm_conn.control.loop import READ_AHEAD
 from sglang_mm_conn.core.messages import (
     Abort,
     Announce,
@@ -28,7 +29,7 @@ from tests.connector.processes import wait_for
 from tests.faults.baseline import RSS_MARGIN_KB, Holdings
 from tests.faults.traffic import one_room
 from tests.fuzz.rogues import RogueEncoder, RogueLanguage, Stuck
-from tests.fuzz.run import DEADLINE, TOMBSTONE_BYTES, Ground
+from tests.fuzz.run import DEADLINE, LIMIT, TOMBSTONE_BYTES, Ground
 
 # The median healthy room may take so many times as long beside a flood. Where it takes less than the floor without,
 # the floor counts: on a small machine the flood costs a processor too.
@@ -208,6 +209,7 @@ def measure(ground: Ground, flood: Flood, rooms: int = ROOMS) -> Measured:
                 now = child.stats()
         before, during, rate = statistics.median(quiet), statistics.median(beside), frames / seconds
         spare = max(0, now["tombstones"] - stones + now.get("parked", 0)) * TOMBSTONE_BYTES // 1024
+        spare += READ_AHEAD * 2 * LIMIT // 1024  # the longest frames, read ahead
         if growth > RSS_MARGIN_KB + spare:
             problem = f"the {flood.side} process grew by {growth >> 10} MiB"
         if during > MOST_RATIO * max(before, FLOOR_SECONDS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ ROOM_SECONDS = 120.0
 WARM_ROOMS = 1000
 # Memory of one ended room's tombstone. There are at most 65,536 in a process.
 TOMBSTONE_BYTES = 600
+# Mooncake keeps connections in a pool: at most one for each transfer worker to each peer.
+MOONCAKE_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,12 @@ def growth(samples: list[Sample], *, mooncake: bool) -> list[str]:
         mine = [sample for sample in samples if sample.process == name]
         first, last = mine[0], mine[-1]
         stones = max(0, last.tombstones - first.tombstones)
-        allowed = Holdings(
-            **{**asdict(first.holdings), "rss_kb": first.holdings.rss_kb + stones * TOMBSTONE_BYTES // 1024}
+        pooled = MOONCAKE_CONNECTIONS if mooncake else 0
+        allowed = replace(
+            first.holdings,
+            rss_kb=first.holdings.rss_kb + stones * TOMBSTONE_BYTES // 1024,
+            descriptors=first.holdings.descriptors + pooled,
+            sockets=first.holdings.sockets + pooled,
         )
         problems += [
             f"GROWTH: {name}: {text}" for text in last.holdings.growth(allowed, vanished=0, mooncake=mooncake)
