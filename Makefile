@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test unit lint simulate faults clean
+.PHONY: help install demo test unit lint simulate faults fuzz soak clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ simulate: install ## Play 100,000 simulated schedules with faults (options: ARGS
 
 faults: install ## Kill, freeze, restart and cut off real processes at every step (options: ARGS="--help")
 	@$(PYTHON) -m tests.faults $(ARGS)
+
+fuzz: install ## Random and mutated frames at real processes, beside healthy traffic (options: ARGS="--help")
+	@$(PYTHON) -m tests.fuzz $(ARGS)
+
+soak: install ## 100,000 rooms through a pool that is short, with aborts: minutes (options: ARGS="--help")
+	@$(PYTHON) -m tests.soak $(ARGS)
 
 clean: ## Remove what builds, tests and the demo leave behind (the environment stays)
 	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

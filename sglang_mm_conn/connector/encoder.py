@@ -22,6 +22,7 @@ from sglang_mm_conn.connector.links import LinkBusy, Links
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
+from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, DataPathError, DataPathUnavailable, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, Run, window_runs
@@ -48,6 +49,10 @@ from sglang_mm_conn.datapath.base import DataPath, WriteLink
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
+# Peers whose registration may wait for the registrar; of each only the newest counts.
+_WAITING_REGISTRATIONS = 1024
+# A session whose process was heard within so many heartbeats is not given to another process.
+_ALIVE_HEARTBEATS = 3
 
 
 @dataclass
@@ -105,6 +110,8 @@ class EncoderEndpoint:
         self._sources: dict[str, torch.Tensor] = {}
         self._listeners: dict[str, Callable[[Ended], None]] = {}
         self._registering: set[str] = set()  # attaching may take long: they hear heartbeats meanwhile
+        self._to_register: dict[str, Register] = {}  # the newest of each peer that waits for the registrar
+        self._complaints = Complaints(logger)
         self._next_heartbeat = 0.0
         self.transfer_queues: list[queue.SimpleQueue[TransferEmbeddingChunk | None]] = [
             queue.SimpleQueue() for _ in range(settings.queues)
@@ -195,8 +202,7 @@ class EncoderEndpoint:
         try:
             message = decode_from_language(frame, self.settings.max_frame_bytes)
             if isinstance(message, Register):
-                self._registering.add(peer)
-                self._registrar.submit(self._register, peer, message)
+                self._register_soon(peer, message)
                 return
             known = self._peers.get(peer)
             if known is None:
@@ -212,7 +218,7 @@ class EncoderEndpoint:
                 actions = self.core.on_message(peer, message, now)
                 ended = self._perform(actions)
         except ProtocolError as error:
-            logger.warning("Control message from %s refused: %s", peer, error)
+            self._complaints.log(peer, logging.WARNING, "Control message from %s refused: %s", peer, error)
             return
         if isinstance(message, Resume):
             for action in actions:
@@ -258,31 +264,52 @@ class EncoderEndpoint:
 
     # -- registration (registrar thread) -------------------------------------------------------------------------
 
-    def _register(self, peer: str, message: Register) -> None:
+    def _register_soon(self, peer: str, message: Register) -> None:
+        """One job for each peer, however often it registers while it waits: the others get their turn."""
+        with self._lock:
+            waits = peer in self._to_register
+            full = not waits and len(self._to_register) >= _WAITING_REGISTRATIONS
+            if not full:
+                self._to_register[peer] = message
+                self._registering.add(peer)
+        if full:
+            self._send(peer, Refused(reason="too many language ranks register at once", kind="register_first"))
+        elif not waits:
+            self._registrar.submit(self._register, peer)
+
+    def _register(self, peer: str) -> None:
+        with self._lock:
+            message = self._to_register.pop(peer)
         try:
             problem = self._mismatch(message)
             if problem:
-                logger.error("Language rank %s refused: %s", message.mooncake_session_id, problem)
+                self._complaints.log(
+                    peer, logging.ERROR, "Language rank %s refused: %s", message.mooncake_session_id, problem
+                )
                 self._send(peer, Refused(reason=problem, kind="mismatch"))
             else:
                 self._attach(peer, message)
         except LinkBusy as error:
             self._send(peer, Refused(reason=str(error), kind="register_first"))
         except (DataPathUnavailable, ProtocolError) as error:
-            logger.warning("Language rank %s: %s", message.mooncake_session_id, error)
+            self._complaints.log(peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error)
             self._send(peer, Refused(reason=as_text(str(error)), kind="data_path", data_path=message.data_path))
         except Exception as error:
             logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
             reason = as_text(f"{type(error).__name__}: {error}")
             self._send(peer, Refused(reason=reason, kind="data_path", data_path=message.data_path))
         finally:
-            self._registering.discard(peer)
+            with self._lock:
+                if peer not in self._to_register:
+                    self._registering.discard(peer)
 
     def _attach(self, peer: str, message: Register) -> None:
         with self._lock:
             known = self.core.sessions.get(message.mooncake_session_id)
         if known is not None and known.incarnation == message.incarnation and known.number > message.number:
             return  # overtaken, on a connection that is broken: whoever speaks now speaks through another
+        if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
+            raise LinkBusy(f"session {message.mooncake_session_id} is another process's, which lives")
         goes_on = self._links.open(message)
         session = Session(
             mooncake_session_id=message.mooncake_session_id,
@@ -311,6 +338,7 @@ class EncoderEndpoint:
                 living = {epoch for epoch in known.epochs if epoch >= message.oldest_epoch}
                 session = replace(session, epochs=tuple(sorted({*living, message.epoch})))
             if self._links.has(message.mooncake_session_id, message.epoch):
+                ended += self._give_up_other_session(peer, message.mooncake_session_id, now)
                 self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
                 self._send(peer, answer)
                 ended += self._perform(self.core.register(session, now))
@@ -318,12 +346,26 @@ class EncoderEndpoint:
                 self._send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
         if message.oldest_epoch:
             self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
-        logger.info(
+        self._complaints.log(
+            peer, logging.INFO,
             "Language rank %d of %d registered: session=%s epoch=%d path=%s pool=%d blocks of %d bytes",
             message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,
             session.geometry.blocks, message.block_bytes,
         )  # fmt: skip
         self._tell(ended)
+
+    def _is_alive(self, session: Session) -> bool:
+        peer = self._peers.get(session.peer)
+        return peer is not None and self._clock() - peer.last_seen < _ALIVE_HEARTBEATS * self.settings.heartbeat
+
+    def _give_up_other_session(self, peer: str, session: str, now: float) -> list[Ended]:
+        """Under the lock. A peer speaks for one session; nobody would end the one that it registered before."""
+        known = self._peers.get(peer)
+        other = None if known is None or known.session == session else self.core.sessions.get(known.session)
+        if other is None or other.peer != peer:
+            return []
+        self._links.close(other.mooncake_session_id)
+        return self._perform(self.core.session_lost(other.mooncake_session_id, "its peer registered another", now))
 
     def _mismatch(self, message: Register) -> str:
         """Why the two sides do not fit, naming both values; empty where they do."""

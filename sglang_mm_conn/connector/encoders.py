@@ -16,7 +16,7 @@ from sglang_mm_conn.connector.sessions import Sessions
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address
 from sglang_mm_conn.control.client import ControlClient
-from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import Heartbeat, Message, Refused, Registered, encode
 from sglang_mm_conn.core.receiver import Peer
 
@@ -38,6 +38,7 @@ class _Process:
     last_seen: float
     ready: bool = False
     known: bool = False  # it has been ready
+    asked: int = 0  # registrations that it has not answered
     register_at: float | None = None
 
 
@@ -214,6 +215,7 @@ class Encoders:
 
     def _register(self, process: _Process) -> None:
         process.register_at = None
+        process.asked += 1
         number = next(self._registrations)
 
         def work() -> None:
@@ -231,11 +233,16 @@ class Encoders:
         process = self._processes.get(incarnation)
         if process is None:
             return
+        if not self._answers(process):
+            return
         if message.incarnation != incarnation:
             self._lose(incarnation, "another process answers on the encoder's control port")
             return
+        if message.mooncake_session_id != self._sessions.session(process.path):
+            raise ProtocolError(f"registered session {message.mooncake_session_id}, which is not this rank's")
         if not self._sessions.is_newest(process.path, message.epoch):
-            self._register(process)  # the way in was replaced when this process was not yet among those to be told
+            # The way in was replaced when this process was not yet among those to be told.
+            process.register_at = self._clock()
             return
         for encoder in self._encoders_of(process):
             encoder.refusal = encoder.complaint = ""
@@ -244,10 +251,20 @@ class Encoders:
         process.ready = process.known = True
         self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path, message.epoch))
 
+    @staticmethod
+    def _answers(process: _Process) -> bool:
+        """Whether a registration awaits an answer: an answer to nothing changes nothing, however often it is said."""
+        if process.asked < 1:
+            return False
+        process.asked -= 1
+        return True
+
     def on_refused(self, incarnation: str, message: Refused) -> None:
         process = self._processes.get(incarnation)
         if process is None or (message.kind == "data_path" and message.data_path != process.path):
             return  # it was presented twice, and the path that this answers has been given up
+        if not self._answers(process) and message.kind != "register_first":
+            return
         was_ready, process.ready = process.ready, False
         if message.kind == "register_first":
             process.register_at = self._clock()  # at the next tick: an encoder that is busy is not asked in a loop

@@ -22,6 +22,7 @@ from sglang_mm_conn.connector.revocation import Revocation
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.connector.sessions import Sessions
 from sglang_mm_conn.control.authentication import DeploymentKey
+from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
@@ -83,6 +84,7 @@ class LanguageEndpoint:
         self._make_result = make_result
         self._results: dict[str, Result] = {}
         self._labels: dict[str, str] = {}
+        self._complaints = Complaints(logger)
         self.completions = Wakeup()  # rung when a room ends
         self._movers = runtime.executor(settings.movers, "mm-conn-mover")
         key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
@@ -215,7 +217,9 @@ class LanguageEndpoint:
                 with self._lock:
                     self._perform(self.core.on_message(incarnation, message, self._clock()))
         except ProtocolError as error:
-            logger.warning("Control message from encoder process %s refused: %s", incarnation, error)
+            self._complaints.log(
+                incarnation, logging.WARNING, "Control message from encoder process %s refused: %s", incarnation, error
+            )
 
     def _on_ready(self, peer: Peer) -> None:
         with self._lock:

@@ -84,7 +84,11 @@ class Sessions:
 
     def is_newest(self, path: str, epoch: int) -> bool:
         """Whether ``epoch`` is the way in to offer over ``path``. Never waits."""
-        return path == "shm" or epoch == self._newest_epoch
+        return epoch == (0 if path == "shm" else self._newest_epoch)
+
+    def session(self, path: str) -> str:
+        """The id of the session over ``path``."""
+        return self._shm_session if path == "shm" else self.mooncake_session
 
     def register_message(self, path: str, slot: int, number: int) -> Register:
         """How this rank presents itself over ``path``, for the ``number``-th time.

@@ -13,7 +13,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, guarded, milliseconds_until
+from sglang_mm_conn.control.complaints import Complaints
+from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -23,13 +24,14 @@ class _Link:
     def __init__(
         self, context: zmq.Context[Any], address: str, key: DeploymentKey | None, max_frame_bytes: int
     ) -> None:
+        self.address = address
         self.socket = context.socket(zmq.DEALER)
         if key is not None:
             key.secure_client(self.socket)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, HIGH_WATER_MARK),
-            (zmq.RCVHWM, HIGH_WATER_MARK),
+            (zmq.RCVHWM, READ_AHEAD),
             (zmq.MAXMSGSIZE, max_frame_bytes),
             # Nothing waits for a connection that is down: what a lost connection swallowed is compared on reconnect,
             # and a message from before must not arrive after that.
@@ -75,6 +77,7 @@ class ControlClient:
         self._tick_seconds = tick_seconds
         self._links: dict[str, _Link] = {}
         self._work: deque[Callable[[], None]] = deque()
+        self._complaints = Complaints(logger)
         self._wakeup = Wakeup()
         self._stopping = False
 
@@ -146,15 +149,23 @@ class ControlClient:
                 link.socket.send(frame, zmq.NOBLOCK)
 
     def _receive(self, key: str, link: _Link) -> None:
+        nbytes = 0
         for _ in range(BATCH):
+            if nbytes >= BATCH_BYTES:
+                return
             try:
-                parts = link.socket.recv_multipart(zmq.NOBLOCK)
+                frame = link.socket.recv(zmq.NOBLOCK)
+                more = link.socket.getsockopt(zmq.RCVMORE)
             except zmq.ZMQError:
                 return
-            if len(parts) == 1:
-                guarded(lambda frame=parts[0]: self._on_frame(key, frame))  # type: ignore[misc]
-            else:
-                logger.warning("Control message of %d frames dropped", len(parts))
+            if more:
+                # No encoder sends one. The rest must not be read: where the connection breaks in the middle of that,
+                # libzmq ends the process (a DEALER with IMMEDIATE; "Assertion failed: !_more").
+                self._complaints.log(key, logging.WARNING, "Control message of several frames: connecting anew")
+                self._connect(key, link.address)
+                return
+            nbytes += len(frame)
+            guarded(lambda frame=frame: self._on_frame(key, frame))  # type: ignore[misc]
 
     def _watch(self, key: str, link: _Link) -> None:
         while True:

@@ -12,8 +12,12 @@ logger = logging.getLogger(__name__)
 # Frames that may wait for one peer. One that does not read loses what is beyond; nobody waits for it, and it is
 # dropped for its silence.
 HIGH_WATER_MARK = 10_000
-# Messages read from one socket before others get their turn.
-BATCH = 256
+# Frames of one peer that are read ahead; the rest waits at the peer, or is lost there. Few, because libzmq counts
+# frames, and one may be as long as all metadata of a part.
+READ_AHEAD = 16
+# Messages, and bytes of them, that are read from one socket before others get their turn.
+BATCH = 64
+BATCH_BYTES = 1 << 20
 
 
 def milliseconds_until(moment: float) -> int:

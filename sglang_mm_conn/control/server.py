@@ -14,7 +14,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
-from sglang_mm_conn.control.loop import BATCH, HIGH_WATER_MARK, guarded, milliseconds_until
+from sglang_mm_conn.control.complaints import Complaints
+from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,14 @@ class ControlServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._zap: ZapHandler | None = None
         self._refusals = RefusalLog()
+        self._complaints = Complaints(logger)
         if key is not None:
             self._zap = ZapHandler(self._context, key, self._refusals)
             key.secure_server(self._socket)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, HIGH_WATER_MARK),
-            (zmq.RCVHWM, HIGH_WATER_MARK),
+            (zmq.RCVHWM, READ_AHEAD),
             (zmq.MAXMSGSIZE, max_frame_bytes),
             (zmq.ROUTER_MANDATORY, 1),
             (zmq.IPV6, 1 if ":" in host else 0),
@@ -124,15 +126,20 @@ class ControlServer:
         self._wakeup.close()
 
     def _receive(self) -> None:
+        nbytes = 0
         for _ in range(BATCH):
+            if nbytes >= BATCH_BYTES:
+                return
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            nbytes += sum(map(len, parts))
             if len(parts) == 2:
                 guarded(lambda parts=parts: self._on_frame(parts[0].hex(), parts[1]))  # type: ignore[misc]
             else:
-                logger.warning("Control message of %d frames dropped", len(parts))
+                peer = parts[0].hex()
+                self._complaints.log(peer, logging.WARNING, "Control message of %d frames dropped", len(parts))
 
     def _watch(self) -> None:
         """Handshakes that failed before a key was shown: a peer without one, or no ZeroMQ at all."""

@@ -33,7 +33,8 @@ DEADLINE_MARGIN_SECONDS = 1.0
 DEADLINE_MARGIN_SHARE = 0.1
 # An encode may outlive its room by its own timeout; a tombstone must outlive the encode.
 TOMBSTONE_SECONDS = 3600.0
-PARKED_LIMIT = 65536
+# Of one encoder process: one that announces nonsense leaves room for the others.
+PARKED_LIMIT = 8192
 # Keeps one offer far below the smallest limit of a control frame; what remains follows by resume.
 MAX_OFFER_BLOCKS = 65536
 # How often an Abort that was not answered is said again.
@@ -141,6 +142,7 @@ class ReceiverCore:
         self.quarantine: dict[str, Quarantine] = {}
         self.tombstones = Tombstones()
         self.parked: dict[str, Parked] = {}
+        self._parked_of: Counter[str] = Counter()  # encoder process -> its entries in ``parked``
         self._peers: dict[str, Peer] = {}
         self._waiting: deque[ReceiverRoom] = deque()  # FIFO; rooms that ended meanwhile are skipped
         self._first_offer = first_offer
@@ -160,7 +162,7 @@ class ReceiverCore:
         self.rooms[room] = entry
         if verdict is not None:  # it failed, or was given up, before the request came
             return self._fail(entry, verdict.reason, verdict.code, now)
-        parked = self.parked.pop(room, None)
+        parked = self._unpark(room)
         return [] if parked is None else self.on_message(parked.peer.incarnation, parked.message, now)
 
     def abort(self, room: str, reason: str, code: int, now: float) -> list[Action]:
@@ -199,7 +201,7 @@ class ReceiverCore:
         """The encoder process is gone or silent: its rooms fail. Offered blocks stay in quarantine."""
         self._peers.pop(incarnation, None)
         for room in [room for room, item in self.parked.items() if item.peer.incarnation == incarnation]:
-            del self.parked[room]
+            self._unpark(room)
         actions: list[Action] = []
         for entry in list(self.rooms.values()):
             if entry.peer is not None and entry.peer.incarnation == incarnation:
@@ -379,8 +381,14 @@ class ReceiverCore:
                 return [self._abort_message(peer, room, "nobody waits for this room any more")]
             return []
         if isinstance(message, Announce | Failed):
-            if len(self.parked) < PARKED_LIMIT:
+            self._unpark(room)
+            if self._parked_of[peer.incarnation] < PARKED_LIMIT:
+                if isinstance(message, Failed):
+                    message = Failed(
+                        room=room, reason=as_text(message.reason), code=message.code, drained=message.drained
+                    )
                 self.parked[room] = Parked(peer, message, now + self._claim_timeout)
+                self._parked_of[peer.incarnation] += 1
             elif isinstance(message, Announce):
                 return [self._abort_message(peer, room, "too many rooms are announced that no request has claimed")]
         return []
@@ -391,6 +399,14 @@ class ReceiverCore:
         if isinstance(message, Done):
             return (message.window, message.total_tokens) == (held.owner[1], held.confirmed_tokens)
         return not message.refused and (message.window, message.sent_tokens) == (held.owner[1], held.confirmed_tokens)
+
+    def _unpark(self, room: str) -> Parked | None:
+        parked = self.parked.pop(room, None)
+        if parked is not None:
+            self._parked_of[parked.peer.incarnation] -= 1
+            if not self._parked_of[parked.peer.incarnation]:
+                del self._parked_of[parked.peer.incarnation]
+        return parked
 
     # -- the rows were moved out ---------------------------------------------------------------------------------
 
@@ -435,7 +451,7 @@ class ReceiverCore:
                 )  # fmt: skip
         for room, item in list(self.parked.items()):
             if now >= item.until:
-                del self.parked[room]
+                self._unpark(room)
                 if isinstance(item.message, Announce):
                     reason = f"no request claimed the room within {self._claim_timeout:g} s"
                     self.tombstones.put(room, Verdict(reason, 408), now + TOMBSTONE_SECONDS)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+# Of a reason that a tombstone keeps: a peer may say as much as 4096 characters, and there are many tombstones.
+_REASON_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Tombstones:
 
     def put(self, room: str, verdict: Verdict, until: float) -> None:
         """Remember ``verdict`` until time ``until``; replaces an older verdict on the same room."""
+        if len(verdict.reason) > _REASON_CHARACTERS:
+            verdict = replace(verdict, reason=verdict.reason[:_REASON_CHARACTERS])
         self._stones[room] = (until, verdict)
         self._stones.move_to_end(room)
         while len(self._stones) > self._limit:

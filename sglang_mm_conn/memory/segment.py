@@ -33,6 +33,7 @@ from sglang_mm_conn.core.errors import DataPathUnavailable, MemoryUnavailable
 DIRECTORY = "/dev/shm"
 PREFIX = "sglang-mm-conn-"
 _NAME = re.compile(PREFIX + r"[0-9a-f]{32}")
+_NONCE_CHARACTERS = 32
 _MAGIC = b"sglang-mm-conn 1\n"
 HEADER_BYTES = 4096
 _LOCKS_AT = 1 << 60  # byte 0: the owner; byte 1 + slot: the writer with that slot
@@ -107,7 +108,7 @@ class Segment:
         Raises MemoryUnavailable, naming the bytes asked for and those free.
         """
         self.payload_bytes = payload_bytes
-        self.nonce = secrets.token_hex(16)
+        self.nonce = secrets.token_hex(_NONCE_CHARACTERS // 2)
         self.name = name or PREFIX + secrets.token_hex(16)
         self._path = os.path.join(DIRECTORY, self.name)
         self._unlink: weakref.finalize[..., Segment] | None = None
@@ -159,6 +160,8 @@ class AttachedSegment:
         """Attach. Raises DataPathUnavailable saying why this is not the segment that was meant."""
         if not _NAME.fullmatch(name):
             raise DataPathUnavailable(f"{name!r} is not the name of a segment")
+        if len(nonce) != _NONCE_CHARACTERS:  # a shorter one would prove less, an empty one nothing
+            raise DataPathUnavailable(f"a nonce of {len(nonce)} characters proves nothing")
         self._slot = slot
         nbytes = HEADER_BYTES + payload_bytes
         try:

@@ -40,6 +40,8 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
 from tests.connector.content import Part, plain
+from tests.soak.drivers import EncoderDriver, LanguageDriver
+from tests.soak.plan import Plan
 
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNET = 0x40000000
@@ -207,6 +209,16 @@ def process_stats() -> dict[str, int]:
     }
 
 
+def hold_more(kind: str, held: list[Any]) -> None:
+    """What a leak does, for tests that want to see one found."""
+    if kind == "memory":
+        held.append(bytearray(b"x") * (96 << 20))
+    elif kind == "descriptors":
+        held.extend(socket.socket() for _ in range(20))
+    else:
+        raise ValueError(kind)
+
+
 def connector_threads() -> list[str]:
     """Names of the connector's threads that live."""
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("mm-conn"))
@@ -221,6 +233,8 @@ class EncoderRole:
         self._gates = Gates()
         self._limit = settings.max_metadata_bytes
         self._ended: dict[str, Ended] = {}
+        self._wrong_bytes = False
+        self._held: list[Any] = []
         self._endpoint = self._new_endpoint()
         self._advertised: int | None = None
         self._bootstrap = StandaloneBootstrap(config["host"], config["port"], self._info)
@@ -270,12 +284,23 @@ class EncoderRole:
 
     def send(self, **part: Any) -> None:
         item = Part(**part)
-        tensor = torch.from_numpy(item.payload()).view(dtype_of(item.dtype)).reshape(item.tokens, item.width)
+        payload = item.payload()
+        payload[-1] ^= self._wrong_bytes
+        tensor = torch.from_numpy(payload).view(dtype_of(item.dtype)).reshape(item.tokens, item.width)
         values = {
             key: torch.from_numpy(value) if hasattr(value, "shape") else value for key, value in item.values().items()
         }
         self._gates.add_source(item.room, tensor)
         self._endpoint.add_transfer_request(item.room, tensor, encode_metadata(values, self._limit))
+
+    def harm(self, kind: str) -> None:
+        """Do what must never happen."""
+        if kind == "thread":
+            self._endpoint._control.stop()
+        elif kind == "bytes":
+            self._wrong_bytes = True
+        else:
+            hold_more(kind, self._held)
 
     def fail(self, room: str, reason: str, code: int) -> None:
         self._endpoint.fail(room, reason, code)
@@ -300,6 +325,15 @@ class EncoderRole:
         """Drop what the test keeps of a room (the connector keeps nothing)."""
         self._gates.forget(room)
         self._ended.pop(room, None)
+
+    def soak(self, plan: dict[str, Any], index: int) -> None:
+        """Begin this encoder's part of a soak."""
+        logging.getLogger().setLevel(logging.ERROR)  # rooms that are given up are warnings
+        self._driver = EncoderDriver(self._endpoint, Plan(**plan), index)
+        self._driver.start()
+
+    def soak_report(self) -> dict[str, Any]:
+        return self._driver.report()
 
     def room(self, room: str) -> dict[str, Any] | None:
         endpoint = self._endpoint
@@ -355,6 +389,7 @@ class LanguageRole:
             size=config["size"],
         )
         self._history: dict[str, list[int]] = {}
+        self._held: list[Any] = []
         threading.Thread(target=self._watch, name="history", daemon=True).start()
 
     def _watch(self) -> None:
@@ -414,6 +449,22 @@ class LanguageRole:
     def forget(self, room: str) -> None:
         self._history.pop(room, None)
         self._endpoint.forget(room)
+
+    def harm(self, kind: str) -> None:
+        """Do what must never happen."""
+        if kind == "thread":
+            self._endpoint._control.stop()
+        else:
+            hold_more(kind, self._held)
+
+    def soak(self, plan: dict[str, Any], index: int, urls: list[str]) -> None:
+        """Begin this language server's part of a soak."""
+        logging.getLogger().setLevel(logging.ERROR)  # rooms that are given up are warnings
+        self._driver = LanguageDriver(self._endpoint, Plan(**plan), index, urls)
+        self._driver.start()
+
+    def soak_report(self) -> dict[str, Any]:
+        return self._driver.report()
 
     def room(self, room: str) -> dict[str, Any] | None:
         with self._endpoint._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_mm_conn.core import receiver
-from sglang_mm_conn.core.actions import Ended, Send
+from sglang_mm_conn.core.actions import Action, Ended, Send
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import (
     Abort,
@@ -20,6 +20,7 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
 )
 from sglang_mm_conn.core.receiver import Peer
+from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.states import Poll, ReceiverState
 from tests.core.harness import ENCODER, LIMIT, Wire, metadata_of, only, sends
 
@@ -269,6 +270,25 @@ def test_parked_announcements_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
         wire.announce(wire.room(), 10)
     wire.deliver()
     assert len(wire.rank.core.parked) == 3
+
+
+def test_an_encoder_that_announces_nonsense_leaves_room_for_the_announcements_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(receiver, "PARKED_LIMIT", 3)
+    core = Wire().rank.core
+    for incarnation in ("mad", "sane"):
+        core.peer_ready(Peer(incarnation, "127.0.0.1:1", "shm"), 0.0)
+
+    def announce(incarnation: str) -> list[Action]:
+        room = new_room_base("0" * 16)
+        return core.on_message(incarnation, Announce(room=room, total_tokens=1, row_bytes=4, dtype="float32"), 0.0)
+
+    said = [announce("mad") for _ in range(5)]
+    assert [len(actions) for actions in said] == [0, 0, 0, 1, 1], "what is too much is aborted"
+    assert not announce("sane") and len(core.parked) == 4
+    core.tick(1e6)
+    assert not core.parked and not announce("mad") and not announce("sane"), "what has gone counts no more"
 
 
 def test_an_encoder_that_cannot_be_used_fails_only_what_waits_for_it() -> None:

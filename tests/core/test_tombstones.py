@@ -37,3 +37,10 @@ def test_the_default_limit_holds() -> None:
     for number in range(70_000):
         stones.put(str(number), Verdict("", 200), until=1.0)
     assert len(stones) == 65536
+
+
+def test_a_reason_as_long_as_a_message_allows_is_kept_in_short() -> None:
+    stones = Tombstones()
+    stones.put("a", Verdict("r" * 4096, 499), until=1.0)
+    kept = stones.get("a")
+    assert kept is not None and len(kept.reason) == 200 and kept.code == 499

@@ -75,11 +75,11 @@ def in_markdown(attempts: Sequence[Attempt], summary: str) -> str:
     return "\n".join(lines)
 
 
-def write(text: str, document: Path = DOCUMENT) -> None:
+def write(text: str, document: Path = DOCUMENT, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Put ``text`` between the markers. Raises ValueError where the document does not have them, once and in order."""
     old = document.read_text()
-    head, begin, rest = old.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = old.partition(markers[0])
+    _, end, tail = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"{document} has no {BEGIN} ... {END}")
-    document.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+        raise ValueError(f"{document} has no {markers[0]} ... {markers[1]}")
+    document.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
