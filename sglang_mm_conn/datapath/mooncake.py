@@ -28,6 +28,7 @@ from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, Memor
 from sglang_mm_conn.core.layout import Run
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.copying import copy_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class MooncakeLink:
     def _write_batch(self, engine: Any, slot: torch.Tensor, source: torch.Tensor, pieces: Sequence[Run]) -> int:
         at, addresses, targets, lengths = 0, [], [], []
         for piece in pieces:
-            slot[at : at + piece.length].copy_(source[piece.start : piece.start + piece.length])
+            copy_bytes(slot, at, source, piece.start, piece.length)
             addresses.append(slot.data_ptr() + at)
             targets.append(self._bases[piece.region] + piece.offset)
             lengths.append(piece.length)

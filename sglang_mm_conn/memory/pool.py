@@ -12,6 +12,7 @@ from sglang_mm_conn.core.errors import MemoryUnavailable
 from sglang_mm_conn.core.layout import Geometry, window_runs
 from sglang_mm_conn.core.messages import Region
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.copying import copy_bytes
 from sglang_mm_conn.memory.segment import HEADER_BYTES, Segment, free_bytes
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,7 @@ class BlockPool:
     def read(self, blocks: Sequence[int], target: torch.Tensor) -> None:
         """Copy the first ``target.numel()`` bytes of a window in ``blocks`` to ``target`` (uint8, one dimension)."""
         for run in window_runs(self.geometry, blocks, target.numel()):
-            source = self.regions[run.region][run.offset : run.offset + run.length]
-            target[run.start : run.start + run.length].copy_(source)
+            copy_bytes(target, run.start, self.regions[run.region], run.offset, run.length)
 
     def close(self) -> None:
         if self.segment is not None:
