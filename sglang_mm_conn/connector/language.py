@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.core.tombstones import Verdict
 from sglang_mm_conn.memory.pool import pool_geometry
 from sglang_mm_conn.memory.results import Contents, PrivateResult, Result, ResultMaker
+from sglang_mm_conn.memory.warm import WarmMemory
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,9 @@ class LanguageEndpoint:
             widest_row_bytes=widest_row_bytes, dtype=dtype, runtime=runtime,
         )  # fmt: skip
         self._size = size
-        self._make_result = make_result
+        self._warm = WarmMemory(settings.result_cache_bytes)
+        private = make_result is PrivateResult
+        self._make_result = partial(PrivateResult, memory=self._warm) if private else make_result
         self._results: dict[str, Result] = {}
         self._labels: dict[str, str] = {}
         self.completions = Wakeup()  # rung when a room ends
@@ -226,6 +230,7 @@ class LanguageEndpoint:
 
     def _on_tick(self) -> None:
         self._encoders.tick()
+        self._warm.trim()
         with self._lock:
             self._perform(self.core.tick(self._clock()))
             suspects = {peer.incarnation: peer.data_path for peer in self.core.suspects()}
