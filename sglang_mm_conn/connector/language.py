@@ -84,6 +84,7 @@ class LanguageEndpoint:
         self._size = size
         self._warm = WarmMemory(settings.result_cache_bytes)
         private = make_result is PrivateResult
+        self._at_once_bytes = runtime.at_once_bytes if private else 0
         self._make_result = partial(PrivateResult, memory=self._warm) if private else make_result
         self._results: dict[str, Result] = {}
         self._labels: dict[str, str] = {}
@@ -211,8 +212,11 @@ class LanguageEndpoint:
             elif isinstance(message, Refused):
                 self._encoders.on_refused(incarnation, message)
             else:
+                at_once: list[Move] = []
                 with self._lock:
-                    self._perform(self.core.on_message(incarnation, message, self._clock()))
+                    self._perform(self.core.on_message(incarnation, message, self._clock()), at_once)
+                for move in at_once:
+                    self._move(move)
         except ProtocolError as error:
             logger.warning("Control message from encoder process %s refused: %s", incarnation, error)
 
@@ -311,13 +315,20 @@ class LanguageEndpoint:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _perform(self, actions: list[Action]) -> None:
-        """Under the lock, so that messages leave in the order of the decisions."""
+    def _perform(self, actions: list[Action], at_once: list[Move] | None = None) -> None:
+        """Under the lock, so that messages leave in the order of the decisions.
+
+        Moves so small that a mover's waking takes longer are left in ``at_once``, where there is one.
+        """
         for action in actions:
             if isinstance(action, Send):
                 self._control.send(action.peer, encode(action.message))
             elif isinstance(action, Move):
-                self._movers.submit(self._move, action)
+                small = action.total_tokens * action.row_bytes <= self._at_once_bytes
+                if small and at_once is not None:
+                    at_once.append(action)
+                else:
+                    self._movers.submit(self._move, action)
             elif isinstance(action, Ended):
                 self._ended(action)
             elif isinstance(action, TransferEmbeddingChunk | Release):
