@@ -65,6 +65,19 @@ class PrivateResult:
         """Nothing has a name."""
 
 
+class ViewResult:
+    """A result that stays in the blocks it came in; only this process reads it."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def publish(self) -> None:
+        """Nobody else reads it."""
+
+    def close(self) -> None:
+        """Nothing has a name."""
+
+
 class SharedResult:
     """A result that other processes on this host can read once it is published."""
 

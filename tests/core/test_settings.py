@@ -25,6 +25,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "mooncake_protocol": ("tcp", "tcp"),
     "mooncake_device": ("mlx5_0,mlx5_1", "mlx5_0,mlx5_1"),
     "staging_bytes": ("1048576", 1 << 20),
+    "view_percent": ("0", 0),
     "result_cache_bytes": ("0", 0),
     "movers": ("4", 4),
     "heartbeat": ("0.5", 0.5),
@@ -39,7 +40,7 @@ GOOD: dict[str, tuple[str, object]] = {
 TEXTS = {"host", "mooncake_device", "key_file"}
 FLAGS = {"insecure", "checksum"}
 CHOICES = {"data_path": "auto, shm, mooncake", "mooncake_protocol": "rdma, tcp"}
-FROM_ZERO = {"result_cache_bytes"}
+FROM_ZERO = {"view_percent", "result_cache_bytes"}
 SECONDS = {"heartbeat", "peer_timeout", "claim_timeout", "doubt_patience"}
 
 
