@@ -18,6 +18,7 @@ A room that waits for blocks holds none: the rows it has were moved out first. S
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -154,6 +155,7 @@ class ReceiverCore:
         self._max_embedding_bytes = max_embedding_bytes
         self._view_blocks = view_blocks
         self._view_least_bytes = view_least_bytes
+        self._next_deadline = math.inf  # no room that has not ended has an earlier one
         self._viewed = 0  # blocks of views, and of moves that may make one
 
     # -- what the request asks for -------------------------------------------------------------------------------
@@ -167,6 +169,7 @@ class ReceiverCore:
             raise ConnError(f"room {room} was expected before")
         entry = ReceiverRoom(room, encoder, deadline, now, required_dst_info_num)
         self.rooms[room] = entry
+        self._next_deadline = min(self._next_deadline, deadline)
         if verdict is not None:  # it failed, or was given up, before the request came
             return self._fail(entry, verdict.reason, verdict.code, now)
         parked = self.parked.pop(room, None)
@@ -403,6 +406,7 @@ class ReceiverCore:
             return []
         if isinstance(message, Announce | Failed):
             if len(self.parked) < PARKED_LIMIT:
+                self.parked.pop(room, None)  # to the end: they are kept in the order of their time
                 self.parked[room] = Parked(peer, message, now + self._claim_timeout)
             elif isinstance(message, Announce):
                 return [self._abort_message(peer, room, "too many rooms are announced that no request has claimed")]
@@ -457,24 +461,27 @@ class ReceiverCore:
     def tick(self, now: float) -> list[Action]:
         """Enforce deadlines, release announcements nobody claimed, forget old tombstones."""
         actions: list[Action] = []
-        for entry in list(self.rooms.values()):
-            if not entry.machine.final and now >= entry.deadline:
-                actions += self._fail(
-                    entry,
-                    f"not finished after {now - entry.started:.1f} s (state {entry.state.value}, "
-                    f"{entry.sent_tokens} of {entry.total_tokens} rows)",
-                    408, now,
-                )  # fmt: skip
-        for room, item in list(self.parked.items()):
-            if now >= item.until:
-                del self.parked[room]
-                if isinstance(item.message, Announce):
-                    reason = f"no request claimed the room within {self._claim_timeout:g} s"
-                    self.tombstones.put(room, Verdict(reason, 408), now + TOMBSTONE_SECONDS)
-                    actions.append(self._abort_message(item.peer, room, reason))
-                else:
-                    verdict = Verdict(item.message.reason, item.message.code)
-                    self.tombstones.put(room, verdict, now + TOMBSTONE_SECONDS)
+        if now >= self._next_deadline:
+            for entry in list(self.rooms.values()):
+                if not entry.machine.final and now >= entry.deadline:
+                    actions += self._fail(
+                        entry,
+                        f"not finished after {now - entry.started:.1f} s (state {entry.state.value}, "
+                        f"{entry.sent_tokens} of {entry.total_tokens} rows)",
+                        408, now,
+                    )  # fmt: skip
+            open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
+            self._next_deadline = min((entry.deadline for entry in open_rooms), default=math.inf)
+        while self.parked and now >= (item := next(iter(self.parked.values()))).until:  # the oldest is the first
+            room = item.message.room
+            del self.parked[room]
+            if isinstance(item.message, Announce):
+                reason = f"no request claimed the room within {self._claim_timeout:g} s"
+                self.tombstones.put(room, Verdict(reason, 408), now + TOMBSTONE_SECONDS)
+                actions.append(self._abort_message(item.peer, room, reason))
+            else:
+                verdict = Verdict(item.message.reason, item.message.code)
+                self.tombstones.put(room, verdict, now + TOMBSTONE_SECONDS)
         for room, held in self.quarantine.items():
             if now >= held.ask_again_at and held.peer.incarnation in self._peers:
                 self.quarantine[room] = replace(held, ask_again_at=now + ABORT_AGAIN_SECONDS)
