@@ -96,6 +96,11 @@ class Encoders:
 
     def use(self, url: str) -> None:
         """A request names ``url`` (any thread). Connects where that has not been done; costs nothing where it has."""
+        encoder = self._encoders.get(url)
+        if encoder is not None and not encoder.refusal and any(one.ready for one in list(encoder.processes.values())):
+            # Where it is lost in this very moment, that starts the look-up, and fails the rooms, that ``_use`` would.
+            encoder.last_used = self._clock()
+            return
         self.control.call(lambda: self._use(url))
 
     def slot_of(self, incarnation: str) -> int | None:

@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,11 +35,13 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.core.tombstones import Verdict
 from sglang_mm_conn.memory.pool import pool_geometry
-from sglang_mm_conn.memory.results import Contents, PrivateResult, Result, ResultMaker
+from sglang_mm_conn.memory.results import Contents, PrivateResult, Result, ResultMaker, ViewResult
+from sglang_mm_conn.memory.warm import WarmMemory
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.1
+_ALIGNMENT = 16  # of memory that tensors of any dtype may begin in
 
 Value = TypeVar("Value")
 
@@ -69,9 +72,15 @@ class LanguageEndpoint:
         self._lock = threading.Lock()
         shared = settings.data_path != "mooncake"
         self.pool = runtime.pool(pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared)
+        private = make_result is PrivateResult  # what others read is moved to memory that they can open
+        self._at_once_bytes = runtime.at_once_bytes if private else 0
+        geometry = self.pool.geometry
+        aligned = geometry.block_bytes % _ALIGNMENT == 0
         self.core = ReceiverCore(
-            BlockAllocator(self.pool.geometry.blocks),
-            self.pool.geometry,
+            BlockAllocator(geometry.blocks),
+            geometry,
+            view_blocks=geometry.blocks * settings.view_percent // 100 if private and aligned else 0,
+            view_least_bytes=self._at_once_bytes + 1,
             first_offer=settings.first_offer,
             claim_timeout=settings.claim_timeout,
             max_embedding_bytes=settings.max_embedding_bytes,
@@ -81,7 +90,8 @@ class LanguageEndpoint:
             widest_row_bytes=widest_row_bytes, dtype=dtype, runtime=runtime,
         )  # fmt: skip
         self._size = size
-        self._make_result = make_result
+        self._warm = WarmMemory(settings.result_cache_bytes)
+        self._make_result = partial(PrivateResult, memory=self._warm) if private else make_result
         self._results: dict[str, Result] = {}
         self._labels: dict[str, str] = {}
         self._complaints = Complaints(logger)
@@ -214,8 +224,11 @@ class LanguageEndpoint:
             elif isinstance(message, Refused):
                 self._encoders.on_refused(incarnation, message)
             else:
+                at_once: list[Move] = []
                 with self._lock:
-                    self._perform(self.core.on_message(incarnation, message, self._clock()))
+                    self._perform(self.core.on_message(incarnation, message, self._clock()), at_once)
+                for move in at_once:
+                    self._move(move)
         except ProtocolError as error:
             self._complaints.log(
                 incarnation, logging.WARNING, "Control message from encoder process %s refused: %s", incarnation, error
@@ -235,6 +248,7 @@ class LanguageEndpoint:
 
     def _on_tick(self) -> None:
         self._encoders.tick()
+        self._warm.trim()
         with self._lock:
             self._perform(self.core.tick(self._clock()))
             suspects = {peer.incarnation: peer.data_path for peer in self.core.suspects()}
@@ -257,10 +271,14 @@ class LanguageEndpoint:
 
     def _move(self, move: Move) -> None:
         error = ""
+        view = False
         try:
+            # ``flat`` keeps a view alive until the core knows of it.
             flat = self._result_of(move).rows
-            first = move.first_token * move.row_bytes
-            self.pool.read(move.blocks, flat[first : first + move.tokens * move.row_bytes])
+            view = move.view
+            if not view:
+                first = move.first_token * move.row_bytes
+                self.pool.read(move.blocks, flat[first : first + move.tokens * move.row_bytes])
             if move.last and self.settings.checksum:
                 error = self._checksum_error(flat, move.checksum)
         except Exception as failure:
@@ -270,7 +288,7 @@ class LanguageEndpoint:
             if move.last and not error and self._room(move.room).poll() is not Poll.Failed:
                 error = self._publish(move.room)
             try:
-                self._perform(self.core.on_moved(move.room, move.window, error, self._clock()))
+                self._perform(self.core.on_moved(move.room, move.window, error, self._clock(), view=view))
             except ConnError as failure:
                 logger.exception("Room %s", move.room)
                 self._perform(self.core.abort(move.room, str(failure), 500, self._clock()))
@@ -287,10 +305,22 @@ class LanguageEndpoint:
             if (move.row_bytes % dtype_of(move.dtype).itemsize) != 0:
                 raise ProtocolError(f"a row of {move.row_bytes} bytes is not whole values of {move.dtype}")
             nbytes = move.total_tokens * move.row_bytes
-            result = self._make_result(move.room, Contents(move.total_tokens, move.dtype, nbytes, metadata))
+            if move.view:
+                result = self._view_of(move, nbytes)
+            else:
+                result = self._make_result(move.room, Contents(move.total_tokens, move.dtype, nbytes, metadata))
             with self._lock:
                 self._results[move.room] = result
         return result
+
+    def _view_of(self, move: Move, nbytes: int) -> Result:
+        """Over when the last tensor on it is gone: told on the control thread, since finalizers must not wait."""
+        over = partial(self._control.call, partial(self._view_over, move.room))
+        return ViewResult(self.pool.view(move.blocks, nbytes, over))
+
+    def _view_over(self, room: str) -> None:
+        with self._lock:
+            self._perform(self.core.view_over(room, self._clock()))
 
     def _publish(self, room: str) -> str:
         """Under the lock, so that no result gets a name after it was dropped. Returns why it could not be done."""
@@ -315,13 +345,20 @@ class LanguageEndpoint:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _perform(self, actions: list[Action]) -> None:
-        """Under the lock, so that messages leave in the order of the decisions."""
+    def _perform(self, actions: list[Action], at_once: list[Move] | None = None) -> None:
+        """Under the lock, so that messages leave in the order of the decisions.
+
+        Moves so small that a mover's waking takes longer are left in ``at_once``, where there is one.
+        """
         for action in actions:
             if isinstance(action, Send):
                 self._control.send(action.peer, encode(action.message))
             elif isinstance(action, Move):
-                self._movers.submit(self._move, action)
+                small = action.total_tokens * action.row_bytes <= self._at_once_bytes
+                if small and at_once is not None:
+                    at_once.append(action)
+                else:
+                    self._movers.submit(self._move, action)
             elif isinstance(action, Ended):
                 self._ended(action)
             elif isinstance(action, TransferEmbeddingChunk | Release):

@@ -20,11 +20,15 @@ from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath import mooncake
+from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW
 from sglang_mm_conn.memory.pool import BlockPool
 
 
 class Runtime:
     """The real one."""
+
+    # Embeddings up to this size are moved by the thread that heard of them: waking another takes longer.
+    at_once_bytes = HOLD_GIL_BELOW
 
     def clock(self) -> float:
         """Seconds; monotonic."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class ControlClient:
         self._complaints = Complaints(logger)
         self._wakeup = Wakeup()
         self._stopping = False
+        self._thread = 0  # of ``run``
 
     def connect(self, key: str, address: str) -> None:
         """Open link ``key`` to ``address`` (``tcp://host:port``); it reconnects by itself until it is closed."""
@@ -95,7 +97,8 @@ class ControlClient:
     def call(self, work: Callable[[], None]) -> None:
         """Run ``work`` on the thread of ``run``."""
         self._work.append(work)
-        self._wakeup.ring()
+        if threading.get_ident() != self._thread:  # which does its own work after every callback
+            self._wakeup.ring()
 
     def stop(self) -> None:
         """Make ``run`` return."""
@@ -104,6 +107,7 @@ class ControlClient:
 
     def run(self) -> None:
         """Serve until ``stop``. Whatever one event raises is logged and hurts nobody else."""
+        self._thread = threading.get_ident()
         next_tick = time.monotonic() + self._tick_seconds
         while not self._stopping:
             poller = zmq.Poller()
@@ -113,12 +117,15 @@ class ControlClient:
                 poller.register(link.socket, zmq.POLLIN)
                 poller.register(link.monitor, zmq.POLLIN)
             while not self._stopping and links == list(self._links.values()):
-                poller.poll(milliseconds_until(next_tick))
-                self._wakeup.clear()
-                self._run_work()
+                ready = {item for item, _ in poller.poll(milliseconds_until(next_tick))}
+                if self._wakeup.fileno() in ready:
+                    self._wakeup.clear()
+                    self._run_work()
                 for key, link in list(self._links.items()):
-                    self._receive(key, link)
-                    self._watch(key, link)
+                    if link.socket in ready:
+                        self._receive(key, link)
+                    if link.monitor in ready:
+                        self._watch(key, link)
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + self._tick_seconds
                     guarded(self._on_tick)

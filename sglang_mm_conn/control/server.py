@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -85,11 +86,13 @@ class ControlServer:
         self._outbox: deque[tuple[str, bytes]] = deque()
         self._wakeup = Wakeup()
         self._stopping = False
+        self._thread = 0  # of ``run``
 
     def send(self, peer: str, frame: bytes) -> None:
         """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
         self._outbox.append((peer, frame))
-        self._wakeup.ring()
+        if threading.get_ident() != self._thread:  # which sends what its callbacks left here
+            self._wakeup.ring()
 
     def stop(self) -> None:
         """Make ``run`` return."""
@@ -98,6 +101,7 @@ class ControlServer:
 
     def run(self) -> None:
         """Serve until ``stop``. Whatever one frame or tick raises is logged and hurts nobody else."""
+        self._thread = threading.get_ident()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wakeup.fileno(), zmq.POLLIN)
@@ -106,12 +110,15 @@ class ControlServer:
             poller.register(self._zap.socket, zmq.POLLIN)
         next_tick = time.monotonic() + self._tick_seconds
         while not self._stopping:
-            poller.poll(milliseconds_until(next_tick))
-            self._wakeup.clear()
-            if self._zap is not None:
+            ready = {item for item, _ in poller.poll(milliseconds_until(next_tick))}
+            if self._wakeup.fileno() in ready:
+                self._wakeup.clear()
+            if self._zap is not None and self._zap.socket in ready:
                 guarded(self._zap.serve)
-            self._watch()
-            self._receive()
+            if self._monitor in ready:
+                self._watch()
+            if self._socket in ready:
+                self._receive()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_seconds
                 guarded(self._on_tick)

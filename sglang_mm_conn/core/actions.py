@@ -30,6 +30,7 @@ class Move:
     dtype: str
     last: bool
     checksum: int | None
+    view: bool = False  # or leave them in the blocks, which are side by side, and make the result a view of them
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,32 @@ it, but it is not yet proven that no write to it is under way or to come, so nob
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Iterable, Sequence
 
 from sglang_mm_conn.core.errors import AllocatorError
 
 
 class BlockAllocator:
-    """Hands out the lowest free blocks, so that windows tend to be runs that the data path can merge."""
+    """Hands out runs of neighbouring blocks, which the data path merges: the shortest free run that is long enough,
+    else the longest ones. Among equals the lowest."""
 
     def __init__(self, blocks: int) -> None:
         if blocks < 1:
             raise AllocatorError(f"a pool needs at least one block, not {blocks}")
         self.blocks = blocks
-        self._free = list(range(blocks))  # a heap; ascending order is one
+        self._free_count = 0
+        # The free runs, none of which touches another: by start, by end, and in order of (length, start).
+        self._lengths: dict[int, int] = {}
+        self._starts: dict[int, int] = {}
+        self._by_length: list[tuple[int, int]] = []
         self._held: dict[int, Hashable] = {}
         self._quarantined: dict[int, Hashable] = {}
+        self._add_run(0, blocks)
 
     @property
     def free_count(self) -> int:
-        return len(self._free)
+        return self._free_count
 
     @property
     def held_count(self) -> int:
@@ -35,11 +41,27 @@ class BlockAllocator:
     def quarantined_count(self) -> int:
         return len(self._quarantined)
 
+    def free_blocks(self) -> list[int]:
+        """All of them, ascending."""
+        return [
+            block for start, length in sorted(self._lengths.items()) for block in range(start, start + length)
+        ]
+
     def allocate(self, owner: Hashable, count: int) -> list[int]:
         """Give ``owner`` ``count`` blocks in allocation order. Raises AllocatorError where fewer are free."""
-        if not 1 <= count <= len(self._free):
-            raise AllocatorError(f"{count} blocks asked for by {owner}, {len(self._free)} free")
-        blocks = [heapq.heappop(self._free) for _ in range(count)]
+        if not 1 <= count <= self._free_count:
+            raise AllocatorError(f"{count} blocks asked for by {owner}, {self._free_count} free")
+        blocks: list[int] = []
+        while (missing := count - len(blocks)) > 0:
+            at = bisect_left(self._by_length, (missing, 0))
+            if at == len(self._by_length):
+                at = bisect_left(self._by_length, (self._by_length[-1][0], 0))
+            length, start = self._by_length[at]
+            self._remove_run(start)
+            taken = min(length, missing)
+            if taken < length:
+                self._add_run(start + taken, length - taken)
+            blocks.extend(range(start, start + taken))
         for block in blocks:
             self._held[block] = owner
         return blocks
@@ -53,7 +75,7 @@ class BlockAllocator:
         self._check(self._held, owner, blocks)
         for block in blocks:
             del self._held[block]
-            heapq.heappush(self._free, block)
+        self._free(blocks)
 
     def quarantine(self, owner: Hashable, blocks: Sequence[int]) -> None:
         """Take blocks away from ``owner`` without freeing them."""
@@ -66,16 +88,58 @@ class BlockAllocator:
         self._check(self._quarantined, owner, blocks)
         for block in blocks:
             del self._quarantined[block]
-            heapq.heappush(self._free, block)
+        self._free(blocks)
 
     def check_integrity(self) -> None:
         """Raise AllocatorError unless every block is in exactly one place."""
-        places = [*self._free, *self._held, *self._quarantined]
+        free = self.free_blocks()
+        places = [*free, *self._held, *self._quarantined]
         if sorted(places) != list(range(self.blocks)):
             raise AllocatorError(
-                f"{self.blocks} blocks, but {len(self._free)} free, {len(self._held)} held, "
+                f"{self.blocks} blocks, but {len(free)} free, {len(self._held)} held, "
                 f"{len(self._quarantined)} quarantined ({len(set(places))} different)"
             )
+        runs = self._lengths.items()
+        if (
+            self._free_count != len(free)
+            or self._by_length != sorted((length, start) for start, length in runs)
+            or self._starts != {start + length: start for start, length in runs}
+            or any(start in self._starts for start in self._lengths)
+        ):
+            raise AllocatorError(f"the free runs {sorted(runs)} are not kept right")
+
+    def _free(self, blocks: Iterable[int]) -> None:
+        start = length = 0
+        for block in sorted(blocks):
+            if block == start + length:
+                length += 1
+                continue
+            if length:
+                self._add_run(start, length)
+            start, length = block, 1
+        if length:
+            self._add_run(start, length)
+
+    def _add_run(self, start: int, length: int) -> None:
+        """Blocks become free: joined with the free runs that they touch."""
+        end = start + length
+        if (before := self._starts.get(start)) is not None:
+            self._remove_run(before)
+            start = before
+        if end in self._lengths:
+            end += self._remove_run(end)
+        self._lengths[start] = end - start
+        self._starts[end] = start
+        insort(self._by_length, (end - start, start))
+        self._free_count += end - start
+
+    def _remove_run(self, start: int) -> int:
+        """Returns its length."""
+        length = self._lengths.pop(start)
+        del self._starts[start + length]
+        del self._by_length[bisect_left(self._by_length, (length, start))]
+        self._free_count -= length
+        return length
 
     @staticmethod
     def _check(table: dict[int, Hashable], owner: Hashable, blocks: Sequence[int]) -> None:

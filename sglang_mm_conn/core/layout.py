@@ -53,20 +53,21 @@ def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int) -> list[
         raise ProtocolError(f"a block occurs twice in {list(blocks)[:8]}...")
     if nbytes > len(blocks) * geometry.block_bytes:
         raise ProtocolError(f"{nbytes} bytes do not fit {len(blocks)} blocks of {geometry.block_bytes}")
+    if blocks and not (min(blocks) >= 0 and max(blocks) < geometry.blocks):
+        wrong = next(block for block in blocks if not 0 <= block < geometry.blocks)
+        raise ProtocolError(f"block {wrong} is not one of {geometry.blocks}")
     runs: list[Run] = []
-    start = 0
-    for block in blocks:
-        if not 0 <= block < geometry.blocks:
-            raise ProtocolError(f"block {block} is not one of {geometry.blocks}")
-        if start >= nbytes:
-            continue
-        region, number = divmod(block, geometry.blocks_per_region)
-        offset = number * geometry.block_bytes
-        length = min(geometry.block_bytes, nbytes - start)
-        last = runs[-1] if runs else None
-        if last is not None and last.region == region and last.offset + last.length == offset:
-            runs[-1] = Run(region, last.offset, last.length + length, last.start)
-        else:
-            runs.append(Run(region, offset, length, start))
-        start += length
+    per_region, block_bytes = geometry.blocks_per_region, geometry.block_bytes
+    count = -(-nbytes // block_bytes)  # blocks that hold any of it
+    first = 0
+    while first < count:
+        block = blocks[first]
+        region, number = divmod(block, per_region)
+        end = first + 1
+        most = min(count, first + per_region - number)  # to the end of the region
+        while end < most and blocks[end] == block + end - first:
+            end += 1
+        start = first * block_bytes
+        runs.append(Run(region, number * block_bytes, min(end * block_bytes, nbytes) - start, start))
+        first = end
     return runs

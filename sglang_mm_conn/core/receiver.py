@@ -6,6 +6,9 @@ Who owns a block, at each moment:
 - from the offer (Init, Resume) on: **the encoder**, which may write it at any moment;
 - from the encoder's Progress or Done for exactly that window on: **this side**, which moves the rows out and frees it
   (those messages are sent after the data call returned 0, and one window is written once);
+- an embedding that came in one window, in blocks side by side, may stay there as a **view**: its blocks are the
+  result's, and after it the request's, until nothing refers to them any more (``view_over``). Views hold
+  ``view_blocks`` blocks together at most, and none are made while a room waits, so the others always go round;
 - a room that fails while it is offered: **quarantine**, until one of the proofs that no write is to come: Progress or
   Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone (shared memory), or
   that the way in it was offered for was taken down (Mooncake; see connector.revocation).
@@ -15,6 +18,7 @@ A room that waits for blocks holds none: the rows it has were moved out first. S
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,6 +82,7 @@ class ReceiverRoom:
     metadata: bytes = b""
     elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was moved
     last: bool = False
+    view: bool = False  # the blocks may stay the result's
     verdict: Verdict | None = None
     ended: float = 0.0
     forgotten: bool = False
@@ -135,11 +140,15 @@ class ReceiverCore:
         first_offer: int | None,
         claim_timeout: float,
         max_embedding_bytes: int,
+        view_blocks: int = 0,
+        view_least_bytes: int = 1,
     ) -> None:
+        """``view_blocks``: most blocks that views hold; ``view_least_bytes``: smaller embeddings are moved out."""
         self.allocator = allocator
         self.geometry = geometry
         self.rooms: dict[str, ReceiverRoom] = {}
         self.quarantine: dict[str, Quarantine] = {}
+        self.views: dict[str, tuple[tuple[str, int], tuple[int, ...]]] = {}  # room -> owner, blocks
         self.tombstones = Tombstones()
         self.parked: dict[str, Parked] = {}
         self._parked_of: Counter[str] = Counter()  # encoder process -> its entries in ``parked``
@@ -148,6 +157,10 @@ class ReceiverCore:
         self._first_offer = first_offer
         self._claim_timeout = claim_timeout
         self._max_embedding_bytes = max_embedding_bytes
+        self._view_blocks = view_blocks
+        self._view_least_bytes = view_least_bytes
+        self._next_deadline = math.inf  # no room that has not ended has an earlier one
+        self._viewed = 0  # blocks of views, and of moves that may make one
 
     # -- what the request asks for -------------------------------------------------------------------------------
 
@@ -160,6 +173,7 @@ class ReceiverCore:
             raise ConnError(f"room {room} was expected before")
         entry = ReceiverRoom(room, encoder, deadline, now, required_dst_info_num)
         self.rooms[room] = entry
+        self._next_deadline = min(self._next_deadline, deadline)
         if verdict is not None:  # it failed, or was given up, before the request came
             return self._fail(entry, verdict.reason, verdict.code, now)
         parked = self._unpark(room)
@@ -343,6 +357,9 @@ class ReceiverCore:
             entry.metadata = message.metadata
         entry.machine.to(ReceiverState.MOVING)
         entry.last = done
+        entry.view = done and entry.window == 0 and self._may_be_view(entry)
+        if entry.view:
+            self._viewed += len(entry.blocks)
         if isinstance(message, Done):
             entry.elapsed = message.elapsed - now  # completed when the rows have been moved
         return [
@@ -357,8 +374,18 @@ class ReceiverCore:
                 dtype=entry.dtype,
                 last=done,
                 checksum=message.checksum if isinstance(message, Done) else None,
+                view=entry.view,
             )
         ]
+
+    def _may_be_view(self, entry: ReceiverRoom) -> bool:
+        count, first = len(entry.blocks), entry.blocks[0]
+        return (
+            self._viewed + count <= self._view_blocks
+            and entry.total_tokens * entry.row_bytes >= self._view_least_bytes
+            and entry.blocks == list(range(first, first + count))
+            and not any(other.state is ReceiverState.QUEUED for other in self._waiting)
+        )
 
     def _on_ended(self, peer: Peer, message: RoomMessage, now: float) -> list[Action]:
         """About a room that nobody waits for: ended, or not claimed yet."""
@@ -381,7 +408,7 @@ class ReceiverCore:
                 return [self._abort_message(peer, room, "nobody waits for this room any more")]
             return []
         if isinstance(message, Announce | Failed):
-            self._unpark(room)
+            self._unpark(room)  # to the end: they are kept in the order of their time
             if self._parked_of[peer.incarnation] < PARKED_LIMIT:
                 if isinstance(message, Failed):
                     message = Failed(
@@ -410,12 +437,21 @@ class ReceiverCore:
 
     # -- the rows were moved out ---------------------------------------------------------------------------------
 
-    def on_moved(self, room: str, window: int, error: str, now: float) -> list[Action]:
-        """The mover is done with the blocks of ``window``; ``error`` is empty where every row is in place."""
+    def on_moved(self, room: str, window: int, error: str, now: float, *, view: bool = False) -> list[Action]:
+        """The mover is done with the blocks of ``window``; ``error`` is empty where every row is in place.
+
+        ``view``: it made a view of them, also where there is an error; they are free after ``view_over``.
+        """
         entry = self.rooms[room]
         if window != entry.window or not entry.blocks:
             raise ConnError(f"room {room}: window {window} was moved, but {entry.window} is current")
-        self.allocator.release((room, window), entry.blocks)
+        if view:
+            if not entry.view:
+                raise ConnError(f"room {room}: nobody allowed a view of its blocks")
+            self.views[room] = (room, window), tuple(entry.blocks)
+        else:
+            self.allocator.release((room, window), entry.blocks)
+            self._viewed -= len(entry.blocks) if entry.view else 0
         entry.blocks = []
         actions: list[Action] = []
         if entry.state is ReceiverState.MOVING:
@@ -436,29 +472,39 @@ class ReceiverCore:
             del self.rooms[room]
         return actions + self._serve_waiting(now)
 
+    def view_over(self, room: str, now: float) -> list[Action]:
+        """Nothing refers to the view of ``room`` any more, and nothing ever will."""
+        owner, blocks = self.views.pop(room)
+        self.allocator.release(owner, blocks)
+        self._viewed -= len(blocks)
+        return self._serve_waiting(now)
+
     # -- time ----------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
         """Enforce deadlines, release announcements nobody claimed, forget old tombstones."""
         actions: list[Action] = []
-        for entry in list(self.rooms.values()):
-            if not entry.machine.final and now >= entry.deadline:
-                actions += self._fail(
-                    entry,
-                    f"not finished after {now - entry.started:.1f} s (state {entry.state.value}, "
-                    f"{entry.sent_tokens} of {entry.total_tokens} rows)",
-                    408, now,
-                )  # fmt: skip
-        for room, item in list(self.parked.items()):
-            if now >= item.until:
-                self._unpark(room)
-                if isinstance(item.message, Announce):
-                    reason = f"no request claimed the room within {self._claim_timeout:g} s"
-                    self.tombstones.put(room, Verdict(reason, 408), now + TOMBSTONE_SECONDS)
-                    actions.append(self._abort_message(item.peer, room, reason))
-                else:
-                    verdict = Verdict(item.message.reason, item.message.code)
-                    self.tombstones.put(room, verdict, now + TOMBSTONE_SECONDS)
+        if now >= self._next_deadline:
+            for entry in list(self.rooms.values()):
+                if not entry.machine.final and now >= entry.deadline:
+                    actions += self._fail(
+                        entry,
+                        f"not finished after {now - entry.started:.1f} s (state {entry.state.value}, "
+                        f"{entry.sent_tokens} of {entry.total_tokens} rows)",
+                        408, now,
+                    )  # fmt: skip
+            open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
+            self._next_deadline = min((entry.deadline for entry in open_rooms), default=math.inf)
+        while self.parked and now >= (item := next(iter(self.parked.values()))).until:  # the oldest is the first
+            room = item.message.room
+            self._unpark(room)
+            if isinstance(item.message, Announce):
+                reason = f"no request claimed the room within {self._claim_timeout:g} s"
+                self.tombstones.put(room, Verdict(reason, 408), now + TOMBSTONE_SECONDS)
+                actions.append(self._abort_message(item.peer, room, reason))
+            else:
+                verdict = Verdict(item.message.reason, item.message.code)
+                self.tombstones.put(room, verdict, now + TOMBSTONE_SECONDS)
         for room, held in self.quarantine.items():
             if now >= held.ask_again_at and held.peer.incarnation in self._peers:
                 self.quarantine[room] = replace(held, ask_again_at=now + ABORT_AGAIN_SECONDS)
@@ -589,15 +635,20 @@ class ReceiverCore:
             "blocks": self.allocator.blocks,
             "free": self.allocator.free_count,
             "held": self.allocator.held_count,
+            "views": sum(len(blocks) for _, blocks in self.views.values()),
             "quarantined": self.allocator.quarantined_count,
             "rooms": dict(Counter(entry.state.value for entry in self.rooms.values())),
             "unclaimed": len(self.parked),
         }
 
     def check_integrity(self) -> None:
-        """Raise unless every block is accounted for: free, held by an open window, or quarantined on record."""
+        """Raise unless every block is accounted for: free, an open window's or a view's, or quarantined on record."""
         self.allocator.check_integrity()
-        held = sum(len(entry.blocks) for entry in self.rooms.values())
+        viewed = sum(len(blocks) for _, blocks in self.views.values())
+        held = viewed + sum(len(entry.blocks) for entry in self.rooms.values())
+        granted = sum(len(entry.blocks) for entry in self.rooms.values() if entry.view)
+        if self._viewed != viewed + granted or self._viewed > self._view_blocks:
+            raise ConnError(f"{self._viewed} blocks counted as views, but {viewed} are and {granted} may become one")
         quarantined = sum(len(item.blocks) for item in self.quarantine.values())
         if held != self.allocator.held_count or quarantined != self.allocator.quarantined_count:
             raise ConnError(

@@ -10,6 +10,7 @@ of one session never touches another's blocks. What may be written, and when:
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -148,6 +149,7 @@ class SenderCore:
         self._in_doubt: dict[tuple[str, str], int] = {}
         self._writes: Counter[str] = Counter()  # session -> writes under way
         self._deferred: dict[str, deque[str]] = {}  # session -> rooms whose window waits for its turn there
+        self._next_check = math.inf  # no room that has not ended is due before
         self._queues = queues
         self._send_timeout = send_timeout
         self._claim_timeout = claim_timeout
@@ -192,6 +194,7 @@ class SenderCore:
                 actions += self._fail(entry, reason, 502, now)
             elif not self._sessions_of(entry.server):
                 entry.unheard_since = entry.unheard_since or now
+                self._next_check = min(self._next_check, self._due(entry))
         return actions
 
     # -- what the encode asks for --------------------------------------------------------------------------------
@@ -215,6 +218,7 @@ class SenderCore:
         self.rooms[room] = entry
         sessions = self._sessions_of(entry.server)
         entry.unheard_since = None if sessions else now
+        self._next_check = min(self._next_check, self._due(entry))
         return [self._announcement(entry, session) for session in sessions]
 
     def add_source(
@@ -263,6 +267,7 @@ class SenderCore:
             return [Send(peer, self._verdict_message(message.room, session, entry))]
         if session.server == entry.server:
             entry.deadline = min(entry.deadline, now + message.deadline)
+            self._next_check = min(self._next_check, entry.deadline)
         if isinstance(message, Init):
             return self._on_init(entry, session, message, now)
         return self._on_resume(entry, session, message)
@@ -432,18 +437,22 @@ class SenderCore:
     def tick(self, now: float) -> list[Action]:
         """Enforce deadlines, forget old tombstones."""
         actions: list[Action] = []
-        for entry in list(self.rooms.values()):
-            if not entry.machine.final and now >= entry.deadline:
-                actions += self._fail(
-                    entry,
-                    f"not finished after {now - entry.started:.1f} s "
-                    f"({len(entry.transfer_infos)} of {entry.required_dst_info_num or 'unknown'} ranks said Init)",
-                    504, now,
-                )  # fmt: skip
-            elif entry.unheard_since is not None and now - entry.unheard_since >= self._claim_timeout:
-                actions += self._fail(
-                    entry, f"language server {entry.server} has not been here for {self._claim_timeout:g} s", 504, now
-                )
+        if now >= self._next_check:
+            for entry in list(self.rooms.values()):
+                if not entry.machine.final and now >= entry.deadline:
+                    actions += self._fail(
+                        entry,
+                        f"not finished after {now - entry.started:.1f} s "
+                        f"({len(entry.transfer_infos)} of {entry.required_dst_info_num or 'unknown'} ranks said Init)",
+                        504, now,
+                    )  # fmt: skip
+                elif now >= self._due(entry):
+                    actions += self._fail(
+                        entry, f"language server {entry.server} has not been here for {self._claim_timeout:g} s", 504,
+                        now,
+                    )  # fmt: skip
+            open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
+            self._next_check = min(map(self._due, open_rooms), default=math.inf)
         for session_id in list(self._deferred):
             # Normally the end of a write passes the turn on; a room that was aborted in its turn wrote nothing.
             session = self.sessions.get(session_id)
@@ -453,6 +462,12 @@ class SenderCore:
         while self._done and next(iter(self._done.values()))[0] <= now:
             self._done.popitem(last=False)
         return actions
+
+    def _due(self, entry: SenderRoom) -> float:
+        """When ``entry`` has to end, as things are."""
+        if entry.unheard_since is None:
+            return entry.deadline
+        return min(entry.deadline, entry.unheard_since + self._claim_timeout)
 
     def _remember_failure(self, room: str) -> None:
         self._failures[room] = None

@@ -119,6 +119,16 @@ class Settings:
         "SGLANG_MM_CONN_STAGING_BYTES", 64 << 20, _integer(1 << 20, 1 << 36),
         "registered memory of an encoder through which rows leave over Mooncake, made when it is first needed",
     )
+    view_percent: int = _setting(
+        "SGLANG_MM_CONN_VIEW_PERCENT", 50, _integer(0, 90),
+        "share of the pool that finished embeddings may occupy while their requests live, instead of being copied out "
+        "of it; 0: all are copied out",
+    )
+    result_cache_bytes: int = _setting(
+        "SGLANG_MM_CONN_RESULT_CACHE_BYTES", 512 << 20, _integer(0, 1 << 44),
+        "memory of finished embeddings that a language server keeps to use again (fresh memory is several times slower "
+        "to fill); 0: none",
+    )
     movers: int = _setting(
         "SGLANG_MM_CONN_MOVERS", 2, _integer(1, 64),
         "threads of a language server that move rows out of blocks",

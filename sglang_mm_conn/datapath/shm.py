@@ -9,6 +9,7 @@ import torch
 from sglang_mm_conn.core.errors import DataPathUnavailable
 from sglang_mm_conn.core.layout import Run
 from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.memory.copying import copy_bytes
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment
 
 
@@ -27,8 +28,7 @@ class ShmLink:
 
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
         for run in runs:
-            target = self._regions[run.region][run.offset : run.offset + run.length]
-            target.copy_(source[run.start : run.start + run.length])
+            copy_bytes(self._regions[run.region], run.offset, source, run.start, run.length)
 
     def close(self) -> None:
         self._regions = []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from sglang_mm_conn.core.errors import MemoryUnavailable
+from sglang_mm_conn.core.errors import MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
 from sglang_mm_conn.core.messages import Region
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.copying import copy_bytes
 from sglang_mm_conn.memory.segment import HEADER_BYTES, Segment, free_bytes
+from sglang_mm_conn.memory.warm import lease
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class BlockPool:
             offset = 0
         whole = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + payload]
         self.regions = list(whole.split(geometry.region_bytes))
+        self._bytes = whole.numpy()
         logger.info(
             "Embedding pool: %d blocks of %d bytes in %d regions, %.1f MiB of %s memory",
             geometry.blocks, geometry.block_bytes, geometry.regions, payload / 2**20,
@@ -71,8 +74,20 @@ class BlockPool:
     def read(self, blocks: Sequence[int], target: torch.Tensor) -> None:
         """Copy the first ``target.numel()`` bytes of a window in ``blocks`` to ``target`` (uint8, one dimension)."""
         for run in window_runs(self.geometry, blocks, target.numel()):
-            source = self.regions[run.region][run.offset : run.offset + run.length]
-            target[run.start : run.start + run.length].copy_(source)
+            copy_bytes(target, run.start, self.regions[run.region], run.offset, run.length)
+
+    def view(self, blocks: Sequence[int], nbytes: int, over: Callable[[], None]) -> torch.Tensor:
+        """The first ``nbytes`` bytes of a window in ``blocks``, which are side by side, where they are (uint8, one
+        dimension). ``over`` is called when nothing refers to them any more (see memory.warm.lease).
+
+        Its life is all that keeps the blocks: the pool must not be pinned for a device, which would let a copy to the
+        device be under way when the last tensor goes.
+        """
+        first, count = blocks[0], self.geometry.blocks_for(nbytes, 1)
+        if list(blocks) != list(range(first, first + len(blocks))) or count > len(blocks):
+            raise ProtocolError(f"{nbytes} bytes in blocks {list(blocks)[:8]}... are not side by side")
+        at = first * self.geometry.block_bytes
+        return lease(self._bytes[at : at + nbytes], over)
 
     def close(self) -> None:
         if self.segment is not None:

@@ -19,6 +19,7 @@ import torch
 
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, Segment
+from sglang_mm_conn.memory.warm import WarmMemory
 
 _LENGTH_BYTES = 8
 _LENGTH_AT = HEADER_BYTES - _LENGTH_BYTES  # the last bytes of a segment's header page are free
@@ -52,10 +53,23 @@ ResultMaker = Callable[[str, Contents], Result]
 
 
 class PrivateResult:
-    """A result that only this process reads."""
+    """A result that only this process reads; with ``memory``, in what is used again when nobody refers to it."""
 
-    def __init__(self, room: str, contents: Contents) -> None:
-        self.rows = torch.empty(contents.nbytes, dtype=torch.uint8)
+    def __init__(self, room: str, contents: Contents, memory: WarmMemory | None = None) -> None:
+        self.rows = (memory or WarmMemory(0)).tensor(contents.nbytes)
+
+    def publish(self) -> None:
+        """Nobody else reads it."""
+
+    def close(self) -> None:
+        """Nothing has a name."""
+
+
+class ViewResult:
+    """A result that stays in the blocks it came in; only this process reads it."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
 
     def publish(self) -> None:
         """Nobody else reads it."""

@@ -62,6 +62,8 @@ class CountedExecutor(ThreadPoolExecutor):
 class WatchedRuntime(Runtime):
     """The real one; it notes what an endpoint had when its first thread started, and then watches lock and core."""
 
+    at_once_bytes = 0  # these embeddings are small, and movers shall move them
+
     def __init__(self) -> None:
         self.fields: dict[Any, set[str]] = {}
         self.unlocked: list[str] = []

@@ -14,12 +14,27 @@ from sglang_mm_conn.core.errors import AllocatorError
 
 
 def snapshot(allocator: BlockAllocator) -> tuple[object, ...]:
-    return sorted(allocator._free), dict(allocator._held), dict(allocator._quarantined)
+    return allocator.free_blocks(), dict(allocator._held), dict(allocator._quarantined)
 
 
 def test_a_pool_without_blocks_is_refused() -> None:
     with pytest.raises(AllocatorError, match="0"):
         BlockAllocator(0)
+
+
+def test_the_shortest_run_that_is_long_enough_is_taken_so_that_long_ones_stay() -> None:
+    allocator = BlockAllocator(16)
+    for owner, count in (("a", 4), ("b", 1), ("c", 2), ("d", 1), ("e", 3), ("f", 1)):  # the free run: 12...15
+        allocator.allocate(owner, count)
+    for owner, blocks in (("a", [0, 1, 2, 3]), ("c", [5, 6]), ("e", [10, 8, 9])):
+        allocator.release(owner, blocks)
+    assert allocator.allocate("two", 2) == [5, 6]
+    assert allocator.allocate("three", 3) == [8, 9, 10]
+    assert allocator.allocate("four", 4) == [0, 1, 2, 3]
+    allocator.release("four", [3, 2, 1, 0])
+    # Where no run is long enough: few pieces, the longest first.
+    assert allocator.allocate("six", 6) == [0, 1, 2, 3, 12, 13]
+    allocator.check_integrity()
 
 
 def test_the_lowest_free_blocks_come_first_so_that_windows_are_runs() -> None:
@@ -90,7 +105,15 @@ def test_quarantined_blocks_are_counted_and_not_handed_out() -> None:
     assert allocator.allocate("b", 2) == [0, 1]
 
 
-@pytest.mark.parametrize("damage", [lambda a: a._free.append(0), lambda a: a._free.pop(), lambda a: a._held.clear()])
+@pytest.mark.parametrize("damage", [
+        lambda a: a._add_run(0, 1),
+        lambda a: a._remove_run(2),
+        lambda a: a._held.clear(),
+        lambda a: a._lengths.update({2: 1, 3: 1}),
+        lambda a: a._by_length.clear(),
+        lambda a: setattr(a, "_free_count", 3),
+    ],
+)
 def test_check_integrity_sees_a_double_and_a_lost_block(damage: Operation) -> None:
     allocator = BlockAllocator(4)
     allocator.allocate("a", 2)

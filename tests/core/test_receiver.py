@@ -928,7 +928,7 @@ def test_a_report_says_who_has_the_blocks_and_how_far_the_rooms_are() -> None:
     wire, room = at_offered()
     core = wire.rank.core
     core.on_message(wire.incarnation, announce_of(wire.room()), wire.now)
-    idle = {"blocks": 16, "free": 16, "held": 0, "quarantined": 0, "rooms": {}, "unclaimed": 0}
+    idle = {"blocks": 16, "free": 16, "held": 0, "views": 0, "quarantined": 0, "rooms": {}, "unclaimed": 0}
     assert core.report() == {**idle, "free": 8, "held": 8, "rooms": {"offered": 1}, "unclaimed": 1}
     core.abort(room, "given up", 499, wire.now)
     assert core.report() == {**idle, "free": 8, "quarantined": 8, "rooms": {"failed": 1}, "unclaimed": 1}

@@ -83,15 +83,19 @@ class Encoder:
 class ReceiverMachine(RuleBasedStateMachine):
     """One rank; at a time one encoder that writes over shared memory and one over Mooncake."""
 
-    @initialize(blocks=st.integers(1, 6), first_offer=st.sampled_from([None, 1, 5]))
-    def begin(self, blocks: int, first_offer: int | None) -> None:
+    @initialize(
+        blocks=st.integers(1, 6), first_offer=st.sampled_from([None, 1, 5]), view_blocks=st.integers(0, 5),
+    )  # fmt: skip
+    def begin(self, blocks: int, first_offer: int | None, view_blocks: int) -> None:
         self.now = 100.0
         self.blocks, self.first_offer = blocks, first_offer
         self.allocator = BlockAllocator(blocks)
         self.core = ReceiverCore(
             self.allocator, Geometry(BLOCK_BYTES, blocks, 1), first_offer=first_offer, claim_timeout=CLAIM_TIMEOUT,
-            max_embedding_bytes=10_000,
+            max_embedding_bytes=10_000, view_blocks=min(view_blocks, blocks - 1), view_least_bytes=8,
         )  # fmt: skip
+        self.view_blocks = min(view_blocks, blocks - 1)
+        self.views: list[Offer] = []
         self.memory: list[Byte | None] = [None] * (blocks * BLOCK_BYTES)
         self.sizes: dict[str, tuple[int, int]] = {}  # room: rows, bytes of a row
         self.results: dict[str, list[Byte | None]] = {}
@@ -201,6 +205,13 @@ class ReceiverMachine(RuleBasedStateMachine):
         assert (list(move.blocks), move.first_token, move.tokens) == (offer.blocks, offer.first, offer.tokens)
         assert (move.total_tokens, move.row_bytes) == self.sizes[move.room]
         assert move.last == (offer.first + offer.tokens == move.total_tokens)
+        if move.view:
+            assert move.last and move.window == 0 and move.total_tokens * move.row_bytes >= 8
+            assert offer.blocks == list(range(offer.blocks[0], offer.blocks[0] + len(offer.blocks))), "in pieces"
+            assert not self.waiting, "blocks are kept while somebody waits"
+            kept = [one for one, _ in self.moves if one.view]
+            held = sum(len(one.blocks) for one in [move, *kept]) + sum(len(one.blocks) for one in self.views)
+            assert held <= self.view_blocks, "views hold more than they may"
         self.moves.append((move, offer))
 
     def see_success(self, room: str) -> None:
@@ -325,6 +336,7 @@ class ReceiverMachine(RuleBasedStateMachine):
             found += [partial(self.take, encoder, message) for message in encoder.outbox]
             found += [partial(self.write, encoder, room) for room in self.writable(encoder)]
         found += [partial(self.finish_move, index) for index in range(len(self.moves))]
+        found += [partial(self.drop_view, index) for index in range(len(self.views))]
         return found
 
     def deliver(self, encoder: Encoder, message: Message) -> None:
@@ -344,7 +356,17 @@ class ReceiverMachine(RuleBasedStateMachine):
             result[at] = self.memory[cell]
         assert result[start : start + move.tokens * move.row_bytes] == self.content(offer), "wrong bytes"
         offer.moved = True
-        self.perform(self.core.on_moved(move.room, move.window, error, self.now))
+        # A move that failed may have got as far as the view, or not.
+        view = move.view and error != "no memory"
+        if view:
+            self.views.append(offer)
+        self.perform(self.core.on_moved(move.room, move.window, error, self.now, view=view))
+
+    def drop_view(self, index: int) -> None:
+        """The last tensor on a view is gone; until now its bytes were nobody else's."""
+        offer = self.views.pop(index)
+        assert [self.memory[cell] for cell in self.cells(offer)] == self.content(offer), "a view was overwritten"
+        self.perform(self.core.view_over(offer.room, self.now))
 
     def go_on(self, choices: list[int]) -> None:
         for choice in choices:
@@ -535,11 +557,11 @@ class ReceiverMachine(RuleBasedStateMachine):
             return
         taken: set[int] = set()
         for offer in self.offers:
-            read = any(one is offer for _, one in self.moves)
+            read = any(one is offer for _, one in self.moves) or any(one is offer for one in self.views)
             if read or self.may_write(offer):
                 assert not taken & set(offer.blocks), "a block serves two at once"
                 taken |= set(offer.blocks)
-        assert not taken & set(self.allocator._free), "a block is free while it is written or read"
+        assert not taken & set(self.allocator.free_blocks()), "a block is free while it is written or read"
 
     @invariant()
     def accounts_are_right_and_no_block_lies_idle_while_somebody_waits(self) -> None:
@@ -608,7 +630,7 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
     """The same rules over hundreds of steps: windows follow one another, and faults meet every state of a room."""
     chance = random.Random(seed)
     walk = ReceiverMachine()
-    walk.begin(chance.randint(1, 6), chance.choice([None, 1, 5]))
+    walk.begin(chance.randint(1, 6), chance.choice([None, 1, 5]), chance.randint(0, 5))
 
     def number() -> int:
         return chance.randrange(1 << 16)
@@ -630,6 +652,7 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
             for recent in range(20):
                 walk.message_comes_twice(recent, side())
 
+    errors = ["", "no memory", "checksum"]
     steps: list[tuple[int, Callable[[], object]]] = [
         (60, lambda: walk.go_on([number() for _ in range(chance.randint(1, 6))])),
         (8, lambda: walk.start(chance.randint(1, 20), chance.choice([1, 4, 5, 12]), side(), patience())),
@@ -646,7 +669,7 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
         (1, lambda: walk.encode_fails(number(), side())),
         (3, lie),
         (3, lambda: walk.time_passes(chance.choice([0.1, 1.0, 6.0]))),
-        (2, lambda: walk.moves and walk.finish_move(number() % len(walk.moves), chance.choice(["", "no memory"]))),
+        (2, lambda: walk.moves and walk.finish_move(number() % len(walk.moves), chance.choice(errors))),
         (2, lambda: walk.reconnect(side())),
         (1, lambda: walk.silence(side(), chance.random() < 0.5)),
         (1, lambda: walk.names < 12 and walk.die(side())),

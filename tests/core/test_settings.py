@@ -25,6 +25,8 @@ GOOD: dict[str, tuple[str, object]] = {
     "mooncake_protocol": ("tcp", "tcp"),
     "mooncake_device": ("mlx5_0,mlx5_1", "mlx5_0,mlx5_1"),
     "staging_bytes": ("1048576", 1 << 20),
+    "view_percent": ("0", 0),
+    "result_cache_bytes": ("0", 0),
     "movers": ("4", 4),
     "heartbeat": ("0.5", 0.5),
     "peer_timeout": ("20", 20.0),
@@ -38,6 +40,7 @@ GOOD: dict[str, tuple[str, object]] = {
 TEXTS = {"host", "mooncake_device", "key_file"}
 FLAGS = {"insecure", "checksum"}
 CHOICES = {"data_path": "auto, shm, mooncake", "mooncake_protocol": "rdma, tcp"}
+FROM_ZERO = {"view_percent", "result_cache_bytes"}
 SECONDS = {"heartbeat", "peer_timeout", "claim_timeout", "doubt_patience"}
 
 
@@ -50,6 +53,8 @@ def bad_values(name: str) -> list[str]:
         return ["2", "maybe"]
     if name in SECONDS:
         return ["0", "-1", "nan", "inf", "soon", "1e9"]
+    if name in FROM_ZERO:
+        return ["-1", "1.5", "many", str(1 << 60)]
     return ["0", "-1", "1.5", "many", "1e3", str(1 << 60)]
 
 

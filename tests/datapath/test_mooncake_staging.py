@@ -15,7 +15,7 @@ from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, Memor
 from sglang_mm_conn.core.layout import Geometry, window_runs
 from sglang_mm_conn.core.messages import Region, Register
 from sglang_mm_conn.datapath import mooncake
-from sglang_mm_conn.datapath.mooncake import MAX_PIECES, MooncakeLink, MooncakePath, Staging
+from sglang_mm_conn.datapath.mooncake import MAX_PIECES, PIECE_BYTES, MooncakeLink, MooncakePath, Staging
 
 SESSION = "10.0.0.1:17001"
 
@@ -125,6 +125,16 @@ def test_a_batch_has_no_more_pieces_than_the_link_bears() -> None:
     link.write(source, window_runs(bed.geometry, blocks, 6000))
     assert [len(batch) for batch in engine.batches] == [MAX_PIECES, MAX_PIECES, 3000 - 2 * MAX_PIECES]
     assert torch.equal(bed.received(blocks, 6000), source)
+
+
+def test_a_large_run_travels_in_pieces_side_by_side() -> None:
+    nbytes = 3 * PIECE_BYTES + 5
+    bed = Bed(Geometry(nbytes, 2, 1), staging_bytes=4 * 2 * nbytes)
+    link, engine, _ = bed.link()
+    source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    link.write(source, window_runs(bed.geometry, [1], nbytes))
+    assert [[length for *_, length in batch] for batch in engine.batches] == [[PIECE_BYTES] * 3 + [5]]
+    assert torch.equal(bed.received([1], nbytes), source)
 
 
 def test_a_batch_ends_where_the_staging_slot_is_full() -> None:

@@ -138,6 +138,17 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(ReceiverCore, "on_moved", ("self.allocator.release((room, window), entry.blocks)", "pass")),
         change(ReceiverCore, "check_integrity", ("if held !=", "if False and held !=")),
     ),
+    "blocks stay with a view until it is over": (
+        change(
+            ReceiverCore, "on_moved",
+            (
+                "            self.views[room] = (room, window), tuple(entry.blocks)\n",
+                "            self._viewed -= len(entry.blocks)\n"
+                "            self.allocator.release((room, window), entry.blocks)\n",
+            ),
+        ),
+        change(ReceiverCore, "view_over", ("        owner, blocks", "        return []\n        owner, blocks")),
+    ),
     "offers are repeated after a lost connection": (
         change(ReceiverCore, "_offer_again", ("if entry.state is ReceiverState.OFFERED", "if False")),
     ),

@@ -54,6 +54,7 @@ class SimulatedRuntime(Runtime):
         self._world = world
         self._process = process
         self._kernel = world.kernel
+        self.at_once_bytes = world.kernel.chance.choice([0, 1 << 20])
 
     def clock(self) -> float:
         return self._kernel.now

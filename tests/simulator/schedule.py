@@ -222,6 +222,8 @@ class Schedule:
                     raise Violation(f"part {part.number} arrived on {rank.name} with the wrong bytes")
                 part.outcome[rank.name] = ""
                 self.seen["arrived"] += 1
+                self.seen["views"] += part.room in rank.endpoint.core.views
+                self._generate(part, flat)
                 self.seen["resumes"] += rank.endpoint.core.rooms[part.room].resumes
             elif poll is Poll.Failed:
                 verdict = rank.endpoint.verdict(part.room)
@@ -236,6 +238,16 @@ class Schedule:
             else:
                 continue
             rank.endpoint.forget(part.room)
+
+    def _generate(self, part: Part, rows: torch.Tensor) -> None:
+        """The request keeps its rows for a while; nobody may change them meanwhile."""
+
+        def over() -> None:
+            if not torch.equal(kept.pop().reshape(-1).view(torch.uint8), part.payload):
+                raise Violation(f"the rows of part {part.number} changed after they had arrived")
+
+        kept = [rows]
+        self.later(self.chance.choice([0.0, 1.0, 20.0]), over)
 
     def _abort(self, part: Part, rank: LanguageProcess, code: int = 499) -> None:
         def work() -> None:

@@ -1,0 +1,65 @@
+"""The bell between threads: no ring is lost, though one that is still to be heard is not repeated."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import deque
+
+import pytest
+
+from sglang_mm_conn.control.wakeup import Wakeup
+
+
+def heard(wakeup: Wakeup, seconds: float = 0.0) -> bool:
+    return bool(select.select([wakeup.fileno()], [], [], seconds)[0])
+
+
+def test_it_is_heard_until_it_is_cleared_and_again_after_that() -> None:
+    wakeup = Wakeup()
+    assert not heard(wakeup)
+    wakeup.ring()
+    wakeup.ring()
+    assert heard(wakeup)
+    wakeup.clear()
+    assert not heard(wakeup)
+    wakeup.clear()  # for nothing
+    wakeup.ring()
+    assert heard(wakeup)
+    wakeup.close()
+    wakeup.ring()  # changes nothing any more
+
+
+def test_no_work_that_was_added_before_a_ring_is_left_undone() -> None:
+    wakeup, work, done = Wakeup(), deque[int](), 0
+    threads = [
+        threading.Thread(target=lambda: [(work.append(number), wakeup.ring()) for number in range(20_000)])
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    while done < 60_000:
+        assert heard(wakeup, 60.0), f"{len(work)} pieces of work wait and nobody is told"
+        wakeup.clear()
+        while work:
+            work.popleft()
+            done += 1
+    for thread in threads:
+        thread.join()
+    wakeup.close()
+
+
+def test_a_finalizer_may_ring_in_the_middle_of_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    wakeup, write = Wakeup(), os.eventfd_write
+
+    def finalized_meanwhile(fd: int, value: int) -> None:
+        wakeup._rung = False
+        monkeypatch.setattr(os, "eventfd_write", write)
+        wakeup.ring()
+        write(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", finalized_meanwhile)
+    wakeup.ring()
+    assert heard(wakeup)
+    wakeup.close()
