@@ -171,6 +171,7 @@ class SchedulerReceiver(MMReceiverHTTP):
                 server=server_incarnation(),
                 rank=self.tp_rank,
                 size=self.tp_size,
+                ranks_per_host=self.tp_size,  # more than one host is refused
             ),
             EmbeddingMode.LANGUAGE,
             server_args,
@@ -186,11 +187,15 @@ class SchedulerReceiver(MMReceiverHTTP):
         self.manager.language.completions.clear()  # before the rooms are looked at, so that no ring is lost
         if not self._wakes_scheduler:
             self._wake_scheduler_on_completion()
-        return self._process_waiting_requests(
+        answer = self._process_waiting_requests(
             [request for request in recv_reqs if not self._is_stale_error(request)],
             WaitingEmbeddingRequest,
             manager=self.manager,
         )
+        if any(request.status == WaitingMMRequestStatus.SUCCESS for request in self.waiting_list):
+            # Another rank is not done yet, and nothing tells this one when it is: look again at once.
+            self.manager.language.completions.ring()
+        return answer
 
     def _is_stale_error(self, request: Any) -> bool:
         """A dispatch error of an earlier request whose id was used again."""
@@ -200,7 +205,11 @@ class SchedulerReceiver(MMReceiverHTTP):
         return waiting is not None and _tag(waiting.room_base) not in request.error_msg
 
     def _wake_scheduler_on_completion(self) -> None:
-        """With --sleep-on-idle the scheduler polls only its own sockets, once a second: add the end of a room."""
+        """With --sleep-on-idle the scheduler polls only its own sockets, once a second: add the end of a room.
+
+        Only rank 0 sleeps (sglang's init_idle_sleeper). The other ranks wait for its broadcast of requests at the
+        beginning of every tick (SchedulerRequestReceiver), so they tick when it does and need no wake of their own.
+        """
         self._wakes_scheduler = True
         sleeper = getattr(self.scheduler, "idle_sleeper", None)
         assert self.manager.language is not None
@@ -287,7 +296,6 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             if self._assembly.done():
                 self.recv_embedding_data, embeddings = self._assembly.result()
                 self._finish_assemble(embeddings)
-                self._clear_rooms()
         except TransferFailed as error:
             self._fail_and_release(f"{error.reason} (room {error.room})", error.code)
         except Exception as error:
@@ -318,6 +326,11 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def release_resources(self) -> None:
         """On abort, failure and time-out; may be called again."""
+        self._clear_rooms()
+
+    def close_recv_socket(self) -> None:
+        """In every ending; after a success only when all ranks have agreed on it. So a leader's result keeps its name
+        until every rank has mapped it, or the request failed on all of them."""
         self._clear_rooms()
 
     def _clear_rooms(self) -> None:
