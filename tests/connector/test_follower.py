@@ -1,4 +1,4 @@
-"""Ranks of one host: the leader receives an embedding once, the others read it, whoever is early, late, slow or dead."""
+"""Ranks of one host: the leader receives an embedding once, the others read it. Early, late, slow and dead."""
 
 from __future__ import annotations
 
@@ -167,7 +167,8 @@ def test_one_copy_crosses_and_every_rank_of_the_host_has_it(world: World) -> Non
     for rank in (*followers, leader):
         rank.has(part)  # grids and all
     calls = encoder.calls(part)
-    assert len(calls) >= 3 and sum(call["bytes"] for call in calls) == TOKENS * part.row_bytes, "one embedding, not three"
+    assert len(calls) >= 3
+    assert sum(call["bytes"] for call in calls) == TOKENS * part.row_bytes, "one embedding, not three"
     assert encoder.stats()["sessions"] == 1
     leader.forget(part)
     assert not has_name(part)
