@@ -168,10 +168,10 @@ class SchedulerReceiver(MMReceiverHTTP):
                 row_bytes=_widest_row(scheduler.model_config) * dtype.itemsize,
                 host=self.hostname,
                 timeout=self.wait_timeout,
-                server=server_incarnation(),
+                server=self._server(),
                 rank=self.tp_rank,
                 size=self.tp_size,
-                ranks_per_host=self.tp_size,  # more than one host is refused
+                ranks_per_host=self.tp_size // parallel.nnodes,
             ),
             EmbeddingMode.LANGUAGE,
             server_args,
@@ -180,6 +180,11 @@ class SchedulerReceiver(MMReceiverHTTP):
         self._wakes_scheduler = False
         for url in self.encode_urls:
             self.manager.language.use_encoder(url)
+
+    def _server(self) -> str:
+        """The incarnation of the server: that of rank 0, beside which rooms are named, on every host of the server."""
+        mine = server_incarnation()
+        return mine if self.tp_size == 1 else str(self.tp_group.all_gather_object(mine)[0])
 
     def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
         """Every tick: take in new requests, poll the waiting ones, answer (ready requests, aborted requests)."""
