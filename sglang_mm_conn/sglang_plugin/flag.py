@@ -114,7 +114,7 @@ def _refuse_untested(cfg: Any) -> None:
     must_be_one = [("--pp-size", cfg.pp_size), ("--nnodes", cfg.nnodes)]
     if cfg.language_only:
         # Every rank of a server with data parallelism would be told of rooms that only one of them awaits.
-        must_be_one += [("--dp-size", cfg.dp_size), ("--attention-context-parallel-size", cfg.attn_cp_size)]
+        must_be_one += [("--dp-size", cfg.dp_size), ("--attn-cp-size", cfg.attn_cp_size)]
         if not cfg.encoder_urls:  # sglang tells one of the workers, and the others would encode by themselves
             must_be_one.append(("without --encoder-urls, --tokenizer-worker-num", cfg.tokenizer_worker_num))
     elif cfg.tp_size > 1:  # sglang serves one or the other, and finds out only when the model is loaded
