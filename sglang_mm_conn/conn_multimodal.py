@@ -10,6 +10,7 @@ import enum
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sglang.srt.disaggregation.base import BaseKVBootstrapServer, BaseKVManager,
 from sglang.srt.disaggregation.base.conn import KVTransferMetric
 
 from sglang_mm_conn.connector.encoder import EncoderEndpoint
+from sglang_mm_conn.connector.follower import FollowerEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, dtype_name, encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
@@ -27,6 +29,7 @@ from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.memory.results import PrivateResult, ResultMaker, SharedResult
 
 
 class EmbeddingMode(enum.Enum):
@@ -41,8 +44,10 @@ class EmbeddingArgs:
     """What a manager needs to know of its server.
 
     ``row_bytes``: bytes of the model's widest embedding row. ``host``: address to bind (encoder) or to be reached at
-    by Mooncake (language rank). ``timeout``: longest life of a room, in seconds. ``server``: incarnation of the
-    language server (language ranks only).
+    by Mooncake (language rank). ``timeout``: longest life of a room, in seconds.
+
+    Language ranks only: ``server``, the incarnation of the language server; ``rank`` of ``size`` tensor-parallel ranks,
+    of which ``ranks_per_host`` in a row share a host and one copy of every embedding. The first of them is the leader.
     """
 
     settings: Settings
@@ -53,6 +58,25 @@ class EmbeddingArgs:
     server: str = ""
     rank: int = 0
     size: int = 1
+    ranks_per_host: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size or self.size % self.ranks_per_host:
+            raise ConnError(f"rank {self.rank} of {self.size}, {self.ranks_per_host} on each host, cannot be")
+
+    @property
+    def hosts(self) -> int:
+        """Hosts of the language server, and so the copies of an embedding that it asks for."""
+        return self.size // self.ranks_per_host
+
+    @property
+    def host_index(self) -> int:
+        return self.rank // self.ranks_per_host
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank receives for its host; the others read what it received."""
+        return self.rank % self.ranks_per_host == 0
 
 
 class EmbeddingManager(BaseKVManager):
@@ -69,7 +93,7 @@ class EmbeddingManager(BaseKVManager):
         self.args = args
         self.mode = disaggregation_mode
         self.encoder: EncoderEndpoint | None = None
-        self.language: LanguageEndpoint | None = None
+        self.language: LanguageEndpoint | FollowerEndpoint | None = None
         self.senders: dict[str, EmbeddingSender] = {}
         if disaggregation_mode is EmbeddingMode.ENCODE:
             self.encoder = EncoderEndpoint(
@@ -80,16 +104,20 @@ class EmbeddingManager(BaseKVManager):
                 send_timeout=args.timeout,
                 data_paths=encoder_data_paths(args.settings, args.settings.host or args.host),
             )
-        else:
+        elif args.leads:
+            shared: ResultMaker = partial(SharedResult, host_index=args.host_index)
             self.language = LanguageEndpoint(
                 args.settings,
                 server=args.server,
                 host=args.settings.host or args.host,
                 dtype=dtype_name(args.dtype),
                 widest_row_bytes=args.row_bytes,
-                rank=args.rank,
-                size=args.size,
+                rank=args.host_index,
+                size=args.hosts,
+                make_result=PrivateResult if args.ranks_per_host == 1 else shared,
             )
+        else:
+            self.language = FollowerEndpoint(args.settings, rank=args.rank, host_index=args.host_index)
 
     def register_to_bootstrap(self) -> tuple[BootstrapInfo, DeploymentKey | None] | None:
         """What the encoder's bootstrap route answers, and to whom; None for a language rank, which only asks."""

@@ -284,8 +284,9 @@ PERFORMANCE: dict[str, list[str]] = {
     ],
     "pools of threads were made and never used": [f"{THREADS}::test_every_pool_of_threads_has_work_to_do"],
     "as many copies as language ranks": [
-        "tests/memory/test_results.py::test_another_process_reads_it_too",
-        "tests/memory/test_results.py::test_a_reader_gets_every_byte_and_the_metadata",
+        "tests/connector/test_follower.py::test_one_copy_crosses_and_every_rank_of_the_host_has_it",
+        "tests/memory/test_results.py::test_reading_makes_no_copy",
+        "tests/servers/test_tensor_parallel.py::test_two_ranks_over_mooncake_register_once",
     ],
 }
 

@@ -393,5 +393,8 @@ class LanguageEndpoint:
         self._encoders.close()
         self._movers.shutdown(wait=True)
         self._revoker.shutdown(wait=True)
+        with self._lock:
+            for room in list(self._results):
+                self._drop_result(room)
         self._sessions.close()
         self.pool.close()

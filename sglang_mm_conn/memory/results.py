@@ -1,9 +1,9 @@
 """Finished embeddings: in this process's own memory, or where the other ranks of this host can read them.
 
 A tensor-parallel language server receives an embedding once per host: its leader's process owns the shared result,
-which gets a name only when every row is in it; the other ranks map it as their own private copy-on-write view, so what
-one of them does to it reaches nobody else. The name follows from the room's, which no two dispatches share. A result
-whose owner crashed is swept like any other segment (memory.segment).
+which gets a name only when every row is in it. Every rank, the leader too, reads it through a private copy-on-write
+view, so what one of them does to it reaches nobody else. The name follows from the room's, which no two dispatches
+share. A result whose owner crashed is swept like any other segment (memory.segment).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, Segment
+from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, Segment, map_private
 from sglang_mm_conn.memory.warm import WarmMemory
 
 _LENGTH_BYTES = 8
@@ -79,33 +79,43 @@ class ViewResult:
 
 
 class SharedResult:
-    """A result that other processes on this host can read once it is published."""
+    """A result that other processes on this host can read once it is published.
 
-    def __init__(self, room: str, contents: Contents) -> None:
+    ``host_index`` tells the hosts of one server apart, should two of them share a /dev/shm.
+    """
+
+    def __init__(self, room: str, contents: Contents, host_index: int = 0) -> None:
         """Raises MemoryUnavailable."""
         described = msgspec.msgpack.encode(contents)
-        self._segment = Segment(contents.nbytes + len(described), name=_name(room), published=False)
+        self._segment = Segment(contents.nbytes + len(described), name=_name(room, host_index), published=False)
         data = self._segment.data
         data[_LENGTH_AT:HEADER_BYTES] = len(described).to_bytes(_LENGTH_BYTES, "little")
         data[HEADER_BYTES + contents.nbytes :] = described
-        self.rows = torch.frombuffer(data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + contents.nbytes]
+        self.rows = _rows(data, contents)
+        # Made now: the descriptor that it takes may be closed, and another file's, when the rows are asked for.
+        self._view = _rows(self._segment.map_private(), contents)
+        fault_in(self._view)
 
     def publish(self) -> None:
         self._segment.publish()
+        self.rows = self._view  # a generation that changed the shared rows would change them for every reader
 
     def close(self) -> None:
         self._segment.close()
 
 
-def read_result(room: str) -> tuple[torch.Tensor, Contents] | None:
-    """The rows (uint8, one dimension, private to this process) and contents of the result that another rank of this
-    host published for ``room``; None where there is none yet. Raises ProtocolError where it is damaged."""
+def read_result(room: str, host_index: int = 0) -> tuple[torch.Tensor, Contents] | None:
+    """The rows (uint8, one dimension, private to this process) and contents of the result that the leader of this
+    host published for ``room``; None where there is none yet. Copies and touches no row, so it is cheap.
+
+    Raises OSError where it cannot be mapped, ProtocolError where it is damaged.
+    """
     try:
-        fd = os.open(os.path.join(DIRECTORY, _name(room)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(os.path.join(DIRECTORY, _name(room, host_index)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        data = mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        data = map_private(fd)
     finally:
         os.close(fd)
     length = int.from_bytes(data[_LENGTH_AT:HEADER_BYTES], "little")
@@ -115,8 +125,17 @@ def read_result(room: str) -> tuple[torch.Tensor, Contents] | None:
         raise ProtocolError(f"the shared result of {room} is damaged: {error}") from None
     if HEADER_BYTES + contents.nbytes + length != len(data):
         raise ProtocolError(f"the shared result of {room} has {len(data)} bytes and describes {contents.nbytes}")
-    return torch.frombuffer(data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + contents.nbytes], contents
+    return _rows(data, contents), contents
 
 
-def _name(room: str) -> str:
-    return PREFIX + hashlib.blake2b(room.encode(), digest_size=16).hexdigest()
+def fault_in(rows: torch.Tensor) -> None:
+    """Touch every page, so that whoever reads ``rows`` next does not wait for page faults. Reading copies none."""
+    rows[:: mmap.PAGESIZE].max()
+
+
+def _rows(data: mmap.mmap, contents: Contents) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + contents.nbytes]
+
+
+def _name(room: str, host_index: int) -> str:
+    return PREFIX + hashlib.blake2b(f"{room}/{host_index}".encode(), digest_size=16).hexdigest()

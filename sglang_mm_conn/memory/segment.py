@@ -63,6 +63,12 @@ def _map(fd: int, nbytes: int) -> mmap.mmap:
     return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 
+def map_private(fd: int) -> mmap.mmap:
+    """The whole file copy-on-write: what is written to the mapping reaches nobody else. Nothing is copied here."""
+    # Without MAP_POPULATE: on a private mapping that can be written it copies every page.
+    return mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 def free_bytes() -> int:
     """Bytes that /dev/shm has left."""
     try:
@@ -139,6 +145,10 @@ class Segment:
         # linkat through /proc names the nameless file; src_dir_fd only makes Python call linkat.
         os.link(f"/proc/self/fd/{self._fd}", self._path, src_dir_fd=self._fd, follow_symlinks=True)
         self._unlink = weakref.finalize(self, _unlink, self._path, os.getpid())
+
+    def map_private(self) -> mmap.mmap:
+        """The segment as its owner may change it without anybody else noticing."""
+        return map_private(self._fd)
 
     def writer_gone(self, slot: int) -> bool:
         """True where the process that attached with ``slot`` does not exist any more (or never attached)."""

@@ -111,16 +111,16 @@ def _refuse_untested(cfg: Any) -> None:
             found.append(f"{option} {value}")
     if envs.SGLANG_ENCODER_MM_RECEIVER_MODE.get() != "http":
         found.append(f"SGLANG_ENCODER_MM_RECEIVER_MODE={envs.SGLANG_ENCODER_MM_RECEIVER_MODE.get()}")
-    must_be_one = [("--pp-size", cfg.pp_size), ("--nnodes", cfg.nnodes)]
-    if cfg.language_only:
-        must_be_one += [
-            ("--tp-size", cfg.tp_size),
-            ("--dp-size", cfg.dp_size),
-        ]
+    must_be_one = [("--pp-size", cfg.pp_size)]
+    if cfg.encoder_only:
+        must_be_one.append(("--nnodes", cfg.nnodes))
+        if cfg.tp_size > 1:  # sglang serves one or the other, and finds out only when the model is loaded
+            must_be_one.append((f"--tp-size {cfg.tp_size} together with --dp-size", cfg.dp_size))
+    else:
+        # Every rank of a server with data parallelism would be told of rooms that only one of them awaits.
+        must_be_one += [("--dp-size", cfg.dp_size), ("--attn-cp-size", cfg.attn_cp_size)]
         if not cfg.encoder_urls:  # sglang tells one of the workers, and the others would encode by themselves
             must_be_one.append(("without --encoder-urls, --tokenizer-worker-num", cfg.tokenizer_worker_num))
-    elif cfg.tp_size > 1:  # sglang serves one or the other, and finds out only when the model is loaded
-        must_be_one.append((f"--tp-size {cfg.tp_size} together with --dp-size", cfg.dp_size))
     found += [f"{option} {value}" for option, value in must_be_one if value != 1]
     if found:
         raise ValueError(f"{FLAG} {BACKEND} does not support {', '.join(found)} yet")

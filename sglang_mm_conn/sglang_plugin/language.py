@@ -175,9 +175,10 @@ class SchedulerReceiver(MMReceiverHTTP):
                 row_bytes=_widest_row(scheduler.model_config) * dtype.itemsize,
                 host=self.hostname,
                 timeout=self.wait_timeout,
-                server=server_incarnation(),
+                server=self._server(),
                 rank=self.tp_rank,
                 size=self.tp_size,
+                ranks_per_host=self.tp_size // parallel.nnodes,
             ),
             EmbeddingMode.LANGUAGE,
             server_args,
@@ -186,6 +187,11 @@ class SchedulerReceiver(MMReceiverHTTP):
         self._joined_scheduler = False
         for url in self.encode_urls:
             self.manager.language.use_encoder(url)
+
+    def _server(self) -> str:
+        """The incarnation of the server: that of rank 0, beside which rooms are named, on every host of the server."""
+        mine = server_incarnation()
+        return mine if self.tp_size == 1 else str(self.tp_group.all_gather_object(mine)[0])
 
     def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
         """Every tick: take in new requests, poll the waiting ones, answer (ready requests, aborted requests)."""
@@ -197,6 +203,9 @@ class SchedulerReceiver(MMReceiverHTTP):
             self._report_in_server_info()
         received = [request for request in recv_reqs if not self._is_stale_error(request)]
         requests, aborted = self._process_waiting_requests(received, WaitingEmbeddingRequest, manager=self.manager)
+        if any(request.status == WaitingMMRequestStatus.SUCCESS for request in self.waiting_list):
+            # Another rank is not done yet, and nothing tells this one when it is: look again at once.
+            self.manager.language.completions.ring()
         return ready_first(requests, received), aborted
 
     def _is_stale_error(self, request: Any) -> bool:
@@ -207,7 +216,11 @@ class SchedulerReceiver(MMReceiverHTTP):
         return waiting is not None and _tag(waiting.room_base) not in request.error_msg
 
     def _wake_scheduler_on_completion(self) -> None:
-        """With --sleep-on-idle the scheduler polls only its own sockets, once a second: add the end of a room."""
+        """With --sleep-on-idle the scheduler polls only its own sockets, once a second: add the end of a room.
+
+        Only rank 0 sleeps (sglang's init_idle_sleeper). The other ranks wait for its broadcast of requests at the
+        beginning of every tick (SchedulerRequestReceiver), so they tick when it does and need no wake of their own.
+        """
         sleeper = getattr(self.scheduler, "idle_sleeper", None)
         assert self.manager.language is not None
         if sleeper is not None and hasattr(sleeper, "poller"):
@@ -306,7 +319,6 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             if self._assembly.done():
                 self.recv_embedding_data, embeddings = self._assembly.result()
                 self._finish_assemble(embeddings)
-                self._clear_rooms()
         except TransferFailed as error:
             self._fail_and_release(f"{error.reason} (room {error.room})", error.code)
         except Exception as error:
@@ -337,6 +349,11 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def release_resources(self) -> None:
         """On abort, failure and time-out; may be called again."""
+        self._clear_rooms()
+
+    def close_recv_socket(self) -> None:
+        """In every ending; after a success only when all ranks have agreed on it. So a leader's result keeps its name
+        until every rank has mapped it, or the request failed on all of them."""
         self._clear_rooms()
 
     def _clear_rooms(self) -> None:

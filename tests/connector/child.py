@@ -21,11 +21,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from sglang_mm_conn.connector.encoder import EncoderEndpoint
+from sglang_mm_conn.connector.follower import FollowerEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, dtype_of, encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
@@ -39,6 +41,7 @@ from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
+from sglang_mm_conn.memory.results import PrivateResult, SharedResult
 from tests.connector.content import Part, plain
 from tests.soak.drivers import EncoderDriver, LanguageDriver
 from tests.soak.plan import Plan
@@ -373,21 +376,76 @@ class EncoderRole:
         self._bootstrap.close()
 
 
-class LanguageRole:
-    """Every public method is a command."""
+class RankRole:
+    """What language ranks of either kind answer. Every public method is a command."""
+
+    def __init__(self, config: dict[str, Any], endpoint: LanguageEndpoint | FollowerEndpoint) -> None:
+        self._limit = Settings(**config["settings"]).max_metadata_bytes
+        self._rank = endpoint
+
+    def expect(self, room: str, url: str, timeout: float) -> None:
+        self._rank.expect(room, url, timeout, "test")
+
+    def poll(self, room: str) -> int:
+        return int(self._rank.poll(room))
+
+    def verdict(self, room: str) -> dict[str, Any]:
+        verdict = self._rank.verdict(room)
+        return {"reason": verdict.reason, "code": verdict.code}
+
+    def take(self, room: str) -> dict[str, Any]:
+        tensor, raw = self._rank.take(room)
+        return {
+            "crc": zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()),
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "metadata": {key: plain(value) for key, value in decode_metadata(raw, self._limit).items()},
+        }
+
+    def abort(self, room: str, reason: str) -> None:
+        self._rank.abort(room, reason)
+
+    def forget(self, room: str) -> None:
+        self._rank.forget(room)
+
+    def threads(self) -> list[str]:
+        return connector_threads()
+
+    def close(self) -> None:
+        self._rank.close()
+
+
+class FollowerRole(RankRole):
+    """A rank that reads what the leader of its host received."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        settings = Settings(**config["settings"])
-        self._limit = settings.max_metadata_bytes
+        self._follower = FollowerEndpoint(
+            Settings(**config["settings"]), rank=config["rank"], host_index=config["host_index"]
+        )
+        super().__init__(config, self._follower)
+
+    def hello(self) -> dict[str, Any]:
+        return {}
+
+    def stats(self) -> dict[str, int]:
+        return {"rooms": len(self._follower._rooms), **process_stats()}
+
+
+class LanguageRole(RankRole):
+    """A rank that receives."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
         self._endpoint = LanguageEndpoint(
-            settings,
+            Settings(**config["settings"]),
             server=config["server"],
             host=config["host"],
             dtype=config["dtype"],
             widest_row_bytes=config["row_bytes"],
             rank=config["rank"],
             size=config["size"],
+            make_result=partial(SharedResult, host_index=config["rank"]) if config["leads"] else PrivateResult,
         )
+        super().__init__(config, self._endpoint)
         self._history: dict[str, list[int]] = {}
         self._held: list[Any] = []
         threading.Thread(target=self._watch, name="history", daemon=True).start()
@@ -417,9 +475,6 @@ class LanguageRole:
             for process in list(self._endpoint._encoders._processes.values())
         ]
 
-    def expect(self, room: str, url: str, timeout: float) -> None:
-        self._endpoint.expect(room, url, timeout, "test")
-
     def watch(self, room: str) -> None:
         """Keep the history of what poll answers (many threads of one process slow each other down: only on demand)."""
         self._history[room] = []
@@ -427,28 +482,9 @@ class LanguageRole:
     def history(self, room: str) -> list[int]:
         return self._history[room]
 
-    def poll(self, room: str) -> int:
-        return int(self._endpoint.poll(room))
-
-    def verdict(self, room: str) -> dict[str, Any]:
-        verdict = self._endpoint.verdict(room)
-        return {"reason": verdict.reason, "code": verdict.code}
-
-    def take(self, room: str) -> dict[str, Any]:
-        tensor, raw = self._endpoint.take(room)
-        return {
-            "crc": zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()),
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "metadata": {key: plain(value) for key, value in decode_metadata(raw, self._limit).items()},
-        }
-
-    def abort(self, room: str, reason: str) -> None:
-        self._endpoint.abort(room, reason)
-
     def forget(self, room: str) -> None:
         self._history.pop(room, None)
-        self._endpoint.forget(room)
+        super().forget(room)
 
     def harm(self, kind: str) -> None:
         """Do what must never happen."""
@@ -519,14 +555,12 @@ class LanguageRole:
         with self._endpoint._lock:
             self._endpoint.core.check_integrity()
 
-    def threads(self) -> list[str]:
-        return connector_threads()
 
-    def close(self) -> None:
-        self._endpoint.close()
-
-
-ROLES: dict[str, Callable[[dict[str, Any]], Any]] = {"encoder": EncoderRole, "language": LanguageRole}
+ROLES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "encoder": EncoderRole,
+    "language": LanguageRole,
+    "follower": FollowerRole,
+}
 
 
 # -- the processes around them ---------------------------------------------------------------------------------------

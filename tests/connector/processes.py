@@ -199,22 +199,8 @@ class Encoder(Child):
         return ended
 
 
-class Language(Child):
-    """A language process."""
-
-    def use(self, encoder: Encoder) -> None:
-        self.call("use_encoder", url=encoder.url)
-
-    def wait_ready(self, encoder: Encoder, timeout: float = PATIENCE) -> None:
-        """Until this very process of the encoder is registered with."""
-
-        def ready() -> bool:
-            return any(
-                process["ready"] and process["incarnation"] == encoder.hello["incarnation"]
-                for process in self.call("processes")
-            )
-
-        wait_for(ready, f"registered with {encoder.url}", timeout)
+class Rank(Child):
+    """A language rank of either kind."""
 
     def expect(self, part: Part, encoder: Encoder, timeout: float = PATIENCE) -> None:
         self.call("expect", room=part.room, url=encoder.url, timeout=timeout)
@@ -231,8 +217,12 @@ class Language(Child):
     def succeeds(self, part: Part, timeout: float = PATIENCE) -> None:
         """Assert that the part arrives, and that it is the part that was sent: P1."""
         assert self.wait_end(part, timeout) is Poll.Success, self.verdict(part)
-        assert self.call("take", room=part.room) == part.expected()
+        self.has(part)
         self.forget(part)
+
+    def has(self, part: Part) -> None:
+        """Assert that the part is here, as it was sent."""
+        assert self.call("take", room=part.room) == part.expected()
 
     def fails(self, part: Part, timeout: float = PATIENCE) -> dict[str, Any]:
         """Assert that the part fails, and says why."""
@@ -244,14 +234,36 @@ class Language(Child):
     def verdict(self, part: Part) -> dict[str, Any]:
         return dict(self.call("verdict", room=part.room))
 
-    def room(self, part: Part) -> dict[str, Any]:
-        return dict(self.call("room", room=part.room))
-
     def abort(self, part: Part, reason: str = "the client is gone") -> None:
         self.call("abort", room=part.room, reason=reason)
 
     def forget(self, part: Part) -> None:
         self.call("forget", room=part.room)
+
+
+class Follower(Rank):
+    """A rank that reads what the leader of its host received."""
+
+
+class Language(Rank):
+    """A language process that receives."""
+
+    def use(self, encoder: Encoder) -> None:
+        self.call("use_encoder", url=encoder.url)
+
+    def wait_ready(self, encoder: Encoder, timeout: float = PATIENCE) -> None:
+        """Until this very process of the encoder is registered with."""
+
+        def ready() -> bool:
+            return any(
+                process["ready"] and process["incarnation"] == encoder.hello["incarnation"]
+                for process in self.call("processes")
+            )
+
+        wait_for(ready, f"registered with {encoder.url}", timeout)
+
+    def room(self, part: Part) -> dict[str, Any]:
+        return dict(self.call("room", room=part.room))
 
     @property
     def quarantined(self) -> int:
@@ -407,12 +419,14 @@ class World:
         server: str | None = None,
         rank: int = 0,
         size: int = 1,
+        leads: bool = False,
         host: str = HOST,
         network: str = "",
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> Language:
-        """A language process that is registered with ``encoders``. ``network``: as for ``Zygote.fork``."""
+        """A language process that is registered with ``encoders``. ``network``: as for ``Zygote.fork``. ``leads``: it
+        shares what it receives with followers."""
         config = {
             "host": host,
             "settings": self.settings(**settings),
@@ -421,6 +435,7 @@ class World:
             "row_bytes": width * ITEM_BYTES[dtype],
             "rank": rank,
             "size": size,
+            "leads": leads,
         }
         language = self._add(Language(self._zygote, "language", config, env or {}, self._log("language"), network))
         for encoder in encoders:
@@ -428,6 +443,11 @@ class World:
         for encoder in encoders:
             language.wait_ready(encoder)
         return language
+
+    def follower(self, leader: Language, rank: int = 1, **settings: Any) -> Follower:
+        """A rank on the host of ``leader``."""
+        config = {"settings": self.settings(**settings), "rank": rank, "host_index": leader.config["rank"]}
+        return self._add(Follower(self._zygote, "follower", config, {}, self._log("follower"), ""))
 
     def proxy(self, encoder: Encoder) -> Proxy:
         """Put a proxy in front of the encoder's control port, for language processes that come after this."""

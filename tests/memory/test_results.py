@@ -11,15 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.rooms import new_id, new_room_base
-from sglang_mm_conn.memory.results import Contents, PrivateResult, SharedResult, read_result
-from sglang_mm_conn.memory.segment import DIRECTORY, PREFIX, sweep_stale_segments
+from sglang_mm_conn.memory.results import Contents, PrivateResult, SharedResult, fault_in, read_result
+from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, sweep_stale_segments
 
 CONTENTS = Contents(tokens=3, dtype="float32", nbytes=48, metadata=b"grids")
 
 
 def names() -> set[str]:
     return {name for name in os.listdir(DIRECTORY) if name.startswith(PREFIX)}
+
+
+def resident(rows: torch.Tensor) -> dict[str, int]:
+    """What the kernel says of the mapping that ``rows`` lie in, in bytes."""
+    address, found = rows.data_ptr(), False
+    numbers: dict[str, int] = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            found = low <= address < high
+        elif found and rest[-1] == "kB":
+            numbers[first[:-1]] = int(rest[0]) << 10
+    return numbers
 
 
 @pytest.fixture
@@ -66,6 +81,50 @@ def test_what_a_reader_changes_reaches_nobody_else(result: SharedResult, room: s
     assert first is not None and second is not None
     first[0].zero_()
     assert torch.equal(second[0], torch.arange(48, dtype=torch.uint8)) and torch.equal(result.rows, second[0])
+
+
+def test_what_the_owner_changes_after_publishing_reaches_no_reader(result: SharedResult, room: str) -> None:
+    result.publish()
+    answer = read_result(room)
+    assert answer is not None
+    result.rows.zero_()
+    assert torch.equal(answer[0], torch.arange(48, dtype=torch.uint8))
+
+
+def test_reading_makes_no_copy(room: str) -> None:
+    """The kernel counts a page that belongs to this process alone as anonymous: there is none until one is written."""
+    nbytes = 1 << 20
+    made = SharedResult(room, Contents(nbytes, "uint8", nbytes, b""))
+    made.rows.fill_(7)
+    made.publish()
+    answer = read_result(room)
+    assert answer is not None
+    fault_in(answer[0])
+    assert bool((answer[0] == 7).all()) and bool((made.rows == 7).all())
+    for rows in (answer[0], made.rows):
+        assert resident(rows)["Rss"] >= nbytes and resident(rows)["Anonymous"] == 0
+    answer[0][: nbytes // 2] = 8
+    assert nbytes // 2 <= resident(answer[0])["Anonymous"] < nbytes, "what is changed is copied, and nothing else"
+    made.close()
+
+
+def test_two_hosts_that_share_a_directory_have_results_of_their_own(room: str) -> None:
+    results = [SharedResult(room, CONTENTS, host_index=index) for index in (0, 1)]
+    for index, result in enumerate(results):
+        result.rows.fill_(index)
+        result.publish()
+    for index, result in enumerate(results):
+        answer = read_result(room, host_index=index)
+        assert answer is not None and bool((answer[0] == index).all())
+        result.close()
+
+
+def test_a_damaged_result_is_an_error_and_not_an_embedding(result: SharedResult, room: str) -> None:
+    result.publish()
+    with open(os.path.join(DIRECTORY, result._segment.name), "r+b") as file:
+        file.truncate(HEADER_BYTES + 50)
+    with pytest.raises(ProtocolError, match="damaged"):
+        read_result(room)
 
 
 def test_a_reader_keeps_its_rows_after_the_owner_has_closed_and_no_name_is_left(room: str) -> None:

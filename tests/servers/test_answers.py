@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.demo.chat import ask
 from sglang_mm_conn.demo.images import Image
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
@@ -95,3 +96,6 @@ def test_request_ids_are_not_the_identity_of_an_embedding(
             got = list(clients.map(lambda job: ask(job[0].url, job[1], rid="the-same-id"), pair))
         for answer, right in zip(got, expected[index : index + 2], strict=True):
             assert answer.same_as(right), (answer, right)
+    servers = [{server_of(room.room) for room in received(language.log())} for language in group.languages]
+    assert len(servers[0] | servers[1]) == 2, "each got its own embeddings, and only those"
+    assert [len(received(language.log())) for language in group.languages] == [4, 4]

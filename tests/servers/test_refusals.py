@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from sglang_mm_conn.demo.launch import Launch
+from sglang_mm_conn.demo.launch import Launch, Role
 from sglang_mm_conn.demo.servers import free_port
 
 
-def _start_and_fail(model: Path, *flags: str, env: dict[str, str] | None = None) -> str:
-    """Start an encoder that must refuse; returns everything it printed."""
-    launch = Launch("encoder", model, flags=flags, env=env or {})
+def _start_and_fail(model: Path, *flags: str, role: Role = "encoder", env: dict[str, str] | None = None) -> str:
+    """Start a server that must refuse; returns everything it printed."""
+    launch = Launch(role, model, flags=flags, env=env or {}, encoder_urls=("http://127.0.0.1:1",))
     run = subprocess.run(
         launch.command(free_port(), free_port()),
         env=launch.environment(), capture_output=True, text=True, timeout=120, check=False,
@@ -93,3 +93,11 @@ def test_without_the_flag_the_plugin_hooks_nothing() -> None:
     environment = Launch("encoder", Path(".")).environment()
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("untested", ("--dp-size 2", "--pp-size 2", "--attn-cp-size 2"))
+def test_a_language_server_refuses_what_is_untested_with_tensor_parallel_ranks(
+    untested: str, tiny_model: Callable[[str], Path]
+) -> None:
+    output = _start_and_fail(tiny_model("qwen2_5_vl"), "--tp-size", "4", *untested.split(), role="language")
+    assert f"does not support {untested} yet" in output, output[-2000:]
