@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from sglang_mm_conn.connector.encoder import EncoderEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, dtype_name, encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
@@ -27,6 +28,7 @@ from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.memory.device import device_of
 
 
 class EmbeddingMode(enum.Enum):
@@ -53,6 +55,7 @@ class EmbeddingArgs:
     server: str = ""
     rank: int = 0
     size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # what the process computes on
 
 
 class EmbeddingManager(BaseKVManager):
@@ -71,6 +74,7 @@ class EmbeddingManager(BaseKVManager):
         self.encoder: EncoderEndpoint | None = None
         self.language: LanguageEndpoint | None = None
         self.senders: dict[str, EmbeddingSender] = {}
+        runtime = Runtime(device_of(args.device))
         if disaggregation_mode is EmbeddingMode.ENCODE:
             self.encoder = EncoderEndpoint(
                 args.settings,
@@ -78,7 +82,8 @@ class EmbeddingManager(BaseKVManager):
                 dtype=dtype_name(args.dtype),
                 widest_row_bytes=args.row_bytes,
                 send_timeout=args.timeout,
-                data_paths=encoder_data_paths(args.settings, args.settings.host or args.host),
+                data_paths=encoder_data_paths(args.settings, args.settings.host or args.host, runtime.device),
+                runtime=runtime,
             )
         else:
             self.language = LanguageEndpoint(
@@ -89,6 +94,7 @@ class EmbeddingManager(BaseKVManager):
                 widest_row_bytes=args.row_bytes,
                 rank=args.rank,
                 size=args.size,
+                runtime=runtime,
             )
 
     def register_to_bootstrap(self) -> tuple[BootstrapInfo, DeploymentKey | None] | None:
@@ -142,7 +148,8 @@ class EmbeddingSender(BaseKVSender):
         )
 
     def send(self, embedding: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> None:
-        """Hand the embedding over: [tokens, width], which must not change any more.
+        """Hand the embedding over: [tokens, width], which must not change any more. Does not wait for a GPU: the
+        embedding may still be being computed on the stream that is current here.
 
         Raises ConnError where its size is not the announced one, ProtocolError where ``metadata`` cannot travel.
         """
@@ -214,7 +221,8 @@ class EmbeddingReceiver(BaseKVReceiver):
         return self._endpoint.poll(self.room)
 
     def take(self) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The embedding [tokens, width] and its metadata, once, after Success; the caller owns the memory."""
+        """The embedding [tokens, width] and its metadata, once, after Success; the caller owns the memory. On a GPU it
+        may be read on any stream; on another than the default one, see memory.device before you let go of it."""
         embedding, metadata = self._endpoint.take(self.room)
         return embedding, decode_metadata(metadata, self._mgr.args.settings.max_metadata_bytes)
 

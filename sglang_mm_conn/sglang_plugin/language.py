@@ -37,6 +37,7 @@ from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_sta
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import is_ours, server_incarnation
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ class SchedulerReceiver(MMReceiverHTTP):
                 server=server_incarnation(),
                 rank=self.tp_rank,
                 size=self.tp_size,
+                device=compute_device(),
             ),
             EmbeddingMode.LANGUAGE,
             server_args,
