@@ -74,7 +74,7 @@ class EmbeddingManager(BaseKVManager):
         self.encoder: EncoderEndpoint | None = None
         self.language: LanguageEndpoint | None = None
         self.senders: dict[str, EmbeddingSender] = {}
-        runtime = Runtime(device_of(args.device))
+        runtime = Runtime(device_of(args.device, args.settings))
         if disaggregation_mode is EmbeddingMode.ENCODE:
             self.encoder = EncoderEndpoint(
                 args.settings,

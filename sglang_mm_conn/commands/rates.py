@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sglang_mm_conn.core.errors import ConnError
+    from sglang_mm_conn.core.settings import Settings
     from sglang_mm_conn.memory.device import device_of
 
     there = torch.cuda.is_available()
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     print(torch.cuda.get_device_name() if kind == "cuda" else "no GPU: all of this is host memory", end="; ")
     print(f"{args.mib} MiB in blocks of {args.block_kib} KiB, median of {args.repeats}")
     try:
-        rates = measure(device_of(torch.device(kind)), args.mib << 20, args.block_kib << 10, args.repeats)
+        settings = Settings(pool_device=kind)
+        rates = measure(device_of(torch.device(kind), settings), args.mib << 20, args.block_kib << 10, args.repeats)
     except ConnError as error:
         print(f"rates: {error}", file=sys.stderr)
         return 1

@@ -206,7 +206,8 @@ class LanguageEndpoint:
 
         def finish() -> Value:
             value = work()
-            self._device.drain()  # what it made is there for every stream
+            if self.settings.embedding_place != "cpu":
+                self._device.drain()  # what it made is there for every stream
             return value
 
         future = self._movers.submit(finish)

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sglang_mm_conn.core.errors import MemoryUnavailable
+from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.copying import copy_bytes
 
@@ -71,7 +71,7 @@ _HAPPENED = _Happened()
 
 
 class Device:
-    """A process without a GPU. Thread-safe, as are the others."""
+    """A process without a GPU, or whose transfers have nothing to do with it. Thread-safe, as are the others."""
 
     name = "cpu"
     places: tuple[str, ...] = ("cpu",)  # where there is memory
@@ -94,7 +94,12 @@ class Device:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def mark(self, tensor: torch.Tensor) -> Event:
-        """The event after which ``tensor`` is as the calling thread has made it (on the stream current in it)."""
+        """The event after which ``tensor`` is as the calling thread has made it (on the stream current in it).
+
+        Raises ConnError where this device knows nothing of the tensor's.
+        """
+        if not tensor.is_cpu:
+            raise ConnError(f"an embedding on {tensor.device}, where embeddings are expected on {self.name}")
         return _HAPPENED
 
     def copy(self, pieces: Iterable[Piece]) -> None:
@@ -225,8 +230,9 @@ class _CudaQueue:
             event.synchronize()
 
 
-def device_of(device: torch.device) -> Device:
-    """The device of a process that computes on ``device``; accelerators other than CUDA's count as none."""
-    if device.type != "cuda":
+def device_of(device: torch.device, settings: Settings) -> Device:
+    """What a process that computes on ``device`` needs under ``settings``. Accelerators other than CUDA's count as
+    none; and one that keeps embeddings and pool on the host copies to no GPU: it waits for nothing and pins nothing."""
+    if device.type != "cuda" or (settings.pool_device, settings.embedding_place) == ("cpu", "cpu"):
         return Device()
     return CudaDevice(torch.cuda.current_device() if device.index is None else device.index)

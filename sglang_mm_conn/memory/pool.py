@@ -38,7 +38,7 @@ def pool_geometry(settings: Settings, widest_row_bytes: int, *, shared: bool) ->
 class BlockPool:
     """``geometry.regions`` regions in a shared segment (``shared``), in anonymous memory, or in GPU memory (``place``).
 
-    Host memory is pinned where the process computes on a GPU: copies between the two run at full rate then.
+    Host memory is pinned where ``device`` is a GPU: copies between the two run at full rate then.
 
     ``regions[i]`` is a uint8 tensor over region i. Who may touch which block is not decided here: see core.receiver.
     """

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from sglang_mm_conn.core.errors import MemoryUnavailable
+from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory import device as device_module
@@ -68,10 +68,20 @@ def test_a_process_without_a_gpu_refuses_gpu_memory_naming_the_setting() -> None
 
 
 def test_a_process_computes_on_the_gpu_that_it_was_given_or_on_none() -> None:
-    assert type(device_of(torch.device("cpu"))) is Device
-    assert type(device_of(torch.device("xpu", 0))) is Device
-    gpu = device_of(torch.device("cuda", 3))
-    assert isinstance(gpu, CudaDevice) and gpu.name == "cuda:3"
+    for settings in (Settings(pool_device="cuda"), Settings(embedding_device="cuda")):
+        assert type(device_of(torch.device("cpu"), settings)) is Device
+        assert type(device_of(torch.device("xpu", 0), settings)) is Device
+        gpu = device_of(torch.device("cuda", 3), settings)
+        assert isinstance(gpu, CudaDevice) and gpu.name == "cuda:3"
+
+
+def test_whose_settings_keep_transfers_off_the_gpu_waits_for_nothing_and_pins_nothing() -> None:
+    assert type(device_of(torch.device("cuda", 3), Settings())) is Device
+
+
+def test_an_embedding_on_a_device_that_nobody_was_told_of_is_refused() -> None:
+    with pytest.raises(ConnError, match="an embedding on meta, where embeddings are expected on cpu"):
+        Device().mark(torch.empty(3, device="meta"))
 
 
 # -- the pool ------------------------------------------------------------------------------------------------------
