@@ -115,6 +115,18 @@ def test_no_block_is_free_before_the_copies_out_of_it_have_happened(way: str) ->
         assert torch.equal(ends.transfer(rows), rows)  # and the endpoint goes on
 
 
+def test_parts_that_are_joined_on_the_gpu_are_joined_when_the_scheduler_hears_of_it() -> None:
+    device = AsynchronousDevice()
+    joined = torch.zeros(10)
+
+    def join() -> torch.Tensor:
+        device.produce(joined, torch.ones(10))
+        return joined
+
+    with opened("shm, host pool, embeddings on the GPU", Device(), device) as ends:
+        assert bool((ends.language.submit(join).result(60) == 1).all())
+
+
 def test_an_embedding_that_could_not_be_computed_fails_its_room_alone(way: str) -> None:
     class Broken(AsynchronousDevice):
         def mark(self, tensor: torch.Tensor) -> object:  # type: ignore[override]

@@ -102,6 +102,9 @@ class AsynchronousDevice(Device):
         work, self._made = self._made, []
         return _Mark(self, work)
 
+    def drain(self) -> None:
+        self.mark(torch.empty(0)).synchronize()
+
     def pin(self, memory: torch.Tensor) -> Callable[[], None]:
         self.pinned.append(memory.data_ptr())
         return lambda: self.pinned.remove(memory.data_ptr())
