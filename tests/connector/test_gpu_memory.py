@@ -115,6 +115,24 @@ def test_no_block_is_free_before_the_copies_out_of_it_have_happened(way: str) ->
         assert torch.equal(ends.transfer(rows), rows)  # and the endpoint goes on
 
 
+def test_with_a_gpu_results_are_no_views_and_the_control_thread_moves_nothing(way: str) -> None:
+    """A copy from a view may be under way when its last tensor goes; a move may wait for the GPU."""
+    language = AsynchronousDevice()
+    with opened(way, Device(), language, checksum=False) as ends:
+        rows = torch.randn(4, ROW_BYTES // 4)  # in one window, and small
+        language.hold("copies")
+        room = ends.begin(rows)
+        assert language.waiting.acquire(timeout=60), "nothing was copied"
+        other = ends.begin(rows + 1)
+        wait_for(lambda: ends.language.core.rooms[other].state is ReceiverState.MOVING, "control messages are heard")
+        language.let_go()
+        arrived = ends.finish(room)
+        assert torch.equal(ends.finish(other), rows + 1)
+        for region in ends.language.pool.regions:
+            region.fill_(0xEE)
+        assert torch.equal(arrived, rows)
+
+
 def test_parts_that_are_joined_on_the_gpu_are_joined_when_the_scheduler_hears_of_it() -> None:
     device = AsynchronousDevice()
     joined = torch.zeros(10)
