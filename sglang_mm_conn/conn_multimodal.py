@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from sglang_mm_conn.connector.follower import FollowerEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, dtype_name, encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
@@ -29,6 +30,7 @@ from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.memory.device import device_of
 from sglang_mm_conn.memory.results import PrivateResult, ResultMaker, SharedResult
 
 
@@ -59,6 +61,7 @@ class EmbeddingArgs:
     rank: int = 0
     size: int = 1
     ranks_per_host: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # what the process computes on
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size or self.size % self.ranks_per_host:
@@ -95,6 +98,7 @@ class EmbeddingManager(BaseKVManager):
         self.encoder: EncoderEndpoint | None = None
         self.language: LanguageEndpoint | FollowerEndpoint | None = None
         self.senders: dict[str, EmbeddingSender] = {}
+        runtime = Runtime(device_of(args.device, args.settings))
         if disaggregation_mode is EmbeddingMode.ENCODE:
             self.encoder = EncoderEndpoint(
                 args.settings,
@@ -102,7 +106,8 @@ class EmbeddingManager(BaseKVManager):
                 dtype=dtype_name(args.dtype),
                 widest_row_bytes=args.row_bytes,
                 send_timeout=args.timeout,
-                data_paths=encoder_data_paths(args.settings, args.settings.host or args.host),
+                data_paths=encoder_data_paths(args.settings, args.settings.host or args.host, runtime.device),
+                runtime=runtime,
             )
         elif args.leads:
             shared: ResultMaker = partial(SharedResult, host_index=args.host_index)
@@ -115,6 +120,7 @@ class EmbeddingManager(BaseKVManager):
                 rank=args.host_index,
                 size=args.hosts,
                 make_result=PrivateResult if args.ranks_per_host == 1 else shared,
+                runtime=runtime,
             )
         else:
             self.language = FollowerEndpoint(args.settings, rank=args.rank, host_index=args.host_index)
@@ -170,7 +176,8 @@ class EmbeddingSender(BaseKVSender):
         )
 
     def send(self, embedding: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> None:
-        """Hand the embedding over: [tokens, width], which must not change any more.
+        """Hand the embedding over: [tokens, width], which must not change any more. Does not wait for a GPU: the
+        embedding may still be being computed on the stream that is current here.
 
         Raises ConnError where its size is not the announced one, ProtocolError where ``metadata`` cannot travel.
         """
@@ -242,7 +249,8 @@ class EmbeddingReceiver(BaseKVReceiver):
         return self._endpoint.poll(self.room)
 
     def take(self) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The embedding [tokens, width] and its metadata, once, after Success; the caller owns the memory."""
+        """The embedding [tokens, width] and its metadata, once, after Success; the caller owns the memory. On a GPU it
+        may be read on any stream; on another than the default one, see memory.device before you let go of it."""
         embedding, metadata = self._endpoint.take(self.room)
         return embedding, decode_metadata(metadata, self._mgr.args.settings.max_metadata_bytes)
 

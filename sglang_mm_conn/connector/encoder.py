@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.sharding import session_port
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
+from sglang_mm_conn.memory.device import Event
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,21 @@ _WAITING_REGISTRATIONS = 1024
 _ALIVE_HEARTBEATS = 3
 
 
+@dataclass(frozen=True)
+class Source:
+    """An embedding that was handed over. It may be read once ``ready`` has happened: a GPU may still compute it."""
+
+    rows: torch.Tensor  # uint8, one dimension
+    ready: Event
+
+
 @dataclass
 class DataCall:
     """One window on its way: what is written, from where, and the link, which stays open until ``pinned`` is closed."""
 
     write: WindowWrite
     entry: SenderRoom
-    source: torch.Tensor  # uint8, the whole embedding
+    source: Source  # kept until the write has returned, and the copies that it waits for have happened
     pinned: ExitStack
     link: WriteLink | None = None
     refusal: str = ""  # why there is no link
@@ -71,7 +79,7 @@ class DataCall:
         first = self.write.first_token * self.entry.row_bytes
         nbytes = self.write.tokens * self.entry.row_bytes
         runs = window_runs(self.write.session.geometry, self.write.blocks, nbytes)
-        return self.source[first : first + nbytes], runs
+        return self.source.rows[first : first + nbytes], runs
 
 
 @dataclass
@@ -101,13 +109,14 @@ class EncoderEndpoint:
         self.dtype = dtype
         self.widest_row_bytes = widest_row_bytes
         self._clock = runtime.clock
+        self._device = runtime.device
         self._lock = threading.Lock()
         self.core = SenderCore(
             queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
         )
         self._links = Links(data_paths)
         self._peers: dict[str, _ControlPeer] = {}
-        self._sources: dict[str, torch.Tensor] = {}
+        self._sources: dict[str, Source] = {}
         self._listeners: dict[str, Callable[[Ended], None]] = {}
         self._registering: set[str] = set()  # attaching may take long: they hear heartbeats meanwhile
         self._to_register: dict[str, Register] = {}  # the newest of each peer that waits for the registrar
@@ -155,14 +164,16 @@ class EncoderEndpoint:
 
     def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
         """The embedding of ``room`` is there: [tokens, width], contiguous. It must never change: a write may be under
-        way when the room ends. This side keeps it until no write reads it any more.
+        way when the room ends. This side keeps it until no write reads it any more. On a GPU it may still be being
+        computed, on the stream that is current in the calling thread: no write reads it before that.
 
         Raises ConnError where its size is not what was announced. Queues a TransferEmbeddingChunk once every
         language rank has said Init.
         """
-        source = embedding.detach().reshape(-1).view(torch.uint8)
+        rows = embedding.detach().reshape(-1).view(torch.uint8)
+        source = Source(rows, self._device.mark(rows))
         row_bytes = embedding.shape[1] * embedding.element_size()
-        checksum = zlib.crc32(source.numpy()) if self.settings.checksum else None
+        checksum = self._checksum(source) if self.settings.checksum else None
         blocks = -(-embedding.shape[0] // self.settings.block_size)
         with self._lock:
             entry = self.core.rooms.get(room)
@@ -178,6 +189,11 @@ class EncoderEndpoint:
                 self._sources[room] = source  # before the chunk is queued, and never in place of another
             ended = self._perform(actions)
         self._tell(ended)
+
+    def _checksum(self, source: Source) -> int:
+        """This waits for a GPU: a checksum is for tests, and for finding faults."""
+        source.ready.synchronize()
+        return self._device.checksum(source.rows)
 
     def fail(self, room: str, reason: str, code: int) -> None:
         """The encode of ``room`` failed; its language ranks are told."""
@@ -457,6 +473,10 @@ class EncoderEndpoint:
         link, write = call.link, call.write
         if link is None:
             return call.refusal, False
+        try:
+            call.source.ready.synchronize()
+        except Exception as failure:
+            return f"the embedding was not computed: {failure}", False
         try:
             link.write(*call.rows())
         except DataPathError as failure:

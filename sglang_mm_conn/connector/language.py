@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -27,7 +26,7 @@ from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
-from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, decode_from_encoder, encode
 from sglang_mm_conn.core.receiver import Peer, ReceiverCore, ReceiverRoom
 from sglang_mm_conn.core.rooms import new_id
@@ -63,23 +62,35 @@ class LanguageEndpoint:
         runtime: Runtime | None = None,
     ) -> None:
         """``server``: incarnation of the language server, the prefix of its rooms. ``host``: where Mooncake peers
-        reach this process. ``make_result``: where rows are moved to. Raises MemoryUnavailable, DataPathUnavailable."""
+        reach this process. ``make_result``: where rows are moved to, if not to memory of this process alone.
+        Raises MemoryUnavailable, DataPathUnavailable."""
         runtime = runtime or Runtime()
         self.settings = settings
         self.server = server
         self.incarnation = new_id()
         self._clock = runtime.clock
+        self._device = runtime.device
+        self._device.require(settings)
+        private = make_result is PrivateResult
+        if not private and settings.embedding_place != "cpu":
+            raise MemoryUnavailable(
+                f"SGLANG_MM_CONN_EMBEDDING_DEVICE={settings.embedding_place}: what ranks share is in host memory, "
+                "set it to cpu"
+            )
         self._lock = threading.Lock()
-        shared = settings.data_path != "mooncake"
-        self.pool = runtime.pool(pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared)
-        private = make_result is PrivateResult  # what others read is moved to memory that they can open
-        self._at_once_bytes = runtime.at_once_bytes if private else 0
+        shared = settings.shared_pool
+        self.pool = runtime.pool(
+            pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared, place=settings.pool_device
+        )
+        # The control thread waits for no GPU, and a copy from a view to one may be under way when its last tensor goes.
+        on_host = private and self._device.synchronous
+        self._at_once_bytes = runtime.at_once_bytes if on_host else 0
         geometry = self.pool.geometry
         aligned = geometry.block_bytes % _ALIGNMENT == 0
         self.core = ReceiverCore(
             BlockAllocator(geometry.blocks),
             geometry,
-            view_blocks=geometry.blocks * settings.view_percent // 100 if private and aligned else 0,
+            view_blocks=geometry.blocks * settings.view_percent // 100 if on_host and aligned else 0,
             view_least_bytes=self._at_once_bytes + 1,
             first_offer=settings.first_offer,
             claim_timeout=settings.claim_timeout,
@@ -91,7 +102,10 @@ class LanguageEndpoint:
         )  # fmt: skip
         self._size = size
         self._warm = WarmMemory(settings.result_cache_bytes)
-        self._make_result = partial(PrivateResult, memory=self._warm) if private else make_result
+        empty = self._warm.tensor
+        if settings.embedding_place != "cpu":  # torch keeps GPU memory warm by itself
+            empty = partial(self._device.empty, place=settings.embedding_place)
+        self._make_result = partial(PrivateResult, empty=empty) if private else make_result
         self._results: dict[str, Result] = {}
         self._labels: dict[str, str] = {}
         self._complaints = Complaints(logger)
@@ -196,7 +210,14 @@ class LanguageEndpoint:
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
         """Run something large off the caller's thread; rings ``completions`` when it is done."""
-        future = self._movers.submit(work)
+
+        def finish() -> Value:
+            value = work()
+            if self.settings.embedding_place != "cpu":
+                self._device.drain()  # what it made is there for every stream
+            return value
+
+        future = self._movers.submit(finish)
         future.add_done_callback(lambda _: self.completions.ring())
         return future
 
@@ -336,11 +357,10 @@ class LanguageEndpoint:
         if result is not None:
             result.close()
 
-    @staticmethod
-    def _checksum_error(flat: torch.Tensor, expected: int | None) -> str:
+    def _checksum_error(self, flat: torch.Tensor, expected: int | None) -> str:
         if expected is None:
             return "no checksum came: set SGLANG_MM_CONN_CHECKSUM=1 on the encoder too"
-        actual = zlib.crc32(flat.numpy())
+        actual = self._device.checksum(flat)
         return "" if actual == expected else f"checksum {actual:#010x}, but {expected:#010x} was sent"
 
     # -- helpers -------------------------------------------------------------------------------------------------

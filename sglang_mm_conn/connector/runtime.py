@@ -21,6 +21,7 @@ from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath import mooncake
 from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW
+from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.pool import BlockPool
 
 
@@ -29,6 +30,12 @@ class Runtime:
 
     # Embeddings up to this size are moved by the thread that heard of them: waking another takes longer.
     at_once_bytes = HOLD_GIL_BELOW
+    device = Device()
+
+    def __init__(self, device: Device | None = None) -> None:
+        """``device``: what this process computes on, if not on the CPU alone."""
+        if device is not None:
+            self.device = device
 
     def clock(self) -> float:
         """Seconds; monotonic."""
@@ -78,9 +85,9 @@ class Runtime:
         """Raises what ``control.bootstrap.look_up`` raises."""
         return look_up(encoder_url, key, insecure=insecure)
 
-    def pool(self, geometry: Geometry, *, shared: bool) -> BlockPool:
+    def pool(self, geometry: Geometry, *, shared: bool, place: str) -> BlockPool:
         """Raises MemoryUnavailable."""
-        return BlockPool(geometry, shared=shared)
+        return BlockPool(geometry, shared=shared, device=self.device, place=place)
 
     def hold_port(self) -> tuple[int, Callable[[], None]]:
         """A port that is this process's own, and how to give it up: a bound socket that never listens."""

@@ -69,7 +69,7 @@ class Sessions:
     @property
     def first_path(self) -> str:
         """The path to try first with a new encoder."""
-        return "mooncake" if self._settings.data_path == "mooncake" else "shm"
+        return "shm" if self._settings.shared_pool else "mooncake"
 
     def other_path(self, refused: str) -> str | None:
         """What to try after ``refused`` was impossible; None where nothing else is allowed."""

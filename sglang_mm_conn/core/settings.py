@@ -9,6 +9,7 @@ from typing import Any
 from sglang_mm_conn.core.errors import SettingError
 
 DATA_PATHS = ("auto", "shm", "mooncake")
+PLACES = ("cpu", "cuda")
 
 
 def _integer(low: int, high: int) -> tuple[Callable[[str], Any], str]:
@@ -91,6 +92,16 @@ class Settings:
         "auto: shared memory where both ends can prove it is one host, Mooncake otherwise; "
         "a forced path that cannot be had is an error",
     )
+    pool_device: str = _setting(
+        "SGLANG_MM_CONN_POOL_DEVICE", "cpu", _choice(*PLACES),
+        "memory that the engine reads and writes: a language server's pool, an encoder's staging memory; "
+        "cuda: on the GPU, reached over Mooncake only (its CUDA build), on one host too",
+    )
+    embedding_device: str | None = _setting(
+        "SGLANG_MM_CONN_EMBEDDING_DEVICE", None, _choice(*PLACES),
+        "where embeddings are: cuda leaves them on the encoder's GPU until they are sent, and puts them on the "
+        "language server's as they arrive, in memory that sglang does not count; unset: as SGLANG_MM_CONN_POOL_DEVICE",
+    )
     key_file: str | None = _setting(
         "SGLANG_MM_CONN_KEY_FILE", None, _text(),
         "file with the deployment's secret (python -m sglang_mm_conn keygen FILE), the same on every server",
@@ -167,6 +178,15 @@ class Settings:
     )
 
     @property
+    def shared_pool(self) -> bool:
+        """Whether the pool is shared memory: GPU memory cannot be, and is reached through Mooncake from everywhere."""
+        return self.data_path != "mooncake" and self.pool_device == "cpu"
+
+    @property
+    def embedding_place(self) -> str:
+        return self.embedding_device or self.pool_device
+
+    @property
     def workers_per_queue(self) -> int:
         return max(1, self.workers // self.queues)
 
@@ -194,6 +214,11 @@ class Settings:
             raise SettingError(
                 f"SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS={settings.peer_timeout:g} must be larger than "
                 f"SGLANG_MM_CONN_HEARTBEAT_SECONDS={settings.heartbeat:g}"
+            )
+        if settings.data_path == "shm" and settings.pool_device != "cpu":
+            raise SettingError(
+                f"SGLANG_MM_CONN_POOL_DEVICE={settings.pool_device} cannot be shared memory: "
+                "SGLANG_MM_CONN_DATA_PATH must be auto or mooncake, not shm"
             )
         return settings
 

@@ -12,17 +12,20 @@ What was measured of the engine (0.3.13) and decides this module:
   engine does: tests/datapath/test_mooncake_revocation.py shows both;
 - a peer that comes back on the same session id cannot be reached through an engine that knew its predecessor: it is
   served through another engine;
+- GPU memory is registered like any other; the non-CUDA build would write to its addresses as if they were the host's;
 - nothing authenticates a write: runs are checked against what was registered before they come here;
 - calls before ``initialize`` crash, a fork()ed child that uses the engine hangs (spawn only).
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -31,18 +34,25 @@ from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, Memor
 from sglang_mm_conn.core.layout import Run
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.memory.copying import copy_bytes
+from sglang_mm_conn.memory.device import Device
 
 logger = logging.getLogger(__name__)
 
 MAX_PIECES = 1024
 PIECE_BYTES = 256 << 10
+_WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
 
 EngineFactory = Callable[[], Any]
 
 
 def engine_factory(settings: Settings, host: str) -> EngineFactory:
-    """How to make an engine that peers reach at ``host``. Raises DataPathUnavailable where the library is missing."""
+    """How to make an engine that peers reach at ``host``. Raises DataPathUnavailable where the library is missing, or
+    the one that is there cannot reach the memory that it is meant for."""
+    if settings.pool_device != "cpu" and _is_installed(_WITHOUT_CUDA):
+        raise DataPathUnavailable(
+            f"SGLANG_MM_CONN_POOL_DEVICE={settings.pool_device}, but {_WITHOUT_CUDA} is installed, which knows no GPU "
+            "memory: pip install mooncake-transfer-engine instead"
+        )
     # Read by the library when it is imported or initialized.
     os.environ.setdefault("MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER", "65535")
     os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
@@ -66,13 +76,21 @@ def engine_factory(settings: Settings, host: str) -> EngineFactory:
     return make
 
 
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def session_id(engine: Any, host: str) -> str:
     """The session id under which peers write through ``engine``."""
     return f"[{host}]:{engine.get_rpc_port()}" if ":" in host else f"{host}:{engine.get_rpc_port()}"
 
 
 def register_memory(engine: Any, memory: torch.Tensor) -> None:
-    """Register host memory once. Raises MemoryUnavailable."""
+    """Register memory once. Raises MemoryUnavailable."""
     code = engine.register_memory(memory.data_ptr(), memory.numel())
     if code != 0:
         raise MemoryUnavailable(f"Mooncake engine: registering {memory.numel()} bytes returned {code}")
@@ -85,8 +103,15 @@ class Staging:
     engine may still read it.
     """
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        self.memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8)
+    def __init__(self, slots: int, slot_bytes: int, device: Device | None = None, place: str = "cpu") -> None:
+        """In host memory, pinned where there is a GPU, or in GPU memory (``place``). Raises MemoryUnavailable."""
+        self._device = device or Device()
+        self._unpin: Callable[[], None] = lambda: None
+        if place == "cpu":
+            self.memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8)
+            self._unpin = self._device.pin(self.memory)
+        else:
+            self.memory = self._device.empty(slots * slot_bytes, place)
         self._free = list(self.memory.split(slot_bytes))
         self._lock = threading.Lock()
 
@@ -101,6 +126,19 @@ class Staging:
         with self._lock:
             self._free.append(slot)
 
+    def fill(self, slot: torch.Tensor, source: torch.Tensor, pieces: Sequence[Run]) -> None:
+        """Copy ``pieces`` of ``source`` to the slot, end to end. When this returns they are there for the engine, which
+        knows no streams, to read."""
+        ends = list(itertools.accumulate(piece.length for piece in pieces))
+        self._device.copy(
+            (slot, end - piece.length, source, piece.start, piece.length)
+            for end, piece in zip(ends, pieces, strict=True)
+        )
+
+    def close(self) -> None:
+        """Only when the engine does not read it any more."""
+        self._unpin()
+
 
 class _Engine:
     """One engine with its staging, the sessions it has contacted, and the writes that go through it now.
@@ -110,11 +148,15 @@ class _Engine:
     only then is its memory given back. Other links go on through another engine.
     """
 
-    def __init__(self, engine: Any, slots: int, slot_bytes: int, only: str = "") -> None:
+    def __init__(self, engine: Any, staging: Staging, only: str = "") -> None:
         self.engine = engine
         self.only = only  # the one target that it serves, if it is not for all
-        self.staging = Staging(slots, slot_bytes)
-        register_memory(engine, self.staging.memory)
+        self.staging = staging
+        try:
+            register_memory(engine, staging.memory)
+        except MemoryUnavailable:
+            staging.close()
+            raise
         self.known: dict[str, str] = {}
         self.writes = 0
         self.retired = False
@@ -138,15 +180,15 @@ class MooncakeLink:
             # Each batch is complete when the next begins, so each may go through another engine.
             with self._one_batch, self._path.engine_for(self._register) as entry:
                 slot = entry.staging.take()
-                code = self._write_batch(entry.engine, slot, source, pieces)
+                entry.staging.fill(slot, source, pieces)
+                code = self._write_batch(entry.engine, slot, pieces)
                 if code != 0:
                     raise DataPathError(f"Mooncake write of {len(pieces)} pieces returned {code}", in_doubt=True)
                 entry.staging.give_back(slot)
 
-    def _write_batch(self, engine: Any, slot: torch.Tensor, source: torch.Tensor, pieces: Sequence[Run]) -> int:
+    def _write_batch(self, engine: Any, slot: torch.Tensor, pieces: Sequence[Run]) -> int:
         at, addresses, targets, lengths = 0, [], [], []
         for piece in pieces:
-            copy_bytes(slot, at, source, piece.start, piece.length)
             addresses.append(slot.data_ptr() + at)
             targets.append(self._bases[piece.region] + piece.offset)
             lengths.append(piece.length)
@@ -180,9 +222,19 @@ class MooncakePath:
 
     name = "mooncake"
 
-    def __init__(self, make_engine: EngineFactory, staging_bytes: int, writers: int) -> None:
-        """``writers``: threads that may write at the same time; the staging memory is shared out among them."""
+    def __init__(
+        self,
+        make_engine: EngineFactory,
+        staging_bytes: int,
+        writers: int,
+        device: Device | None = None,
+        place: str = "cpu",
+    ) -> None:
+        """``writers``: threads that may write at the same time; the staging memory is shared out among them.
+        ``place``: where it is (cpu, cuda)."""
         self._make_engine = make_engine
+        self._device = device
+        self._place = place
         self._slots = writers
         self.slot_bytes = staging_bytes // writers
         self._lock = threading.Lock()
@@ -207,7 +259,9 @@ class MooncakePath:
             entry = next((one for one in self._engines if self._fits(one, register)), None)
             if entry is None:
                 only = register.target if register.target in self._suspects else ""
-                entry = _Engine(self._make_engine(), 1 if only else self._slots, self.slot_bytes, only)
+                engine = self._make_engine()
+                staging = Staging(1 if only else self._slots, self.slot_bytes, self._device, self._place)
+                entry = _Engine(engine, staging, only)
                 self._engines.append(entry)
                 logger.info(
                     "Mooncake engine made (%d now)%s", len(self._engines), f", for {only} alone" if only else "",
@@ -251,6 +305,7 @@ def destroy(entry: _Engine) -> None:
 
     def work() -> None:
         entry.engine = None  # the last reference: its destructor closes every connection and joins its threads
+        entry.staging.close()
         logger.info("Mooncake engine destroyed after a failed write")
 
     threading.Thread(target=work, name="mm-conn-engine-end", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Shared memory: the encoder copies rows straight from its tensor into the language server's blocks."""
+"""Shared memory: the encoder copies rows straight from its tensor (host or GPU) into the language server's blocks."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ import torch
 from sglang_mm_conn.core.errors import DataPathUnavailable
 from sglang_mm_conn.core.layout import Run
 from sglang_mm_conn.core.messages import Register
-from sglang_mm_conn.memory.copying import copy_bytes
+from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment
 
 
 class ShmLink:
-    """A mapped segment. A copy is synchronous: when it returns, nothing more will land."""
+    """A mapped segment. When ``write`` returns, nothing more will land."""
 
     name = "shm"
-    synchronous = True
 
-    def __init__(self, register: Register) -> None:
+    def __init__(self, register: Register, device: Device) -> None:
+        self.synchronous = device.synchronous
+        self._device = device
         length = register.blocks_per_region * register.block_bytes
         payload = length * len(register.regions)
         self._segment = AttachedSegment(register.segment, register.nonce, payload, register.writer_slot)
-        whole = torch.frombuffer(self._segment.data, dtype=torch.uint8)
-        self._regions = list(whole[HEADER_BYTES : HEADER_BYTES + payload].split(length))
+        whole = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
+        self._unpin = device.pin(whole)
+        self._regions = list(whole.split(length))
 
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
-        for run in runs:
-            copy_bytes(self._regions[run.region], run.offset, source, run.start, run.length)
+        self._device.copy((self._regions[run.region], run.offset, source, run.start, run.length) for run in runs)
 
     def close(self) -> None:
+        self._unpin()
         self._regions = []
         self._segment.close()
 
@@ -40,10 +42,13 @@ class ShmPath:
 
     name = "shm"
 
+    def __init__(self, device: Device | None = None) -> None:
+        self._device = device or Device()
+
     def open(self, register: Register) -> ShmLink:
         if not register.segment:
             raise DataPathUnavailable("the language server offers no shared memory")
-        return ShmLink(register)
+        return ShmLink(register, self._device)
 
     def close(self) -> None:
         """Nothing is held besides the links."""

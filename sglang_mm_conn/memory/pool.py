@@ -1,4 +1,4 @@
-"""The language server's pool: blocks in a few regions of host memory, and the way out of them."""
+"""The language server's pool: blocks in a few regions of memory, the host's or a GPU's, and the way out of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_mm_conn.core.errors import MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
 from sglang_mm_conn.core.messages import Region
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.memory.copying import copy_bytes
+from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.segment import HEADER_BYTES, Segment, free_bytes
 from sglang_mm_conn.memory.warm import lease
 
@@ -36,35 +36,35 @@ def pool_geometry(settings: Settings, widest_row_bytes: int, *, shared: bool) ->
 
 
 class BlockPool:
-    """``geometry.regions`` regions of host memory, in a shared segment (``shared``) or in anonymous memory.
+    """``geometry.regions`` regions in a shared segment (``shared``), in anonymous memory, or in GPU memory (``place``).
+
+    Host memory is pinned where ``device`` is a GPU: copies between the two run at full rate then.
 
     ``regions[i]`` is a uint8 tensor over region i. Who may touch which block is not decided here: see core.receiver.
     """
 
-    def __init__(self, geometry: Geometry, *, shared: bool) -> None:
+    def __init__(
+        self, geometry: Geometry, *, shared: bool, device: Device | None = None, place: str = "cpu"
+    ) -> None:
+        """Raises MemoryUnavailable."""
         self.geometry = geometry
+        self._device = device or Device()
         self.segment: Segment | None = None
         payload = geometry.region_bytes * geometry.regions
         if shared:
             self.segment = Segment(payload)
-            memory: mmap.mmap = self.segment.data
-            offset = HEADER_BYTES
+            whole = torch.frombuffer(self.segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
+        elif place == "cpu":
+            whole = torch.frombuffer(_anonymous(payload), dtype=torch.uint8)
         else:
-            try:
-                memory = mmap.mmap(-1, payload, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
-            except OSError as error:
-                raise MemoryUnavailable(
-                    f"{payload >> 20} MiB of memory for the pool ({error.strerror}): "
-                    "lower SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
-                ) from error
-            offset = 0
-        whole = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + payload]
+            whole = self._device.empty(payload, place)
+        self._unpin = self._device.pin(whole) if place == "cpu" else lambda: None
         self.regions = list(whole.split(geometry.region_bytes))
-        self._bytes = whole.numpy()
+        self._whole = whole
         logger.info(
             "Embedding pool: %d blocks of %d bytes in %d regions, %.1f MiB of %s memory",
             geometry.blocks, geometry.block_bytes, geometry.regions, payload / 2**20,
-            "shared" if shared else "private",
+            "shared" if shared else "private" if place == "cpu" else self._device.name,
         )  # fmt: skip
 
     def describe(self) -> list[Region]:
@@ -72,9 +72,14 @@ class BlockPool:
         return [Region(address=region.data_ptr(), length=region.numel()) for region in self.regions]
 
     def read(self, blocks: Sequence[int], target: torch.Tensor) -> None:
-        """Copy the first ``target.numel()`` bytes of a window in ``blocks`` to ``target`` (uint8, one dimension)."""
-        for run in window_runs(self.geometry, blocks, target.numel()):
-            copy_bytes(target, run.start, self.regions[run.region], run.offset, run.length)
+        """Copy the first ``target.numel()`` bytes of a window in ``blocks`` to ``target`` (uint8, one dimension).
+
+        When this returns, nobody reads the blocks any more.
+        """
+        self._device.copy(
+            (target, run.start, self.regions[run.region], run.offset, run.length)
+            for run in window_runs(self.geometry, blocks, target.numel())
+        )
 
     def view(self, blocks: Sequence[int], nbytes: int, over: Callable[[], None]) -> torch.Tensor:
         """The first ``nbytes`` bytes of a window in ``blocks``, which are side by side, where they are (uint8, one
@@ -87,8 +92,18 @@ class BlockPool:
         if list(blocks) != list(range(first, first + len(blocks))) or count > len(blocks):
             raise ProtocolError(f"{nbytes} bytes in blocks {list(blocks)[:8]}... are not side by side")
         at = first * self.geometry.block_bytes
-        return lease(self._bytes[at : at + nbytes], over)
+        return lease(self._whole[at : at + nbytes].numpy(), over)
 
     def close(self) -> None:
+        self._unpin()
         if self.segment is not None:
             self.segment.close()
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    except OSError as error:
+        raise MemoryUnavailable(
+            f"{nbytes >> 20} MiB of memory for the pool ({error.strerror}): lower SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
+        ) from error

@@ -19,7 +19,6 @@ import torch
 
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, Segment, map_private
-from sglang_mm_conn.memory.warm import WarmMemory
 
 _LENGTH_BYTES = 8
 _LENGTH_AT = HEADER_BYTES - _LENGTH_BYTES  # the last bytes of a segment's header page are free
@@ -53,10 +52,13 @@ ResultMaker = Callable[[str, Contents], Result]
 
 
 class PrivateResult:
-    """A result that only this process reads; with ``memory``, in what is used again when nobody refers to it."""
+    """A result that only this process reads, in memory that ``empty`` gives (the host's, if none is named)."""
 
-    def __init__(self, room: str, contents: Contents, memory: WarmMemory | None = None) -> None:
-        self.rows = (memory or WarmMemory(0)).tensor(contents.nbytes)
+    def __init__(
+        self, room: str, contents: Contents, empty: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
+        """Raises MemoryUnavailable."""
+        self.rows = torch.empty(contents.nbytes, dtype=torch.uint8) if empty is None else empty(contents.nbytes)
 
     def publish(self) -> None:
         """Nobody else reads it."""

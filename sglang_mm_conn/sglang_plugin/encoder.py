@@ -11,6 +11,8 @@ from typing import Any
 
 from sglang.srt.disaggregation.encoder import http_server
 from sglang.srt.disaggregation.encoder.server import MMError
+from sglang.srt.managers.schedule_batch import Modality
+from sglang.srt.runtime_context import get_mm
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingSender
 from sglang_mm_conn.control.authentication import DeploymentKey
@@ -19,6 +21,7 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import FLAG, is_ours
 from sglang_mm_conn.sglang_plugin.processes import DpWorkers, replace_spawn_targets, tell_route
 
@@ -53,6 +56,26 @@ def _info_of_dp_workers() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
     return (BootstrapInfo(PROTOCOL_VERSION, workers), _key) if workers else None
 
 
+def keep_on_device(original: Any, self: Any, ctx: Any, *, keep_on_gpu: bool) -> Any:
+    """Around ``_compute_direct_embedding``: leave out its ``.cpu()`` where SGLANG_MM_CONN_EMBEDDING_DEVICE says so.
+
+    Decided from what every rank of the encoder knows, so that all of them run the model, or none. Two things need
+    the embedding on the host: the prefix cache, whose entries live there, and the sound of a video, which sglang
+    encodes for its host-side transports only.
+    """
+    return original(self, ctx, keep_on_gpu=keep_on_gpu or _stays_on_device(self, ctx))
+
+
+def _stays_on_device(encoder: Any, ctx: Any) -> bool:
+    return (
+        is_ours(encoder.server_args)
+        and Settings.from_env(os.environ).embedding_place != "cpu"
+        and not ctx.is_health_check
+        and not get_mm().enable_prefix_mm_cache
+        and not (ctx.modality == Modality.VIDEO and ctx.preprocess_result.mm_inputs.get("video_audio_features"))
+    )
+
+
 def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """After ``MMEncoder.__init__``: one manager in the process that holds the embeddings (rank 0)."""
     global _manager
@@ -67,6 +90,7 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
             row_bytes=max(self._embedding_dims.values()) * self._element_size,
             host=_bind_host(get_serving().host),
             timeout=self.send_timeout,
+            device=compute_device(),
         ),
         EmbeddingMode.ENCODE,
         server_args,

@@ -37,6 +37,7 @@ from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_sta
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import BACKEND, is_ours, server_incarnation
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ class SchedulerReceiver(MMReceiverHTTP):
                 rank=self.tp_rank,
                 size=self.tp_size,
                 ranks_per_host=self.tp_size // parallel.nnodes,
+                device=compute_device(),
             ),
             EmbeddingMode.LANGUAGE,
             server_args,

@@ -52,6 +52,11 @@ SEAMS = (
         "sglang_mm_conn.sglang_plugin.encoder:announce_rooms",
     ),
     Seam(
+        f"{_ENCODER}.server.MMEncoder._compute_direct_embedding",
+        ("self", "ctx", "keep_on_gpu"),
+        "sglang_mm_conn.sglang_plugin.encoder:keep_on_device",
+    ),
+    Seam(
         f"{_ENCODER}.runtime._push_embedding_to_prefill",
         ("enc", "request", "background_url_send"),
         "sglang_mm_conn.sglang_plugin.encoder:push_embedding",

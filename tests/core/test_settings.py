@@ -18,6 +18,8 @@ GOOD: dict[str, tuple[str, object]] = {
     "queues": ("8", 8),
     "workers": ("16", 16),
     "data_path": ("shm", "shm"),
+    "pool_device": ("cuda", "cuda"),
+    "embedding_device": ("cuda", "cuda"),
     "key_file": ("/etc/key", "/etc/key"),
     "insecure": ("yes", True),
     "regions": ("2", 2),
@@ -39,7 +41,12 @@ GOOD: dict[str, tuple[str, object]] = {
 }
 TEXTS = {"host", "mooncake_device", "key_file"}
 FLAGS = {"insecure", "checksum"}
-CHOICES = {"data_path": "auto, shm, mooncake", "mooncake_protocol": "rdma, tcp"}
+CHOICES = {
+    "data_path": "auto, shm, mooncake",
+    "mooncake_protocol": "rdma, tcp",
+    "pool_device": "cpu, cuda",
+    "embedding_device": "cpu, cuda",
+}
 FROM_ZERO = {"view_percent", "result_cache_bytes"}
 SECONDS = {"heartbeat", "peer_timeout", "claim_timeout", "doubt_patience"}
 
@@ -91,6 +98,26 @@ def test_a_flag_has_its_usual_words(text: str, value: bool) -> None:
 def test_a_peer_timeout_below_the_heartbeat_is_refused_naming_both() -> None:
     with pytest.raises(SettingError, match=r"PEER_TIMEOUT_SECONDS=0\.5.*HEARTBEAT_SECONDS=1"):
         Settings.from_env({VARIABLES["peer_timeout"]: "0.5"})
+
+
+def test_a_pool_in_gpu_memory_is_refused_on_shared_memory_naming_both() -> None:
+    both = {VARIABLES["pool_device"]: "cuda", VARIABLES["data_path"]: "shm"}
+    with pytest.raises(SettingError, match=r"POOL_DEVICE=cuda .*DATA_PATH must be auto or mooncake, not shm"):
+        Settings.from_env(both)
+
+
+@pytest.mark.parametrize(
+    ("data_path", "pool_device", "shared"),
+    [("auto", "cpu", True), ("shm", "cpu", True), ("mooncake", "cpu", False), ("auto", "cuda", False)],
+)
+def test_a_pool_is_shared_memory_where_it_can_be(data_path: str, pool_device: str, shared: bool) -> None:
+    assert Settings(data_path=data_path, pool_device=pool_device).shared_pool is shared
+
+
+def test_embeddings_are_where_the_pool_is_unless_told_otherwise() -> None:
+    assert Settings(pool_device="cuda").embedding_place == "cuda"
+    assert Settings(pool_device="cuda", embedding_device="cpu").embedding_place == "cpu"
+    assert Settings(embedding_device="cuda").embedding_place == "cuda"
 
 
 def test_other_variables_are_none_of_ours() -> None:

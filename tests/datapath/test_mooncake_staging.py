@@ -14,8 +14,18 @@ import torch
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, MemoryUnavailable
 from sglang_mm_conn.core.layout import Geometry, window_runs
 from sglang_mm_conn.core.messages import Region, Register
+from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath import mooncake
-from sglang_mm_conn.datapath.mooncake import MAX_PIECES, PIECE_BYTES, MooncakeLink, MooncakePath, Staging
+from sglang_mm_conn.datapath.mooncake import (
+    MAX_PIECES,
+    PIECE_BYTES,
+    MooncakeLink,
+    MooncakePath,
+    Staging,
+    engine_factory,
+)
+from sglang_mm_conn.memory.device import Device
+from tests.memory.asynchronous import AsynchronousDevice, CarelessDevice
 
 SESSION = "10.0.0.1:17001"
 
@@ -56,11 +66,13 @@ class FakeEngine:
 class Bed:
     """A path, its engines, and memory to write into."""
 
-    def __init__(self, geometry: Geometry, staging_bytes: int = 4096) -> None:
+    def __init__(
+        self, geometry: Geometry, staging_bytes: int = 4096, device: Device | None = None, place: str = "cpu"
+    ) -> None:
         self.geometry = geometry
         self.engines: list[FakeEngine] = []
         self.codes: list[int | Exception] = []
-        self.path = MooncakePath(make_engine=self.make, staging_bytes=staging_bytes, writers=4)
+        self.path = MooncakePath(self.make, staging_bytes, 4, device, place)
         self.regions = [torch.zeros(geometry.region_bytes, dtype=torch.uint8) for _ in range(geometry.regions)]
 
     def make(self) -> FakeEngine:
@@ -293,3 +305,47 @@ class PortOnly:
 @pytest.mark.parametrize(("host", "session"), [("10.0.0.1", "10.0.0.1:17001"), ("fe80::1", "[fe80::1]:17001")])
 def test_a_session_id_brackets_an_ipv6_address(host: str, session: str) -> None:
     assert mooncake.session_id(PortOnly(), host) == session
+
+
+# -- GPU memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_the_engine_reads_staging_memory_only_when_the_copies_into_it_have_happened(place: str) -> None:
+    """The engine knows no streams: what it is given must be there."""
+    source = torch.randint(1, 256, (700,), dtype=torch.uint8)
+    for device in (AsynchronousDevice(), AsynchronousDevice(0.5), CarelessDevice()):
+        bed = Bed(Geometry(64, 50, 2), 44, device, place)
+        link, _, _ = bed.link()
+        link.write(source, window_runs(bed.geometry, list(range(20)), 700))
+        arrived = torch.equal(bed.received(list(range(20)), 700), source)
+        assert arrived is not isinstance(device, CarelessDevice), device
+
+
+def test_host_staging_is_pinned_until_its_engine_is_destroyed() -> None:
+    device = AsynchronousDevice()
+    bed = Bed(Geometry(64, 50, 2), device=device)
+    link, engine, staging = bed.link()
+    assert device.pinned == [staging.memory.data_ptr()]
+    engine.codes = [5]
+    with pytest.raises(DataPathError):
+        link.write(torch.ones(64, dtype=torch.uint8), window_runs(bed.geometry, [0], 64))
+    deadline = time.monotonic() + 30
+    while device.pinned:
+        assert time.monotonic() < deadline, "still pinned"
+        time.sleep(0.01)
+
+
+def test_memory_that_cannot_be_registered_does_not_stay_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = AsynchronousDevice()
+    bed = Bed(Geometry(64, 50, 2), device=device)
+    monkeypatch.setattr(FakeEngine, "register_memory", lambda self, address, length: -1)
+    with pytest.raises(MemoryUnavailable):
+        bed.link()
+    assert not device.pinned
+
+
+def test_the_build_without_cuda_is_refused_for_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mooncake.metadata, "version", lambda name: "0.3.13")
+    with pytest.raises(DataPathUnavailable, match=r"POOL_DEVICE=cuda, but mooncake-transfer-engine-non-cuda"):
+        engine_factory(Settings(pool_device="cuda"), "127.0.0.1")

@@ -84,7 +84,7 @@ class SimulatedRuntime(Runtime):
             raise EncoderAbsent("timed out", refused=False)
         return encoder.endpoint.bootstrap_info[0]
 
-    def pool(self, geometry: Geometry, *, shared: bool) -> BlockPool:
+    def pool(self, geometry: Geometry, *, shared: bool, place: str) -> BlockPool:
         pool = BlockPool(geometry, shared=False)
         assert isinstance(self._process, LanguageProcess)
         pool.segment = self._process.segment  # type: ignore[assignment]
