@@ -66,6 +66,7 @@ class Kind:
     image_processor: str
     video_processor: str
     audio: dict[str, Any] | None = None  # its audio tower, where it has one; the model is then a part ("thinker")
+    video_pixels: tuple[int, int] | None = None  # fewest and most; unset: as for an image
     encoder_flags: tuple[str, ...] = ()  # what sglang needs to start an encoder of it
 
 
@@ -160,6 +161,8 @@ KINDS = {
             "downsample_hidden_size": 16,
             "output_dim": HIDDEN,
         },
+        # The processor of the whole model asks for these whatever the video processor's own are.
+        video_pixels=(128 * 32 * 32, 768 * 32 * 32),
         # Without, an encoder builds the language model too, and fails: sglang 0.5.23 looks for this in the thinker's
         # config (models/qwen3_vl.py, line 1347), but sets it beside (configs/model_config.py, line 908).
         encoder_flags=("--json-model-override-args", '{"thinker_config": {"encoder_only": true}}'),
@@ -340,7 +343,12 @@ def _write_processors(kind: Kind, directory: Path) -> None:
     }
     audio = {} if kind.audio is None else _audio_processor(kind.audio["num_mel_bins"])
     _dump(directory / "preprocessor_config.json", {**common, **audio, "image_processor_type": kind.image_processor})
-    _dump(directory / "video_preprocessor_config.json", {**common, "video_processor_type": kind.video_processor})
+    fewest, most = kind.video_pixels or (fewest, most)
+    sizes = {"min_pixels": fewest, "max_pixels": most, "size": {"shortest_edge": fewest, "longest_edge": most}}
+    _dump(
+        directory / "video_preprocessor_config.json",
+        {**common, **sizes, "video_processor_type": kind.video_processor},
+    )
 
 
 def _audio_processor(mel_bins: int) -> dict[str, Any]:
