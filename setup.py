@@ -15,8 +15,8 @@ setup(
     extras_require={
         "sglang": ["sglang>=0.5.23,<0.5.24"],
         "mooncake": ["mooncake-transfer-engine"],
-        "demo": ["rich", "requests", "pillow", "numpy"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "rich", "requests", "pillow", "numpy"],
+        "demo": ["rich", "requests", "pillow", "numpy", "av"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "rich", "requests", "pillow", "numpy", "av"],
     },
     entry_points={"sglang.srt.plugins": ["conn_multimodal = sglang_mm_conn.sglang_plugin:register"]},
 )

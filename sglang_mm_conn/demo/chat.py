@@ -56,8 +56,13 @@ def ask(
 
 
 def body_of(question: Question, rid: str | None = None) -> dict[str, Any]:
+    media: dict[str, tuple[Any, ...]] = {
+        "image_url": question.images,
+        "video_url": question.videos,
+        "audio_url": question.sounds,
+    }
     content: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": image.data_uri()}} for image in question.images
+        {"type": kind, kind: {"url": one.data_uri()}} for kind, several in media.items() for one in several
     ]
     content.append({"type": "text", "text": question.text})
     body: dict[str, Any] = {

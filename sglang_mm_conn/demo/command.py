@@ -114,7 +114,14 @@ def _compare(args: argparse.Namespace, logs: Path, console: "Console") -> "tuple
 
     model = _model(args, console)
     colocated = Server(Launch("colocated", model, device=args.device), logs)
-    group = ServerGroup(model, logs, backend=args.backend, device=args.device, env=_connector_env(args))
+    group = ServerGroup(
+        model,
+        logs,
+        backend=args.backend,
+        device=args.device,
+        env=_connector_env(args),
+        encoder_flags=KINDS[args.model].encoder_flags if args.model in KINDS else (),
+    )
     servers = [colocated, *group.servers]
     console.print(f"Starting {', '.join(server.name for server in servers)} (logs in {logs})", highlight=False)
     try:

@@ -2,8 +2,10 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 CELL = 14  # pixels; one colour per cell, so that neighbouring patches differ
 
@@ -28,14 +30,19 @@ class Image:
         return "data:image/png;base64," + base64.b64encode(self.png()).decode()
 
 
-@lru_cache(maxsize=64)
-def _png(seed: int, width: int, height: int) -> bytes:
+def pixels(seed: Sequence[int], width: int, height: int) -> Any:
+    """RGB cells of random colours, as an array of height x width x 3 bytes."""
     import numpy as np
-    from PIL import Image as Pillow
 
     columns, rows = -(-width // CELL), -(-height // CELL)
-    cells = np.random.default_rng([seed, width, height]).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
-    pixels = cells.repeat(CELL, axis=0).repeat(CELL, axis=1)[:height, :width]
+    cells = np.random.default_rng([*seed, width, height]).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+    return cells.repeat(CELL, axis=0).repeat(CELL, axis=1)[:height, :width]
+
+
+@lru_cache(maxsize=64)
+def _png(seed: int, width: int, height: int) -> bytes:
+    from PIL import Image as Pillow
+
     out = io.BytesIO()
-    Pillow.fromarray(pixels).save(out, "PNG")
+    Pillow.fromarray(pixels([seed], width, height)).save(out, "PNG")
     return out.getvalue()

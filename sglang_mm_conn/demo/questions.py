@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 
+from sglang_mm_conn.demo.clips import Sound, Video
 from sglang_mm_conn.demo.images import Image
 
 
 @dataclass(frozen=True)
 class Question:
-    """One chat request: a text and the images it is about."""
+    """One chat request: a text and what it is about."""
 
     name: str
     text: str
     images: tuple[Image, ...] = ()
+    videos: tuple[Video, ...] = ()
+    sounds: tuple[Sound, ...] = ()
     max_tokens: int = 24
 
 

@@ -1,4 +1,4 @@
-"""Owns the tiny random-weight vision-language models: written from nothing in seconds, with no download."""
+"""Owns the tiny random-weight multimodal models: written from nothing in seconds, with no download."""
 
 import importlib.metadata
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # raise it when what is written changes, so that directories of older runs are written anew
+VERSION = 2  # raise it when what is written changes, so that directories of older runs are written anew
 STAMP = "tiny-model.json"
 
 BYTES = 256
@@ -22,9 +22,22 @@ SPECIAL = (
     "<|vision_pad|>",
     "<|image_pad|>",
     "<|video_pad|>",
+    "<|audio_start|>",
+    "<|audio_end|>",
+    "<|audio_pad|>",
 )
 TOKEN_ID = {name: BYTES + index for index, name in enumerate(SPECIAL)}
 VOCABULARY = 320  # bytes and special tokens, rounded up
+# The names under which processors ask the tokenizer for them.
+NAMED_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "audio_token": "<|audio_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+    "audio_bos_token": "<|audio_start|>",
+    "audio_eos_token": "<|audio_end|>",
+}
 HIDDEN = 128
 
 CHAT_TEMPLATE = (
@@ -33,6 +46,7 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}"
     "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part['type'] in ('video', 'video_url') %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part['type'] in ('audio', 'audio_url') %}<|audio_start|><|audio_pad|><|audio_end|>"
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -51,6 +65,9 @@ class Kind:
     std: tuple[float, float, float]
     image_processor: str
     video_processor: str
+    audio: dict[str, Any] | None = None  # its audio tower, where it has one; the model is then a part ("thinker")
+    video_pixels: tuple[int, int] | None = None  # fewest and most; unset: as for an image
+    encoder_flags: tuple[str, ...] = ()  # what sglang needs to start an encoder of it
 
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -111,7 +128,47 @@ KINDS = {
         image_processor="Qwen2VLImageProcessorFast",
         video_processor="Qwen3VLVideoProcessor",
     ),
+    "qwen3_omni_moe": Kind(
+        classes="Qwen3OmniMoe",
+        patch=16,
+        vision={
+            **_VISION,
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": HIDDEN,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text={
+            "head_dim": 32,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]},
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        image_processor="Qwen2VLImageProcessorFast",
+        video_processor="Qwen2VLVideoProcessor",
+        audio={
+            "d_model": 64,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "num_mel_bins": 32,
+            "downsample_hidden_size": 16,
+            "output_dim": HIDDEN,
+        },
+        # The processor of the whole model asks for these whatever the video processor's own are.
+        video_pixels=(128 * 32 * 32, 768 * 32 * 32),
+        # Without, an encoder builds the language model too, and fails: sglang 0.5.23 looks for this in the thinker's
+        # config (models/qwen3_vl.py, line 1347), but sets it beside (configs/model_config.py, line 908).
+        encoder_flags=("--json-model-override-args", '{"thinker_config": {"encoder_only": true}}'),
+    ),
 }
+SEEING = tuple(name for name, kind in KINDS.items() if kind.audio is None)
 
 
 def write(kind: str, directory: Path, seed: int = 0) -> Path:
@@ -187,6 +244,7 @@ def _write_tokenizer(directory: Path) -> None:
             "additional_special_tokens": list(SPECIAL[1:]),
             "clean_up_tokenization_spaces": False,
             "model_max_length": 4096,
+            "extra_special_tokens": NAMED_TOKENS,
             "chat_template": CHAT_TEMPLATE,
             "added_tokens_decoder": {str(index): {"content": name, **flags} for name, index in TOKEN_ID.items()},
         },
@@ -198,17 +256,8 @@ def _write_weights(kind: Kind, directory: Path, seed: int) -> None:
     import torch
     import transformers
 
-    config_class = getattr(transformers, f"{kind.classes}Config")
     model_class = getattr(transformers, f"{kind.classes}ForConditionalGeneration")
-    config = config_class(
-        text_config={**_text_config(), **kind.text},
-        vision_config={**kind.vision, "patch_size": kind.patch},
-        image_token_id=TOKEN_ID["<|image_pad|>"],
-        video_token_id=TOKEN_ID["<|video_pad|>"],
-        vision_start_token_id=TOKEN_ID["<|vision_start|>"],
-        vision_end_token_id=TOKEN_ID["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )
+    config = _config(kind)
     model = model_class(config).to(torch.float32)
     _randomise(model, seed)
     model.generation_config.eos_token_id = TOKEN_ID["<|im_end|>"]
@@ -216,6 +265,26 @@ def _write_weights(kind: Kind, directory: Path, seed: int) -> None:
     model.save_pretrained(directory, safe_serialization=True)
     saved = json.loads((directory / "config.json").read_text())
     _dump(directory / "config.json", {**saved, "architectures": [model_class.__name__]})
+
+
+def _config(kind: Kind) -> Any:
+    import transformers
+
+    config_class = getattr(transformers, f"{kind.classes}Config")
+    parts: dict[str, Any] = {
+        "text_config": {**_text_config(), **kind.text},
+        "vision_config": {**kind.vision, "patch_size": kind.patch},
+        "image_token_id": TOKEN_ID["<|image_pad|>"],
+        "video_token_id": TOKEN_ID["<|video_pad|>"],
+        "vision_start_token_id": TOKEN_ID["<|vision_start|>"],
+        "vision_end_token_id": TOKEN_ID["<|vision_end|>"],
+        "tie_word_embeddings": False,
+    }
+    if kind.audio is None:
+        return config_class(**parts)
+    audio = {"audio_token_id": "<|audio_pad|>", "audio_start_token_id": "<|audio_start|>"}
+    thinker = {**parts, "audio_config": kind.audio, **{key: TOKEN_ID[token] for key, token in audio.items()}}
+    return config_class(thinker_config=thinker, enable_audio_output=False)
 
 
 def _text_config() -> dict[str, Any]:
@@ -244,12 +313,13 @@ def _randomise(model: Any, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
-                scale = 1.0 if "embed_tokens" in name else 1.4 * parameter[0].numel() ** -0.5
+                fan_in = parameter.shape[-1] if "experts" in name else parameter[0].numel()
+                scale = 1.0 if "embed_tokens" in name else 1.4 * fan_in**-0.5
                 parameter.copy_(scale * noise)
             else:
                 parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * noise)
         # Only printable ASCII can win: then the text names the token ids one to one, and equal texts are equal tokens.
-        head = model.get_output_embeddings().weight
+        head = getattr(model, "thinker", model).get_output_embeddings().weight
         alphabet = _byte_alphabet()
         for index in range(VOCABULARY):
             if index >= BYTES or not "!" <= alphabet[index] <= "~":
@@ -271,5 +341,23 @@ def _write_processors(kind: Kind, directory: Path) -> None:
         "image_std": kind.std,
         "processor_class": f"{kind.classes}Processor",
     }
-    _dump(directory / "preprocessor_config.json", {**common, "image_processor_type": kind.image_processor})
-    _dump(directory / "video_preprocessor_config.json", {**common, "video_processor_type": kind.video_processor})
+    audio = {} if kind.audio is None else _audio_processor(kind.audio["num_mel_bins"])
+    _dump(directory / "preprocessor_config.json", {**common, **audio, "image_processor_type": kind.image_processor})
+    fewest, most = kind.video_pixels or (fewest, most)
+    sizes = {"min_pixels": fewest, "max_pixels": most, "size": {"shortest_edge": fewest, "longest_edge": most}}
+    _dump(
+        directory / "video_preprocessor_config.json",
+        {**common, **sizes, "video_processor_type": kind.video_processor},
+    )
+
+
+def _audio_processor(mel_bins: int) -> dict[str, Any]:
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": mel_bins,
+        "sampling_rate": 16000,
+        "hop_length": 160,
+        "n_fft": 400,
+        "chunk_length": 30,
+        "padding_value": 0.0,
+    }

@@ -188,10 +188,13 @@ async def push_embedding(
 async def _deliver(manager: EmbeddingManager, room: str, data: Any, sender: EmbeddingSender | None) -> None:
     if sender is None:  # one that was announced may have ended since: its end was told, and is not told again
         sender = _announce(manager, room, list(data.embedding.shape), data.embedding.dtype)
-    metadata = {
-        key: value for key, value in vars(data).items() if key not in _NOT_METADATA and not key.startswith("_")
-    }
-    sender.send(data.embedding, {**metadata, "modality": data.modality.name})
+    sender.send(data.embedding, metadata_of(data))
     ended = await asyncio.shield(asyncio.wrap_future(sender.ended))
     if not ended.success:
         raise MMError(f"embedding {room} was not delivered: {ended.reason}", code=ended.code)
+
+
+def metadata_of(data: Any) -> dict[str, Any]:
+    """What travels beside the rows of an ``EmbeddingData``: its part, its grids, its time stamps, all it is given."""
+    values = {key: value for key, value in vars(data).items() if key not in _NOT_METADATA and not key.startswith("_")}
+    return {**values, "modality": data.modality.name}

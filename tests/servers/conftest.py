@@ -34,6 +34,7 @@ class Reference:
 
     model: Path
     directory: Path  # logs and cached answers
+    env: dict[str, str] = field(default_factory=dict)
     _server: Server | None = field(default=None, repr=False)
 
     def answer(self, question: Question) -> Answer:
@@ -54,7 +55,7 @@ class Reference:
     def _running(self) -> Server:
         if self._server is None:
             # An idle scheduler spins otherwise, and takes a core from the servers under test.
-            launch = Launch("colocated", self.model, flags=("--sleep-on-idle",))
+            launch = Launch("colocated", self.model, flags=("--sleep-on-idle",), env=self.env)
             self._server = Server(launch, self.directory, name=f"colocated-{self.model.name}")
             self._server.start()
             self._server.wait_ready()
@@ -72,15 +73,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def reference(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Reference]]:
-    """Model kind -> the answers to compare with."""
+    """(model kind, environment of the server) -> the answers to compare with."""
     root = tmp_path_factory.mktemp("reference")
     references: dict[str, Reference] = {}
 
-    def of(kind: str) -> Reference:
-        if kind not in references:
-            (root / kind).mkdir()
-            references[kind] = Reference(tiny_model(kind), root / kind)
-        return references[kind]
+    def of(kind: str, **env: str) -> Reference:
+        name = "-".join((kind, *sorted(env)))
+        if name not in references:
+            (root / name).mkdir()
+            references[name] = Reference(tiny_model(kind), root / name, env)
+        return references[name]
 
     with ExitStack() as stack:
         stack.callback(lambda: stop_all([server for one in references.values() for server in one.servers]))

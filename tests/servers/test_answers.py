@@ -15,7 +15,7 @@ from sglang_mm_conn.demo.images import Image
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.servers import ServerGroup
 from sglang_mm_conn.demo.timeline import received
-from sglang_mm_conn.demo.tiny_models import KINDS
+from sglang_mm_conn.demo.tiny_models import SEEING
 
 FORBID = {"CPU_BED_FORBID_STOCK_TRANSPORT": "1", "SGLANG_MM_CONN_CHECKSUM": "1"}
 BLOCK_SIZE = 16
@@ -45,7 +45,7 @@ def _check_all(group: ServerGroup, reference: Any, questions: tuple[Question, ..
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEEING)
 def test_answers_equal_colocated_though_every_embedding_needs_resumes(
     kind: str, path: str, reference: Callable[..., Any], shared_group: Callable[..., ServerGroup]
 ) -> None:

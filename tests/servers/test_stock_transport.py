@@ -9,7 +9,7 @@ import pytest
 from sglang_mm_conn.demo.chat import ask
 from sglang_mm_conn.demo.questions import QUESTIONS
 from sglang_mm_conn.demo.servers import ServerGroup
-from sglang_mm_conn.demo.tiny_models import KINDS
+from sglang_mm_conn.demo.tiny_models import SEEING
 
 STOCK = "zmq_to_scheduler"
 
@@ -19,7 +19,7 @@ STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 
 
 @pytest.mark.skipif(STOCK_CANNOT_PICKLE, reason="sglang's own transport drops every embedding on this Python")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEEING)
 def test_sglang_alone_answers_alike(
     kind: str, reference: Callable[..., object], shared_group: Callable[..., ServerGroup]
 ) -> None:

@@ -1,7 +1,8 @@
-"""The bed's sglang plugin: applies what two environment variables ask for, and nothing by default.
+"""The bed's sglang plugin: applies what environment variables ask for, and nothing by default.
 
 CPU_BED_FORBID_STOCK_TRANSPORT=1  sglang's own embedding transports raise when used (see forbid.py)
 CPU_BED_PREFILL_DECODE=1          prefill and decode servers run without an accelerator (see prefill_decode.py)
+CPU_BED_MEDIA_METADATA=1          a colocated server sees videos and sounds as an encoder does (see media_metadata.py)
 """
 
 import os
@@ -16,6 +17,10 @@ def register() -> None:
         from cpu_bed.prefill_decode import do_without_accelerator
 
         do_without_accelerator()
+    if _asked("CPU_BED_MEDIA_METADATA"):
+        from cpu_bed.media_metadata import use_the_encoders_metadata
+
+        use_the_encoders_metadata()
 
 
 def _asked(variable: str) -> bool:

@@ -1,0 +1,116 @@
+"""What the pages tell a user to type exists: commands, options, variables, and the lines of sglang that they name."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.demo.launch import Launch
+from tests.pages import DEPLOYMENTS, ROOT, named_block, sglang_commands, shell_blocks
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGE = DEPLOYMENTS.read_text()
+# Options of other programs: docker, pip and make.
+OTHER_OPTIONS = {"--gpus", "--network", "--ipc", "--shm-size", "--help"}
+OUR_PROGRAMS = {"--model", "--data-path", "--blocks", "--write"}  # options of the demo and of make faults
+# sglang reads them from the environment without declaring them.
+UNDECLARED = {"SGLANG_HOST_IP", "SGLANG_USE_CPU_ENGINE", "SGLANG_CPU_OMP_THREADS_BIND"}
+# What is named in the page, and what stands there.
+LINES_OF_SGLANG = {
+    ("configs/model_config.py", 908): "self.hf_config.encoder_only = encoder_only",
+    ("models/qwen3_vl.py", 1347): 'self.config.encoder_only = getattr(config, "encoder_only", False)',
+    ("disaggregation/encoder/preprocessor.py", 808): "fps_list = [",
+    ("multimodal/processors/qwen_vl.py", 1042): "if self.hf_config.model_type in (",
+    ("multimodal/processors/qwen_vl.py", 1066): "audio_item = next(",
+}
+
+
+def _sglang(code: str, given: str = "") -> str:
+    """Run in a process of its own: sglang reads its environment when it is imported."""
+    environment = Launch("encoder", Path(".")).environment()
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=given, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_commands_is_shell(page: Path) -> None:
+    for block in shell_blocks(page.read_text()):
+        check = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert check.returncode == 0 and not check.stderr, (block, check.stderr)
+
+
+def test_sglang_reads_every_command_and_has_every_option_and_variable_that_a_page_names() -> None:
+    commands = [command for block in shell_blocks(PAGE) for command in sglang_commands(block)]
+    assert len(commands) >= 15
+    appendix = named_block(PAGE, "cpu").replace("\\\n", " ")
+    for_cpus = re.search(r'command sglang "\$@" (.*)', appendix)
+    assert for_cpus
+    commands += [[*command, *for_cpus[1].split()] for command in commands]
+    said = json.loads(
+        _sglang(
+            "import argparse, json, sys\n"
+            "from sglang.srt.environ import envs\n"
+            "from sglang.srt.plugins import load_plugins\n"
+            "load_plugins()\n"
+            "from sglang.srt.server_args import ServerArgs\n"
+            "parser = argparse.ArgumentParser(exit_on_error=False)\n"
+            "ServerArgs.add_cli_args(parser)\n"
+            "for command in json.load(sys.stdin):\n"
+            "    parser.parse_args(command)\n"
+            "options = [option for action in parser._actions for option in action.option_strings]\n"
+            "print(json.dumps({'options': options, 'variables': [name for name in dir(envs) if name.isupper()]}))\n",
+            json.dumps(commands),
+        )
+    )
+    ours = {field.metadata["env"] for field in fields(Settings)}
+    for page in PAGES:
+        text = page.read_text()
+        options = set(re.findall(r"(?<![\w|-])--[a-z]+(?:-[a-z]+)*(?![\w-])", text)) - OTHER_OPTIONS - OUR_PROGRAMS
+        assert options <= set(said["options"]), (page.name, options - set(said["options"]))
+        variables = set(re.findall(r"\bSGLANG_[A-Z0-9_]+\b", text))
+        known = ours | set(said["variables"])
+        assert variables <= known | UNDECLARED, (page.name, variables - known)
+
+
+def test_the_mooncake_engine_knows_every_variable_that_a_page_names() -> None:
+    spec = importlib.util.find_spec("mooncake")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no Mooncake engine is installed")
+    engine = b"".join(path.read_bytes() for path in Path(spec.submodule_search_locations[0]).glob("engine*.so"))
+    for page in PAGES:
+        for name in set(re.findall(r"\bMC_[A-Z0-9_]+\b", page.read_text())):
+            assert name.encode() in engine, (page.name, name)
+
+
+def test_the_lines_of_sglang_that_the_page_names_say_what_it_says_of_them() -> None:
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0]) / "srt"
+    for (name, number), text in LINES_OF_SGLANG.items():
+        assert text in (root / name).read_text().splitlines()[number - 1], (name, number)
+    named = set(re.findall(r"`([\w/]+\.py)`,\s+line\s+(\d+)", PAGE))
+    assert {(name, int(number)) for name, number in named} <= set(LINES_OF_SGLANG)
+    assert len(named) == 4
+
+
+def test_every_link_of_a_page_leads_somewhere() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if path.startswith("http"):
+                continue
+            other = page if not path else page.parent / path
+            assert other.exists(), (page.name, target)
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
