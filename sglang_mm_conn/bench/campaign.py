@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,10 +73,15 @@ def carry_out(plan: Plan, say: Say) -> Outcome:
         generate(key_file)
         steps = len(plan.sizes) + bool(plan.special)
         for number, nbytes in enumerate(plan.sizes):
-            _one_size(plan, nbytes, key_file, outcome, lambda text, part, at=number: say(text, (at + part) / steps))
+            _one_size(plan, nbytes, key_file, outcome, _share(say, number, steps))
         if plan.special:
-            _special_cases(plan, key_file, outcome, lambda text, part: say(text, (steps - 1 + part) / steps))
+            _special_cases(plan, key_file, outcome, _share(say, steps - 1, steps))
     return outcome
+
+
+def _share(say: Say, step: int, steps: int) -> Say:
+    """Tells of one step's progress as of a part of the whole."""
+    return lambda text, part: say(text, (step + part) / steps)
 
 
 def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: Outcome, say: Say) -> None:

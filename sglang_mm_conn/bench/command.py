@@ -75,7 +75,9 @@ def add_parser(subparsers: Any) -> None:
         "--width", type=int, default=4096, metavar="N", help="bfloat16 values in a row (default: 4096)"
     )
     parser.add_argument("--block-size", type=int, default=128, metavar="ROWS", help="rows in a block (default: 128)")
-    parser.add_argument("--no-special", action="store_true", help="leave the special cases (parked rooms, first use) out")
+    parser.add_argument(
+        "--no-special", action="store_true", help="leave the special cases (parked rooms, first use) out"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures into DIR")
     parser.add_argument(

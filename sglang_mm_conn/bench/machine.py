@@ -7,7 +7,7 @@ import os
 import platform
 from typing import Any
 
-_PACKAGES = ("sglang-mm-conn", "sglang", "torch", "pyzmq", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine")
+_PACKAGES = ("sglang", "torch", "pyzmq", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine")
 
 
 def describe() -> dict[str, Any]:
@@ -40,4 +40,5 @@ def line(facts: dict[str, Any]) -> str:
     """One line of it."""
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     cpu = f"{facts['cores']} cores" + (f" ({facts['cpu']})" if facts["cpu"] else "")
-    return f"{cpu}, load {facts['load']:.1f} at the start, Linux {facts['kernel']}, Python {facts['python']}, {packages}"
+    system = f"Linux {facts['kernel']}, Python {facts['python']}"
+    return f"{cpu}, load {facts['load']:.1f} at the start, {system}, {packages}"

@@ -1,4 +1,4 @@
-"""Pairs of real processes, an encoder's and a language server's, one pair a way; forked from one that has imported torch.
+"""Pairs of real processes, an encoder's and a language server's, one pair a way, forked from one that knows torch.
 
 Every process ends when its pipe does, so none outlives the benchmark, however that ends.
 """
@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from sglang_mm_conn.bench import worker
@@ -20,6 +21,7 @@ from sglang_mm_conn.core.rooms import new_id
 
 START_SECONDS = 180.0  # sglang's import alone takes half a minute on a busy machine
 ANSWER_SECONDS = 300.0
+_LAST_LINES = 12
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["sglang_mm_conn.bench.worker", "sglang_mm_conn.bench.ways.connector"])
@@ -38,13 +40,14 @@ class BenchError(Exception):
 
 class _Process:
     def __init__(
-        self, role: str, way: Way, config: Config, payload: tuple[str, int, int], peer: Connection
+        self, role: str, way: Way, config: Config, payload: tuple[str, int, int], peer: Connection, log: Path
     ) -> None:
         self._what = f"{way.name}, {role} process"
+        self._log = log
         self._commands, theirs = _context.Pipe()
         self._process = _context.Process(
             target=worker.serve,
-            args=(theirs, role, way.base, config, payload, peer, ENVIRONMENT),
+            args=(theirs, role, way.base, config, payload, peer, ENVIRONMENT, str(log)),
             name=f"bench-{way.name}-{role}",
             daemon=True,
         )
@@ -55,18 +58,22 @@ class _Process:
         try:
             self._commands.send((name, arguments))
         except OSError as error:
-            raise BenchError(f"{self._what}: has ended") from error
+            raise self._failed("has ended") from error
 
     def answer(self, seconds: float = ANSWER_SECONDS) -> Any:
         if not self._commands.poll(seconds):
-            raise BenchError(f"{self._what}: no answer within {seconds:g} s")
+            raise self._failed(f"no answer within {seconds:g} s")
         try:
             verdict, value = self._commands.recv()
         except (EOFError, OSError):
-            raise BenchError(f"{self._what}: has ended (its last words are above)") from None
+            raise self._failed("has ended") from None
         if verdict != "ok":
-            raise BenchError(f"{self._what}: {value}")
+            raise self._failed(value)
         return value
+
+    def _failed(self, why: str) -> BenchError:
+        words = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
+        return BenchError("\n".join([f"{self._what}: {why}", *words]))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -82,12 +89,14 @@ class Pair:
     """Both processes of one way. A context manager: connected on entry, gone on exit."""
 
     def __init__(self, way: Way, config: Config, payload: tuple[str, int, int], key_file: str) -> None:
+        """``key_file``: the deployment's key; the processes' logs lie beside it."""
         self.way = way
+        logs = Path(key_file).parent
         self.config = way.config(config, key_file)
         self._number = 0
         near, far = _context.Pipe()
-        self._sender = _Process("encoder", way, self.config, payload, near)
-        self._receiver = _Process("language", way, self.config, payload, far)
+        self._sender = _Process("encoder", way, self.config, payload, near, logs / f"{way.name}-encoder.log")
+        self._receiver = _Process("language", way, self.config, payload, far, logs / f"{way.name}-language.log")
         near.close()
         far.close()
         self.facts: dict[str, Any] = {}
@@ -143,8 +152,8 @@ class Pair:
             seconds=seconds,
             wall=max(language.times) - min(encoder.times),
             cpu=encoder.cpu + language.cpu,
-            encoder={"calls": encoder.calls, "threads": encoder.threads, "descriptors": encoder.descriptors},
-            language={"calls": language.calls, "threads": language.threads, "descriptors": language.descriptors},
+            encoder=_costs(encoder),
+            language=_costs(language),
             round=round_number,
         )
 
@@ -159,6 +168,16 @@ class Pair:
     def close(self) -> None:
         self._sender.close()
         self._receiver.close()
+
+
+def _costs(side: Side) -> dict[str, Any]:
+    return {
+        "cpu": side.cpu,
+        "by_thread": side.by_thread,
+        "calls": side.calls,
+        "threads": side.threads,
+        "descriptors": side.descriptors,
+    }
 
 
 def warm_up() -> None:

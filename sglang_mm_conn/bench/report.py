@@ -69,13 +69,14 @@ def print_report(console: Console, rows: Sequence[Row], specials: Sequence[Speci
 
 def per_room_lines(rows: Sequence[Row]) -> list[str]:
     """What each way does anew for every room, the largest figure of all sizes."""
-    lines = {}
+    lines: dict[str, str] = {}
     for row in rows:
         counts = {name: number for name, number in row.per_room.items() if number >= 0.005}
         text = ", ".join(f"{number:.2f} {name}" for name, number in counts.items())
         if row.way not in lines or len(text) > len(lines[row.way]):
             lines[row.way] = text
-    return [f"{way}: {text or 'no thread, socket, connection, HTTP call or registration'}" for way, text in lines.items()]
+    nothing = "no thread, socket, connection, HTTP call or registration"
+    return [f"{way}: {text or nothing}" for way, text in lines.items()]
 
 
 def markdown(rows: Sequence[Row], specials: Sequence[Special]) -> str:

@@ -38,7 +38,7 @@ class Side:
     threads: int = 0  # more threads at the end than at the beginning
     descriptors: int = 0
     calls: dict[str, int] = field(default_factory=dict)  # threads started, sockets made, connections, registrations
-    error: str = ""
+    by_thread: dict[str, list[float]] = field(default_factory=dict)  # CPU seconds and waits, by the threads' names
 
 
 @dataclass(frozen=True)

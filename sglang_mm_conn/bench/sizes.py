@@ -42,6 +42,7 @@ def effort(nbytes: int, *, quick: bool) -> Effort:
     budget = (32 if quick else 256) * MIB
     most = 50 if quick else 200
     singles = max(1, min(most, budget // nbytes))
+    at_a_time: tuple[int, ...]
     if nbytes <= 256 * KIB:
         at_a_time = (1, 8, 64)
     elif nbytes <= 4 * MIB:

@@ -240,7 +240,7 @@ def _cuda_means_cpu() -> Iterator[None]:
             kwargs["device"] = "cpu"
         return empty(*args, **kwargs)
 
-    torch.empty = on_host  # type: ignore[assignment]
+    torch.empty = on_host
     try:
         yield
     finally:
@@ -293,7 +293,7 @@ class StockReceiver:
                 mm_inputs=None, token_type_ids=None, sampling_params=SamplingParams(), return_logprob=False,
                 logprob_start_len=-1, top_logprobs_num=0, token_ids_logprob=None, stream=False,
                 need_wait_for_mm_inputs=True, encoder_urls=[self._url], num_items_assigned=self._assigned,
-            )  # fmt: skip
+            )
         )
         self._tick()
 
@@ -315,7 +315,7 @@ class StockReceiver:
             poller = zmq.Poller()
             for socket in sockets:
                 poller.register(socket, zmq.POLLIN)
-            poller.poll(timeout * 1000)
+            poller.poll(int(timeout * 1000))
             self._tick()
         arrived, self._arrived = self._arrived, []
         return [(f"{rid}_local_part_0", self._kept[rid].embedding) for rid in arrived]

@@ -1,4 +1,4 @@
-"""One of the two processes of a way: opens its end, and runs what it is told to, until the benchmark closes the pipe."""
+"""One of the two processes of a way: opens its end, and runs what it is told to until the benchmark closes the pipe."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class CallCounter:
             self.counts["threads"] += 1
             original(thread)
 
-        threading.Thread.start = start  # type: ignore[method-assign]
+        threading.Thread.start = start  # type: ignore[method-assign, assignment]
 
     def count_registrations(self) -> None:
         """The engine's registrations are no audit events."""
-        module = sys.modules.get("mooncake.engine")
-        if module is None or getattr(module, "_counted_by_bench", False):
+        module: Any = sys.modules.get("mooncake.engine")
+        if module is None:
             return
         original = module.TransferEngine.register_memory
 
@@ -68,7 +68,6 @@ class CallCounter:
             return int(original(engine, *args))
 
         module.TransferEngine.register_memory = register_memory
-        module._counted_by_bench = True
 
 
 def cpu_seconds() -> float:
@@ -109,10 +108,12 @@ class Worker:
     def _measured(self) -> Iterator[Side]:
         side = Side([], 0.0)
         calls, threads, descriptors = Counter(self._counter.counts), _threads(), _descriptors()
+        costs = thread_costs()
         cpu, side.began = cpu_seconds(), time.monotonic()
         yield side
         side.ended = time.monotonic()
         side.cpu = cpu_seconds() - cpu
+        side.by_thread = _by_name(costs, thread_costs())
         side.calls = dict(self._counter.counts - calls)
         side.threads, side.descriptors = _threads() - threads, _descriptors() - descriptors
 
@@ -159,7 +160,8 @@ class Worker:
 
     def _send_flow(self, end: Sender, run: Run, side: Side) -> None:
         self._hear("expected")
-        free, busy = list(range(run.flow)), {}
+        free = list(range(run.flow))
+        busy: dict[str, int] = {}
         until = time.monotonic() + _RUN_SECONDS
         for number, room in _rooms(run):
             while not free:
@@ -231,6 +233,30 @@ def _check(until: float, what: str) -> None:
         raise RuntimeError(f"not within {_RUN_SECONDS:g} s: {what}")
 
 
+def thread_costs() -> dict[int, tuple[float, int]]:
+    """By thread: seconds of CPU time, and how often it gave the processor up to wait."""
+    costs = {}
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/schedstat") as file:
+            nanoseconds = int(file.read().split()[0])
+            with open(f"/proc/self/task/{task}/status") as status:
+                waits = next(line for line in status if line.startswith("voluntary_ctxt_switches"))
+            costs[int(task)] = (nanoseconds / 1e9, int(waits.split()[1]))
+    return costs
+
+
+def _by_name(before: dict[int, tuple[float, int]], after: dict[int, tuple[float, int]]) -> dict[str, list[float]]:
+    """What was spent between two ``thread_costs``, by the threads' names without their numbers."""
+    names = {thread.native_id: thread.name.rstrip("0123456789._-") for thread in threading.enumerate()}
+    spent: dict[str, list[float]] = {}
+    for task, (seconds, waits) in after.items():
+        known = before.get(task, (0.0, 0))
+        sums = spent.setdefault(names.get(task, "not Python's"), [0.0, 0.0])
+        sums[0] += seconds - known[0]
+        sums[1] += waits - known[1]
+    return {name: sums for name, sums in spent.items() if any(sums)}
+
+
 def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -241,9 +267,12 @@ def _descriptors() -> int:
 
 def serve(
     commands: Connection, role: str, way: str, config: Config, payload: tuple[str, int, int], peer: Connection,
-    environment: dict[str, str],
+    environment: dict[str, str], log: str,
 ) -> None:  # fmt: skip
     """The process: one command after the other, each answered; it ends when the pipe does, or at ``close``."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     logging.basicConfig(level=logging.WARNING, format=f"{way} {role}: %(message)s", stream=sys.stderr)
     torch.set_num_threads(1)  # a server's encoder and scheduler share the machine with others
