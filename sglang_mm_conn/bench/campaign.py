@@ -16,7 +16,7 @@ from sglang_mm_conn.bench.pairs import Pair, warm_up
 from sglang_mm_conn.bench.payload import PayloadFile
 from sglang_mm_conn.bench.runs import Result
 from sglang_mm_conn.bench.sizes import KIB, MIB, effort, show_size
-from sglang_mm_conn.bench.ways import Way
+from sglang_mm_conn.bench.ways import STOCK, Way
 from sglang_mm_conn.bench.ways.base import Config
 
 Say = Callable[[str, float], None]  # what is done now, and which part of the whole is done already
@@ -66,7 +66,7 @@ def carry_out(plan: Plan, say: Say) -> Outcome:
     """Raises BenchError where a way cannot be started, fails, or delivers wrong bytes."""
     from sglang_mm_conn.control.authentication import generate
 
-    warm_up()
+    warm_up(stock=any(way.base in STOCK for way in plan.ways))
     outcome = Outcome([], [], {})
     with tempfile.TemporaryDirectory(prefix="sglang-mm-conn-bench-") as directory:
         key_file = str(Path(directory) / "key")

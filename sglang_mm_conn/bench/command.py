@@ -171,7 +171,8 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
 
         outcome = carry_out(plan, say)
     rows = measurement.rows(outcome.results)
-    report.print_report(console, rows, outcome.specials)
+    compared = measurement.comparisons(outcome.results)
+    report.print_report(console, rows, outcome.specials, compared)
     if args.json is not None:
         args.json.write_text(json.dumps(_figures(outcome, rows, facts, plan), indent=1) + "\n")
         console.print(f"figures: {args.json}", highlight=False)
@@ -182,7 +183,7 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
             console.print(f"picture: {path}", highlight=False)
     if args.write is not None:
         note = f"{machine.line(facts)}; {plan.rounds} rounds."
-        document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials)}")
+        document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}")
         console.print(f"tables: {args.write}", highlight=False)
     return 0
 
@@ -196,6 +197,7 @@ def _figures(outcome: Outcome, rows: Any, facts: dict[str, Any], plan: Plan) -> 
         "machine": facts,
         "plan": {**asdict(plan), "ways": [way.name for way in plan.ways]},
         "rows": measurement.as_json(rows),
+        "comparisons": [asdict(one) for one in measurement.comparisons(outcome.results)],
         "special": [special.as_json() for special in outcome.specials],
         "engine_pieces": outcome.pieces,
         "runs": [asdict(result) for result in outcome.results],

@@ -11,6 +11,7 @@ from typing import Any
 from sglang_mm_conn.bench.runs import Result
 
 LIMIT = "memcpy"  # what every way is compared with
+BUILT_IN = ("zmq_to_scheduler", "mooncake_stock")
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -34,6 +35,7 @@ class Row:
     cpu_s_per_gbyte: float  # of both processes together, in the largest flow (one after the other where there is none)
     of_limit: float | None  # speed in parts of LIMIT's: median over the rounds of the ratio within one round
     of_limit_best: float | None  # the same of the best rooms of each, which other work on the machine disturbs least
+    times_built_in: float | None  # how many times as fast as sglang's best: median over the rounds, as above
     rooms_per_s: dict[int, float]  # by rooms on their way at a time; median over the rounds
     per_room: dict[str, float]  # threads started, sockets made, ... by both processes, per room of all runs
 
@@ -43,10 +45,18 @@ def rows(results: Iterable[Result]) -> list[Row]:
     cells: dict[tuple[int, str], list[Result]] = defaultdict(list)
     for result in results:
         cells[result.nbytes, result.way].append(result)
-    return [_row(way, nbytes, cell, cells.get((nbytes, LIMIT), [])) for (nbytes, way), cell in cells.items()]
+    return [
+        _row(
+            way, nbytes, cell, cells.get((nbytes, LIMIT), []),
+            [cells[nbytes, name] for name in BUILT_IN if (nbytes, name) in cells],
+        )
+        for (nbytes, way), cell in cells.items()
+    ]  # fmt: skip
 
 
-def _row(way: str, nbytes: int, cell: Sequence[Result], limit: Sequence[Result]) -> Row:
+def _row(
+    way: str, nbytes: int, cell: Sequence[Result], limit: Sequence[Result], built_in: Sequence[Sequence[Result]]
+) -> Row:
     singles = [result for result in cell if result.flow == 0]
     seconds = [second for result in singles for second in result.seconds]
     flows: dict[int, list[Result]] = defaultdict(list)
@@ -68,6 +78,9 @@ def _row(way: str, nbytes: int, cell: Sequence[Result], limit: Sequence[Result])
         cpu_s_per_gbyte=sum(result.cpu for result in busiest) / gbytes,
         of_limit=ratio_by_round(limit, singles),
         of_limit_best=best(limit) / min(seconds) if limit else None,
+        times_built_in=min(
+            (ratio for other in built_in if (ratio := ratio_by_round(other, singles)) is not None), default=None
+        ),
         rooms_per_s={
             flow: statistics.median(len(result.seconds) / result.wall for result in same)
             for flow, same in sorted(flows.items())
@@ -91,6 +104,39 @@ def ratio_by_round(above: Iterable[Result], below: Iterable[Result]) -> float | 
     upper, lower = medians_by_round(above), medians_by_round(below)
     common = [upper[number] / lower[number] for number in upper if number in lower]
     return statistics.median(common) if common else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two times of one room, and the median over the rounds of their ratio within one round."""
+
+    what: str
+    nbytes: int
+    ratio: float
+    best: float  # the ratio of the best rooms
+
+
+def comparisons(results: Iterable[Result]) -> list[Comparison]:
+    """What the way of an embedding adds to what it cannot do without."""
+    cells: dict[tuple[int, str], list[Result]] = defaultdict(list)
+    for result in results:
+        cells[result.nbytes, result.way].append(result)
+    found = []
+    for nbytes in dict.fromkeys(size for size, _ in cells):
+        for way, parts, what in (
+            ("mooncake", ("engine", "memcpy"), "mooncake: its time in parts of the engine's own and one copy"),
+            ("mooncake+key", ("engine", "memcpy"), "mooncake+key: its time in parts of the engine's own and one copy"),
+            ("shm+windows", ("shm",), "shm+windows: its time in parts of shm's"),
+            ("shm+windows", ("shm+copied",), "shm+windows: its time in parts of shm+copied's"),
+        ):
+            compared = [cells.get((nbytes, name), []) for name in (way, *parts)]
+            if not all(compared):
+                continue
+            mine, *others = [medians_by_round(cell) for cell in compared]
+            rounds = [mine[number] / sum(other[number] for other in others) for number in mine]
+            ratio = best(compared[0]) / sum(best(cell) for cell in compared[1:])
+            found.append(Comparison(what, nbytes, statistics.median(rounds), ratio))
+    return found
 
 
 def _per_room(cell: Sequence[Result]) -> dict[str, float]:

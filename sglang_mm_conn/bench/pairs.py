@@ -19,18 +19,21 @@ from sglang_mm_conn.bench.ways import Way
 from sglang_mm_conn.bench.ways.base import Config
 from sglang_mm_conn.core.rooms import new_id
 
-START_SECONDS = 180.0  # sglang's import alone takes half a minute on a busy machine
+START_SECONDS = 600.0  # sglang's import alone takes half a minute, and many times that on a busy machine
 ANSWER_SECONDS = 300.0
 _LAST_LINES = 12
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["sglang_mm_conn.bench.worker", "sglang_mm_conn.bench.ways.connector"])
+_PRELOAD = ["sglang_mm_conn.bench.worker", "sglang_mm_conn.bench.ways.connector"]
+_PRELOAD_STOCK = ["sglang.srt.disaggregation.encoder.http_server", "sglang.srt.disaggregation.encoder.receiver"]
 
 ENVIRONMENT = {
     "MC_FORCE_TCP": "1",
     "MC_LOG_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
 }
 
 
@@ -180,10 +183,11 @@ def _costs(side: Side) -> dict[str, Any]:
     }
 
 
-def warm_up() -> None:
-    """Start the process that the others are forked from; it imports torch meanwhile."""
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("MC_FORCE_TCP", "1")
+def warm_up(*, stock: bool) -> None:
+    """Start the process that the others are forked from. It imports torch meanwhile, and sglang's transports
+    (``stock``), which takes long and starts no thread; a module that is missing is missed where it is used."""
     from multiprocessing import forkserver
 
+    os.environ.update(ENVIRONMENT)  # before the imports, which read some of it
+    _context.set_forkserver_preload([*_PRELOAD, *(_PRELOAD_STOCK if stock else ())])
     forkserver.ensure_running()

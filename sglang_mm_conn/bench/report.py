@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sglang_mm_conn.bench.campaign import Special
-from sglang_mm_conn.bench.measurement import LIMIT, Row
+from sglang_mm_conn.bench.measurement import LIMIT, Comparison, Row
 from sglang_mm_conn.bench.sizes import show_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-HEADINGS = ("way", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "CPU s/GB", "rooms/s")
+HEADINGS = ("way", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "x built-in", "CPU s/GB", "rooms/s")
+COMPARISON_HEADINGS = ("what", "size", "ratio", "ratio of the best")
 SPECIAL_HEADINGS = ("case", "way", "before", "after", "ratio")
 
 
@@ -32,6 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.gbytes_per_s:.2f}",
         _share(row.of_limit),
         _share(row.of_limit_best),
+        "-" if row.times_built_in is None else f"{row.times_built_in:.1f}",
         f"{row.cpu_s_per_gbyte:.2f}",
         ", ".join(f"{rate:,.0f} at {flow}" for flow, rate in row.rooms_per_s.items()) or "-",
     )
@@ -43,7 +45,13 @@ def special_cells(special: Special) -> tuple[str, ...]:
     return (special.what, special.way, one, other, f"{special.ratio:.2f}")
 
 
-def print_report(console: Console, rows: Sequence[Row], specials: Sequence[Special]) -> None:
+def comparison_cells(one: Comparison) -> tuple[str, ...]:
+    return (one.what, show_size(one.nbytes), f"{one.ratio:.2f}", f"{one.best:.2f}")
+
+
+def print_report(
+    console: Console, rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequence[Comparison]
+) -> None:
     from rich.table import Table
 
     for nbytes, same in by_size(rows).items():
@@ -59,6 +67,11 @@ def print_report(console: Console, rows: Sequence[Row], specials: Sequence[Speci
             table.add_column(heading, justify="left" if heading in ("case", "way") else "right")
         for special in specials:
             table.add_row(*special_cells(special))
+        console.print(table)
+    if comparisons:
+        table = Table(*COMPARISON_HEADINGS, title="Compared within each round", title_justify="left")
+        for one in comparisons:
+            table.add_row(*comparison_cells(one))
         console.print(table)
     calls = per_room_lines(rows)
     if calls:
@@ -79,7 +92,7 @@ def per_room_lines(rows: Sequence[Row]) -> list[str]:
     return [f"{way}: {text or nothing}" for way, text in lines.items()]
 
 
-def markdown(rows: Sequence[Row], specials: Sequence[Special]) -> str:
+def markdown(rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequence[Comparison]) -> str:
     """The same tables in Markdown."""
     parts = []
     for nbytes, same in by_size(rows).items():
@@ -88,12 +101,15 @@ def markdown(rows: Sequence[Row], specials: Sequence[Special]) -> str:
         parts.append(
             "### Special cases\n\n" + _markdown_table(SPECIAL_HEADINGS, [special_cells(one) for one in specials])
         )
+    if comparisons:
+        table = _markdown_table(COMPARISON_HEADINGS, [comparison_cells(one) for one in comparisons])
+        parts.append(f"### Compared within each round\n\n{table}")
     parts.append("### Made anew for every room\n\n" + "\n".join(f"- {line}" for line in per_room_lines(rows)))
     return "\n\n".join(parts)
 
 
 def _markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    left = {"way", "case"}
+    left = {"way", "case", "what"}
     rule = "|".join("---" if heading in left else "---:" for heading in headings)
     return "\n".join(
         [f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]

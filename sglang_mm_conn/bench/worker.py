@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -275,6 +276,8 @@ def serve(
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     logging.basicConfig(level=logging.WARNING, format=f"{way} {role}: %(message)s", stream=sys.stderr)
+    gc.collect()
+    gc.freeze()  # what all processes have imported in common is looked through by none
     torch.set_num_threads(1)  # a server's encoder and scheduler share the machine with others
     subject: Worker | None = None
     try:

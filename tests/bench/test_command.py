@@ -13,7 +13,7 @@ from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
 WAYS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,tcp"
 ROW_FIELDS = {
     "way", "nbytes", "rooms", "rounds", "median_ms", "p99_ms", "best_ms", "gbytes_per_s", "cpu_s_per_gbyte",
-    "of_limit", "of_limit_best", "rooms_per_s", "per_room",
+    "of_limit", "of_limit_best", "times_built_in", "rooms_per_s", "per_room",
 }  # fmt: skip
 
 

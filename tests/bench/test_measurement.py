@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang_mm_conn.bench.measurement import quantile, ratio_by_round, rows
+from sglang_mm_conn.bench.measurement import comparisons, quantile, ratio_by_round, rows
 from sglang_mm_conn.bench.runs import Result
 
 MIB = 1 << 20
@@ -48,3 +48,13 @@ def test_what_is_made_anew_is_counted_per_room() -> None:
     [row] = rows([result("zmq", [0.001] * 4, calls=8)])
     assert row.per_room["sockets"] == 2.0
     assert row.of_limit is None
+
+
+def test_a_way_is_compared_with_the_better_of_sglangs_own() -> None:
+    results = [result("zmq_to_scheduler", [0.008]), result("mooncake_stock", [0.004]), result("shm", [0.002])]
+    assert [row.times_built_in for row in rows(results)] == [0.5, 1.0, 2.0]
+
+
+def test_mooncake_is_compared_with_the_engine_and_one_copy() -> None:
+    [one] = comparisons([result("engine", [0.003]), result("memcpy", [0.001]), result("mooncake", [0.006])])
+    assert (one.nbytes, one.ratio, one.best) == (MIB, 1.5, 1.5)

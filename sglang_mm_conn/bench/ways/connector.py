@@ -6,6 +6,7 @@ import select
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ _BLOCKS_OVER = 8  # beyond what the rooms on their way need
 
 
 def _settings(config: Config, path: str) -> Settings:
+    # Where finished embeddings may stay in their blocks, "copied" forbids it; else they are copied out anyway.
+    views = any(item.name == "view_percent" for item in fields(Settings))
+    copied: dict[str, Any] = {"view_percent": 0} if views and config.result == "copied" else {}
     return Settings(
+        **copied,
         data_path=path,
         blocks=pool_blocks(config),
         block_size=config.block_size,
@@ -38,12 +43,13 @@ def _settings(config: Config, path: str) -> Settings:
 
 
 def pool_blocks(config: Config) -> int:
-    """Blocks of the language side's pool: enough for all rooms on their way, or an eighth of one room."""
+    """Blocks of the language side's pool: twice what all rooms on their way need (finished embeddings may live in half
+    of it), as much again with a fragmented pool; or an eighth of one room."""
     block_bytes = config.block_size * config.width * DTYPE.itemsize
     needed = -(-config.nbytes // block_bytes)
     if config.pool == "windows":
         return max(1, needed // 8)
-    blocks = config.in_flight * needed + _BLOCKS_OVER
+    blocks = 2 * config.in_flight * needed + _BLOCKS_OVER
     return 2 * blocks if config.pool == "fragmented" else blocks
 
 
