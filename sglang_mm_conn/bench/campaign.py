@@ -7,7 +7,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,18 @@ class Special:
 
 @dataclass(frozen=True)
 class Outcome:
-    results: list[Result]
-    specials: list[Special]
-    pieces: dict[int, int]  # by size: the piece that suited the engine best
+    """What has been measured so far."""
+
+    results: list[Result] = field(default_factory=list)
+    specials: list[Special] = field(default_factory=list)
+    pieces: dict[int, int] = field(default_factory=dict)  # by size: the piece that suited the engine best
 
 
-def carry_out(plan: Plan, say: Say) -> Outcome:
-    """Raises BenchError where a way cannot be started, fails, or delivers wrong bytes."""
+def carry_out(plan: Plan, say: Say, outcome: Outcome) -> None:
+    """Adds to ``outcome`` as it goes. Raises BenchError where a way does not start, fails, or delivers wrong bytes."""
     from sglang_mm_conn.control.authentication import generate
 
     warm_up(stock=any(way.base in STOCK for way in plan.ways))
-    outcome = Outcome([], [], {})
     with tempfile.TemporaryDirectory(prefix="sglang-mm-conn-bench-") as directory:
         key_file = str(Path(directory) / "key")
         generate(key_file)
@@ -76,7 +77,6 @@ def carry_out(plan: Plan, say: Say) -> Outcome:
             _one_size(plan, nbytes, key_file, outcome, _share(say, number, steps))
         if plan.special:
             _special_cases(plan, key_file, outcome, _share(say, steps - 1, steps))
-    return outcome
 
 
 def _share(say: Say, step: int, steps: int) -> Say:

@@ -63,7 +63,10 @@ def add_parser(subparsers: Any) -> None:
         help="transfers (default): embeddings between two processes; servers: requests to whole sglang servers",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="about a minute or two: fewer sizes, rounds and rooms")
-    parser.add_argument("--ways", default=WAYS, metavar="WAY,...", help=f"default: {WAYS}")
+    parser.add_argument(
+        "--ways", default=WAYS, metavar="WAY,...",
+        help=f"default: {WAYS}; of servers: conn_multimodal,zmq_to_scheduler,mooncake",
+    )  # fmt: skip
     parser.add_argument("--sizes", metavar="SIZE,...", help=f"default: {SIZES}; with --quick: {QUICK_SIZES}")
     parser.add_argument(
         "--rounds", type=int, metavar="N", help=f"turns of every way (default: {ROUNDS}; with --quick: {QUICK_ROUNDS})"
@@ -149,13 +152,14 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from sglang_mm_conn.bench import document, machine, measurement, report
-    from sglang_mm_conn.bench.campaign import carry_out
+    from sglang_mm_conn.bench.campaign import Outcome, carry_out
 
     plan = plan_of(args)
     if args.write is not None:
         document.insert(args.write.read_text(), "")  # a file that cannot take the tables is noticed before the run
     facts = machine.describe()
     console.print(machine.line(facts), style="dim", highlight=False)
+    outcome = Outcome()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=1.0)
@@ -169,7 +173,13 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
                 console.print(f"{part:4.0%} {text}", highlight=False)
             last = stage
 
-        outcome = carry_out(plan, say)
+        try:
+            carry_out(plan, say, outcome)
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        console.print("interrupted: these are the figures so far", style="red")
     rows = measurement.rows(outcome.results)
     compared = measurement.comparisons(outcome.results)
     report.print_report(console, rows, outcome.specials, compared)
@@ -182,10 +192,12 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
         for path in plots.draw(rows, args.plots):
             console.print(f"picture: {path}", highlight=False)
     if args.write is not None:
+        if interrupted:
+            raise ValueError(f"{args.write} is left as it is: the run was interrupted")
         note = f"{machine.line(facts)}; {plan.rounds} rounds."
         document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}")
         console.print(f"tables: {args.write}", highlight=False)
-    return 0
+    return 130 if interrupted else 0
 
 
 def _figures(outcome: Outcome, rows: Any, facts: dict[str, Any], plan: Plan) -> dict[str, Any]:

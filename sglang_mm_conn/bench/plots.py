@@ -13,6 +13,8 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Write ``latency.png``, ``speed.png``, ``cpu.png`` and ``rooms.png`` into ``directory``. Returns their paths."""
     import matplotlib
 
+    if not rows:
+        return []
     matplotlib.use("Agg")  # no screen is needed
     directory.mkdir(parents=True, exist_ok=True)
     pictures = [

@@ -12,7 +12,9 @@ from sglang_mm_conn.bench.sizes import show_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-HEADINGS = ("way", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "x built-in", "CPU s/GB", "rooms/s")
+HEADINGS = (
+    "way", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "x built-in", "CPU s/GB", "rooms/s",
+)  # fmt: skip
 COMPARISON_HEADINGS = ("what", "size", "ratio", "ratio of the best")
 SPECIAL_HEADINGS = ("case", "way", "before", "after", "ratio")
 

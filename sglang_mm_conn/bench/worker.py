@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import sys
@@ -266,6 +268,14 @@ def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def _end_with_the_benchmark() -> None:
+    """A run under way does not read the pipe, and may wait for long for a process that is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def serve(
     commands: Connection, role: str, way: str, config: Config, payload: tuple[str, int, int], peer: Connection,
     environment: dict[str, str], log: str,
@@ -276,6 +286,7 @@ def serve(
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     logging.basicConfig(level=logging.WARNING, format=f"{way} {role}: %(message)s", stream=sys.stderr)
+    threading.Thread(target=_end_with_the_benchmark, name="bench-lifeline", daemon=True).start()
     gc.collect()
     gc.freeze()  # what all processes have imported in common is looked through by none
     torch.set_num_threads(1)  # a server's encoder and scheduler share the machine with others

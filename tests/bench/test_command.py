@@ -1,6 +1,11 @@
 """The command: its options, and a run of real processes from end to end."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +99,42 @@ def test_a_run_measures_every_way_and_reports_it(tmp_path: Path, capsys: pytest.
     for text in ("64 KiB", "2 MiB", "shm+windows"):
         assert text in shown and text in page.read_text()
     assert page.read_text().endswith("end\n")
+
+
+def test_no_process_outlives_a_benchmark_that_is_killed_in_the_middle(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        bench = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "sglang_mm_conn", "bench"),
+                *("--ways", "memcpy,shm", "--sizes", "16M", "--rounds", "999"),
+            ],
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        wait_for(lambda: "round 1" in log.read_text(), "the first round")
+    finally:
+        bench.send_signal(signal.SIGKILL)
+        bench.wait(10)
+    wait_for(lambda: not group_exists(bench.pid), "all of its processes are gone")
+
+
+def wait_for(condition, what: str) -> None:  # type: ignore[no-untyped-def]
+    until = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < until, f"not within 90 s: {what}"
+        time.sleep(0.1)
+
+
+def group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_file_without_markers_is_refused_before_anything_is_measured(
