@@ -35,6 +35,7 @@ def plan(*arguments: str):  # type: ignore[no-untyped-def]
         (["--sizes", "16M,big"], "--sizes: 'big' is no size"),
         (["--sizes", "10K"], "--sizes: '10K' is not whole rows of 8192 bytes"),
         (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
+        (["servers", "--ways", "shm"], "--ways: 'shm' is none of the transports of servers"),
     ],
 )
 def test_a_bad_value_is_named_with_its_option(
