@@ -133,7 +133,10 @@ def comparisons(results: Iterable[Result]) -> list[Comparison]:
             if not all(compared):
                 continue
             mine, *others = [medians_by_round(cell) for cell in compared]
-            rounds = [mine[number] / sum(other[number] for other in others) for number in mine]
+            common = set(mine).intersection(*others)  # an interrupted run has a round that only some ways have had
+            if not common:
+                continue
+            rounds = [mine[number] / sum(other[number] for other in others) for number in common]
             ratio = best(compared[0]) / sum(best(cell) for cell in compared[1:])
             found.append(Comparison(what, nbytes, statistics.median(rounds), ratio))
     return found

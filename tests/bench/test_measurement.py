@@ -58,3 +58,9 @@ def test_a_way_is_compared_with_the_better_of_sglangs_own() -> None:
 def test_mooncake_is_compared_with_the_engine_and_one_copy() -> None:
     [one] = comparisons([result("engine", [0.003]), result("memcpy", [0.001]), result("mooncake", [0.006])])
     assert (one.nbytes, one.ratio, one.best) == (MIB, 1.5, 1.5)
+
+
+def test_a_round_that_was_interrupted_counts_for_nobody() -> None:
+    whole = [result("engine", [0.003]), result("memcpy", [0.001]), result("mooncake", [0.006])]
+    [one] = comparisons([*whole, result("mooncake", [0.1], number=1)])
+    assert one.ratio == 1.5
