@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test unit lint simulate faults fuzz soak clean
+.PHONY: help install demo bench test unit lint simulate faults fuzz soak clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,6 +14,9 @@ install: ## Make or update the virtual environment (VENV=dir, default .venv)
 
 demo: install ## Three real sglang servers on this machine's CPU, compared (options: ARGS="--help")
 	@$(PYTHON) -m sglang_mm_conn demo $(ARGS)
+
+bench: install ## Measure this connector beside sglang's own transports (options: ARGS="--quick", ARGS="--help")
+	@$(PYTHON) -m sglang_mm_conn bench $(ARGS)
 
 test: lint ## Lint, types, and all tests, those with real sglang servers too
 	@$(PYTHON) -m pytest -q

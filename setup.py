@@ -16,7 +16,8 @@ setup(
         "sglang": ["sglang>=0.5.23,<0.5.24"],
         "mooncake": ["mooncake-transfer-engine"],
         "demo": ["rich", "requests", "pillow", "numpy", "av"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "rich", "requests", "pillow", "numpy", "av"],
+        "bench": ["rich", "matplotlib", "numpy", "requests", "pillow"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "rich", "requests", "pillow", "numpy", "matplotlib", "av"],
     },
     entry_points={"sglang.srt.plugins": ["conn_multimodal = sglang_mm_conn.sglang_plugin:register"]},
 )

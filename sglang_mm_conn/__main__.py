@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from sglang_mm_conn.bench import command as bench
 from sglang_mm_conn.commands import keygen, rates, settings
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.demo import command as demo
 
 # Each has add_parser(subparsers), which sets the default `run`: from the parsed arguments to the exit status.
 # Their modules must import nothing heavy at the top, so that --help answers at once.
-COMMANDS = (demo, settings, keygen, rates)
+COMMANDS = (demo, bench, settings, keygen, rates)
 
 
 def _settings_text() -> str:

@@ -171,7 +171,26 @@ KINDS = {
 SEEING = tuple(name for name, kind in KINDS.items() if kind.audio is None)
 
 
-def write(kind: str, directory: Path, seed: int = 0) -> Path:
+@dataclass(frozen=True)
+class Shape:
+    """The language model's size; rows of embeddings are ``hidden`` values wide. A multiple of 64."""
+
+    hidden: int = HIDDEN
+    layers: int = 2
+
+    def text(self) -> dict[str, Any]:
+        heads = self.hidden // 32  # the rotary sections of the kinds are for heads of 32
+        return {"hidden_size": self.hidden, "num_attention_heads": heads, "num_hidden_layers": self.layers}
+
+    def vision(self, vision: dict[str, Any]) -> dict[str, Any]:
+        name = "out_hidden_size" if "out_hidden_size" in vision else "hidden_size"
+        return {**vision, name: self.hidden}
+
+
+TINY = Shape()
+
+
+def write(kind: str, directory: Path, seed: int = 0, shape: Shape = TINY) -> Path:
     """Writes the model into the directory unless a finished one of the same making is there. Returns the directory."""
     if kind not in KINDS:
         raise ValueError(f"model kind must be one of {', '.join(KINDS)}, not {kind!r}")
@@ -179,6 +198,7 @@ def write(kind: str, directory: Path, seed: int = 0) -> Path:
         "kind": kind,
         "seed": seed,
         "version": VERSION,
+        **({} if shape == TINY else {"hidden": shape.hidden, "layers": shape.layers}),
         "transformers": importlib.metadata.version("transformers"),
     }
     if _stamp_of(directory) == stamp:
@@ -188,7 +208,7 @@ def write(kind: str, directory: Path, seed: int = 0) -> Path:
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         _write_tokenizer(draft)
-        _write_weights(KINDS[kind], draft, seed)
+        _write_weights(KINDS[kind], draft, seed, shape)
         _write_processors(KINDS[kind], draft)
         _dump(draft / STAMP, stamp)
         draft.chmod(0o755)
@@ -252,12 +272,12 @@ def _write_tokenizer(directory: Path) -> None:
     _dump(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def _write_weights(kind: Kind, directory: Path, seed: int) -> None:
+def _write_weights(kind: Kind, directory: Path, seed: int, shape: Shape) -> None:
     import torch
     import transformers
 
     model_class = getattr(transformers, f"{kind.classes}ForConditionalGeneration")
-    config = _config(kind)
+    config = _config(kind, shape)
     model = model_class(config).to(torch.float32)
     _randomise(model, seed)
     model.generation_config.eos_token_id = TOKEN_ID["<|im_end|>"]
@@ -267,13 +287,13 @@ def _write_weights(kind: Kind, directory: Path, seed: int) -> None:
     _dump(directory / "config.json", {**saved, "architectures": [model_class.__name__]})
 
 
-def _config(kind: Kind) -> Any:
+def _config(kind: Kind, shape: Shape) -> Any:
     import transformers
 
     config_class = getattr(transformers, f"{kind.classes}Config")
     parts: dict[str, Any] = {
-        "text_config": {**_text_config(), **kind.text},
-        "vision_config": {**kind.vision, "patch_size": kind.patch},
+        "text_config": {**_text_config(), **shape.text(), **kind.text},
+        "vision_config": {**shape.vision(kind.vision), "patch_size": kind.patch},
         "image_token_id": TOKEN_ID["<|image_pad|>"],
         "video_token_id": TOKEN_ID["<|video_pad|>"],
         "vision_start_token_id": TOKEN_ID["<|vision_start|>"],
@@ -290,10 +310,7 @@ def _config(kind: Kind) -> Any:
 def _text_config() -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
         "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,

@@ -56,3 +56,16 @@ def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
 def test_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not 'qwen9'"):
         tiny_models.write("qwen9", tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_a_wider_one_has_embeddings_as_wide_as_its_language_model(kind: str, tmp_path: Path) -> None:
+    import json
+
+    directory = tiny_models.write(kind, tmp_path / "model", shape=tiny_models.Shape(hidden=256, layers=1))
+    config = json.loads((directory / "config.json").read_text())
+    vision = config["vision_config"]
+    assert config["text_config"]["hidden_size"] == 256
+    assert vision.get("out_hidden_size", vision["hidden_size"]) == 256
+    assert tiny_models.write(kind, directory) == directory
+    assert json.loads((directory / "config.json").read_text())["text_config"]["hidden_size"] == tiny_models.HIDDEN

@@ -1,6 +1,7 @@
-"""The bed's sglang plugin: applies what environment variables ask for, and nothing by default.
+"""The bed's sglang plugin: applies what these environment variables ask for, and nothing by default.
 
 CPU_BED_FORBID_STOCK_TRANSPORT=1  sglang's own embedding transports raise when used (see forbid.py)
+CPU_BED_HOST_POOL=1               sglang's Mooncake embedding transport receives into host memory (see host_pool.py)
 CPU_BED_PREFILL_DECODE=1          prefill and decode servers run without an accelerator (see prefill_decode.py)
 CPU_BED_MEDIA_METADATA=1          a colocated server sees videos and sounds as an encoder does (see media_metadata.py)
 """
@@ -13,6 +14,10 @@ def register() -> None:
         from cpu_bed.forbid import forbid_stock_transport
 
         forbid_stock_transport()
+    if _asked("CPU_BED_HOST_POOL"):
+        from cpu_bed.host_pool import receive_into_host_memory
+
+        receive_into_host_memory()
     if _asked("CPU_BED_PREFILL_DECODE"):
         from cpu_bed.prefill_decode import do_without_accelerator
 

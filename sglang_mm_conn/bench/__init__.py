@@ -1,0 +1,1 @@
+"""The benchmark: one embedding from an encoder process to a language process, over this connector and over others."""

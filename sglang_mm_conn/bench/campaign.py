@@ -1,0 +1,164 @@
+"""The order of a benchmark: for every size all ways are open at once and take turns in rounds, so that whatever else
+the machine does hits all alike; then the special cases."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_mm_conn.bench.measurement import quantile
+from sglang_mm_conn.bench.pairs import Pair, warm_up
+from sglang_mm_conn.bench.payload import PayloadFile
+from sglang_mm_conn.bench.runs import Result
+from sglang_mm_conn.bench.sizes import KIB, MIB, effort, show_size
+from sglang_mm_conn.bench.ways import STOCK, Way
+from sglang_mm_conn.bench.ways.base import Config
+
+Say = Callable[[str, float], None]  # what is done now, and which part of the whole is done already
+
+FEW_PARKED, MANY_PARKED = 10, 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured."""
+
+    ways: tuple[Way, ...]
+    sizes: tuple[int, ...]
+    rounds: int
+    width: int = 4096
+    block_size: int = 128
+    quick: bool = False
+    special: bool = True
+
+
+@dataclass(frozen=True)
+class Special:
+    """A case of its own: two figures of one way that are compared."""
+
+    what: str
+    way: str
+    unit: str
+    one: float
+    other: float
+
+    @property
+    def ratio(self) -> float:
+        return self.other / self.one
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has been measured so far."""
+
+    results: list[Result] = field(default_factory=list)
+    specials: list[Special] = field(default_factory=list)
+    pieces: dict[int, int] = field(default_factory=dict)  # by size: the piece that suited the engine best
+
+
+def carry_out(plan: Plan, say: Say, outcome: Outcome) -> None:
+    """Adds to ``outcome`` as it goes. Raises BenchError where a way does not start, fails, or delivers wrong bytes."""
+    from sglang_mm_conn.control.authentication import generate
+
+    warm_up(stock=any(way.base in STOCK for way in plan.ways))
+    with tempfile.TemporaryDirectory(prefix="sglang-mm-conn-bench-") as directory:
+        key_file = str(Path(directory) / "key")
+        generate(key_file)
+        steps = len(plan.sizes) + bool(plan.special)
+        for number, nbytes in enumerate(plan.sizes):
+            _one_size(plan, nbytes, key_file, outcome, _share(say, number, steps))
+        if plan.special:
+            _special_cases(plan, key_file, outcome, _share(say, steps - 1, steps))
+
+
+def _share(say: Say, step: int, steps: int) -> Say:
+    """Tells of one step's progress as of a part of the whole."""
+    return lambda text, part: say(text, (step + part) / steps)
+
+
+def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: Outcome, say: Say) -> None:
+    work = effort(nbytes, quick=plan.quick)
+    in_flight = max([1, *(flow for flow, _ in work.flows)])
+    config = Config(nbytes=nbytes, width=plan.width, in_flight=in_flight, block_size=plan.block_size)
+    payload = PayloadFile(nbytes * in_flight)
+    with ExitStack() as stack:
+        stack.callback(payload.close)
+        say(f"{show_size(nbytes)}: starting {2 * len(plan.ways)} processes", 0.0)
+        pairs = []
+        for way in plan.ways:
+            pair = Pair(way, config, (payload.path, nbytes, in_flight), key_file)
+            stack.callback(pair.close)
+            pairs.append(pair)
+        for pair in pairs:
+            pair.start()
+            if pair.facts.get("piece"):
+                outcome.pieces[nbytes] = min(nbytes, pair.facts["piece"])
+        for pair in pairs:
+            pair.run(min(2, work.singles), nbytes)  # whatever happens once only is not measured here
+        for number in range(plan.rounds):
+            order = pairs[number % len(pairs) :] + pairs[: number % len(pairs)]
+            for turn, pair in enumerate(order):
+                done = (number + turn / len(order)) / plan.rounds
+                say(f"{show_size(nbytes)}, round {number + 1} of {plan.rounds}: {pair.way.name}", done)
+                outcome.results.append(pair.run(work.singles, nbytes, round_number=number))
+                for flow, count in work.flows:
+                    outcome.results.append(pair.run(count, nbytes, flow, number))
+
+
+def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> None:
+    """Of this connector's ways that are measured at all, without variations."""
+    ways = [way for way in plan.ways if way.base in ("shm", "mooncake") and not way.variations]
+    for number, way in enumerate(ways):
+        say(f"{way.name}: one room among parked rooms", number / len(ways))
+        outcome.specials.extend(_among_parked(plan, way, key_file))
+        say(f"{way.name}: first use of a pool", (number + 0.5) / len(ways))
+        outcome.specials.append(_first_use(plan, way, key_file))
+
+
+def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:
+    nbytes = 64 * KIB
+    rooms, rounds = (30, 3) if plan.quick else (100, max(5, plan.rounds))
+    config = Config(nbytes=nbytes, width=plan.width, in_flight=1, block_size=plan.block_size)
+    payload = PayloadFile(nbytes)
+    seconds: dict[int, list[float]] = {FEW_PARKED: [], MANY_PARKED: []}
+    with ExitStack() as stack:
+        stack.callback(payload.close)
+        pairs = {}
+        for parked in seconds:
+            pairs[parked] = stack.enter_context(Pair(way, config, (payload.path, nbytes, 1), key_file))
+            pairs[parked].run(5, nbytes)
+            pairs[parked].park(parked, nbytes)
+        for _ in range(rounds):
+            for parked, pair in pairs.items():
+                seconds[parked] += pair.run(rooms, nbytes).seconds
+    what = f"64 KiB room among {MANY_PARKED} parked rooms, compared with {FEW_PARKED}"
+    few, many = seconds[FEW_PARKED], seconds[MANY_PARKED]
+    return [
+        Special(f"{what}: p50", way.name, "ms", statistics.median(few) * 1e3, statistics.median(many) * 1e3),
+        Special(f"{what}: p99", way.name, "ms", quantile(few, 0.99) * 1e3, quantile(many, 0.99) * 1e3),
+    ]
+
+
+def _first_use(plan: Plan, way: Way, key_file: str) -> Special:
+    nbytes = 16 * MIB
+    config = Config(nbytes=nbytes, width=plan.width, in_flight=1, block_size=plan.block_size)
+    payload = PayloadFile(nbytes)
+    first, later = [], []
+    with ExitStack() as stack:
+        stack.callback(payload.close)
+        for _ in range(3 if plan.quick else 10):
+            with Pair(way, config, (payload.path, nbytes, 1), key_file) as pair:
+                first += pair.run(1, nbytes).seconds
+                later += pair.run(8, nbytes).seconds
+    return Special(
+        "16 MiB room, the first one of a new pool, compared with the next eight: p50", way.name, "ms",
+        statistics.median(later) * 1e3, statistics.median(first) * 1e3,
+    )  # fmt: skip

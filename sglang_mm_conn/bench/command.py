@@ -1,0 +1,216 @@
+"""Owns the `bench` command: what is measured, and where the figures go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sglang_mm_conn.bench.campaign import Outcome, Plan
+
+DOCUMENT = Path("docs/performance.md")
+SIZES = "64K,1M,16M,128M,512M"
+QUICK_SIZES = "64K,1M,16M"
+WAYS = "memcpy,shm,shm+key,mooncake,mooncake+key,zmq_to_scheduler,mooncake_stock,tcp,engine"
+ROUNDS, QUICK_ROUNDS = 7, 3
+
+_DESCRIPTION = """\
+Moves embeddings from an encoder process to a language process and measures it: over this connector, over sglang's own
+transports (their real classes, without a model), and over what bounds them. All ways are open at once and take turns
+in rounds, so that other work on the machine hits all alike. Every embedding is compared byte by byte; a wrong one
+ends the benchmark with status 1.
+
+ways:
+  shm                this connector over shared memory
+  mooncake           this connector over the Mooncake engine (TCP)
+  zmq_to_scheduler   sglang's own
+  mooncake_stock     sglang's own (its GPU buffers are host memory here)
+  tcp                raw TCP into a preallocated buffer
+  memcpy             one copy into warm shared memory: the limit on one host
+  engine             the Mooncake engine's own write, at its best piece size
+shm and mooncake take variations, joined by +: key (secured by a deployment key), fragmented (no two free blocks lie
+side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks)
+
+A room's time begins when its tensor is ready in the encoder process, its size having been announced before, and ends
+when its tensor is ready in the language process. rooms/s counts everything that a room costs, from its announcement.
+"""
+
+_EPILOG = """\
+examples:
+  python -m sglang_mm_conn bench --quick
+  python -m sglang_mm_conn bench --ways memcpy,shm,shm+windows --sizes 16M,128M --rounds 9
+  python -m sglang_mm_conn bench --fragmented --windows --json figures.json --plots pictures
+  python -m sglang_mm_conn bench --write          put the tables into docs/performance.md
+  python -m sglang_mm_conn bench servers          requests to whole sglang servers instead (see `bench servers -h`)
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure this connector beside sglang's own transports and what bounds them",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "what", nargs="?", default="transfers", choices=("transfers", "servers"),
+        help="transfers (default): embeddings between two processes; servers: requests to whole sglang servers",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="about a minute or two: fewer sizes, rounds and rooms")
+    parser.add_argument(
+        "--ways", default=WAYS, metavar="WAY,...",
+        help=f"default: {WAYS}; of servers: conn_multimodal,zmq_to_scheduler,mooncake",
+    )  # fmt: skip
+    parser.add_argument("--sizes", metavar="SIZE,...", help=f"default: {SIZES}; with --quick: {QUICK_SIZES}")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"turns of every way (default: {ROUNDS}; with --quick: {QUICK_ROUNDS})"
+    )
+    parser.add_argument("--fragmented", action="store_true", help="also measure shm and mooncake with +fragmented")
+    parser.add_argument("--windows", action="store_true", help="also measure shm and mooncake with +windows")
+    parser.add_argument("--copied", action="store_true", help="also measure shm and mooncake with +copied")
+    parser.add_argument(
+        "--width", type=int, default=4096, metavar="N", help="bfloat16 values in a row (default: 4096)"
+    )
+    parser.add_argument("--block-size", type=int, default=128, metavar="ROWS", help="rows in a block (default: 128)")
+    parser.add_argument(
+        "--no-special", action="store_true", help="leave the special cases (parked rooms, first use) out"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures into DIR")
+    parser.add_argument(
+        "--write", nargs="?", type=Path, const=DOCUMENT, metavar="FILE",
+        help=f"put the tables into FILE (default: {DOCUMENT}), between its markers",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        print(f"bench: {error}. It needs more packages: pip install 'sglang-mm-conn[bench]'", file=sys.stderr)
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    from sglang_mm_conn.bench.pairs import BenchError
+
+    try:
+        if args.what == "servers":
+            from sglang_mm_conn.bench import servers
+
+            return servers.run(args, console)
+        return _transfers(args, console)
+    except (BenchError, ValueError, OSError) as error:
+        console.print(f"bench: {error}", style="red", markup=False, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted", style="red")
+        return 130
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Raises ValueError naming the option and the value that is wrong."""
+    from sglang_mm_conn.bench import ways
+    from sglang_mm_conn.bench.campaign import Plan
+    from sglang_mm_conn.bench.sizes import parse_size
+
+    for name, least in (("rounds", 1), ("width", 1), ("block_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+    try:
+        chosen = [ways.parse(name) for name in args.ways.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--ways: {error}") from None
+    for variation in ("fragmented", "windows", "copied"):
+        if getattr(args, variation):
+            chosen += [ways.Way(base, (variation,)) for base in ways.CONNECTOR]
+    try:
+        sizes = [
+            parse_size(text, 2 * args.width)
+            for text in (args.sizes or (QUICK_SIZES if args.quick else SIZES)).split(",")
+        ]
+    except ValueError as error:
+        raise ValueError(f"--sizes: {error}") from None
+    return Plan(
+        ways=tuple(dict.fromkeys(chosen)),
+        sizes=tuple(dict.fromkeys(sizes)),
+        rounds=args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
+        width=args.width,
+        block_size=args.block_size,
+        quick=args.quick,
+        special=not args.no_special,
+    )
+
+
+def _transfers(args: argparse.Namespace, console: Console) -> int:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from sglang_mm_conn.bench import document, machine, measurement, report
+    from sglang_mm_conn.bench.campaign import Outcome, carry_out
+
+    plan = plan_of(args)
+    if args.write is not None:
+        document.insert(args.write.read_text(), "")  # a file that cannot take the tables is noticed before the run
+    facts = machine.describe()
+    console.print(machine.line(facts), style="dim", highlight=False)
+    outcome = Outcome()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=1.0)
+        last = ""
+
+        def say(text: str, part: float) -> None:
+            nonlocal last
+            progress.update(task, description=text, completed=part)
+            stage = text.partition(":")[0]
+            if not console.is_terminal and stage != last:
+                console.print(f"{part:4.0%} {text}", highlight=False)
+            last = stage
+
+        try:
+            carry_out(plan, say, outcome)
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        console.print("interrupted: these are the figures so far", style="red")
+    rows = measurement.rows(outcome.results)
+    compared = measurement.comparisons(outcome.results)
+    report.print_report(console, rows, outcome.specials, compared)
+    if args.json is not None:
+        args.json.write_text(json.dumps(_figures(outcome, rows, facts, plan), indent=1) + "\n")
+        console.print(f"figures: {args.json}", highlight=False)
+    if args.plots is not None:
+        from sglang_mm_conn.bench import plots
+
+        for path in plots.draw(rows, args.plots):
+            console.print(f"picture: {path}", highlight=False)
+    if args.write is not None:
+        if interrupted:
+            raise ValueError(f"{args.write} is left as it is: the run was interrupted")
+        note = f"{machine.line(facts)}; {plan.rounds} rounds."
+        document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}")
+        console.print(f"tables: {args.write}", highlight=False)
+    return 130 if interrupted else 0
+
+
+def _figures(outcome: Outcome, rows: Any, facts: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from sglang_mm_conn.bench import measurement
+
+    return {
+        "machine": facts,
+        "plan": {**asdict(plan), "ways": [way.name for way in plan.ways]},
+        "rows": measurement.as_json(rows),
+        "comparisons": [asdict(one) for one in measurement.comparisons(outcome.results)],
+        "special": [special.as_json() for special in outcome.specials],
+        "engine_pieces": outcome.pieces,
+        "runs": [asdict(result) for result in outcome.results],
+    }

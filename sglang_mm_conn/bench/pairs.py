@@ -1,0 +1,193 @@
+"""Pairs of real processes, an encoder's and a language server's, one pair a way, forked from one that knows torch.
+
+Every process ends when its pipe does, so none outlives the benchmark, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from sglang_mm_conn.bench import worker
+from sglang_mm_conn.bench.runs import Result, Run, Side
+from sglang_mm_conn.bench.ways import Way
+from sglang_mm_conn.bench.ways.base import Config
+from sglang_mm_conn.core.rooms import new_id
+
+START_SECONDS = 600.0  # sglang's import alone takes half a minute, and many times that on a busy machine
+ANSWER_SECONDS = 300.0
+_LAST_LINES = 12
+
+_context = multiprocessing.get_context("forkserver")
+_PRELOAD = ["sglang_mm_conn.bench.worker", "sglang_mm_conn.bench.ways.connector"]
+_PRELOAD_STOCK = ["sglang.srt.disaggregation.encoder.http_server", "sglang.srt.disaggregation.encoder.receiver"]
+
+ENVIRONMENT = {
+    "MC_FORCE_TCP": "1",
+    "MC_LOG_LEVEL": "ERROR",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+class BenchError(Exception):
+    """A way that could not be started, failed, or delivered wrong bytes; the message says which and why."""
+
+
+class _Process:
+    def __init__(
+        self, role: str, way: Way, config: Config, payload: tuple[str, int, int], peer: Connection, log: Path
+    ) -> None:
+        self._what = f"{way.name}, {role} process"
+        self._log = log
+        self._commands, theirs = _context.Pipe()
+        self._process = _context.Process(
+            target=worker.serve,
+            args=(theirs, role, way.base, config, payload, peer, ENVIRONMENT, str(log)),
+            name=f"bench-{way.name}-{role}",
+            daemon=True,
+        )
+        self._process.start()
+        theirs.close()
+
+    def send(self, name: str, *arguments: Any) -> None:
+        try:
+            self._commands.send((name, arguments))
+        except OSError as error:
+            raise self._failed("has ended") from error
+
+    def answer(self, seconds: float = ANSWER_SECONDS) -> Any:
+        if not self._commands.poll(seconds):
+            raise self._failed(f"no answer within {seconds:g} s")
+        try:
+            verdict, value = self._commands.recv()
+        except (EOFError, OSError):
+            raise self._failed("has ended") from None
+        if verdict != "ok":
+            raise self._failed(value)
+        return value
+
+    def _failed(self, why: str) -> BenchError:
+        words = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
+        return BenchError("\n".join([f"{self._what}: {why}", *words]))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._commands.send(("close", ()))
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(10)
+        self._commands.close()
+
+
+class Pair:
+    """Both processes of one way. A context manager: connected on entry, gone on exit."""
+
+    def __init__(self, way: Way, config: Config, payload: tuple[str, int, int], key_file: str) -> None:
+        """``key_file``: the deployment's key; the processes' logs lie beside it."""
+        self.way = way
+        logs = Path(key_file).parent
+        self.config = way.config(config, key_file)
+        self._number = 0
+        near, far = _context.Pipe()
+        self._sender = _Process("encoder", way, self.config, payload, near, logs / f"{way.name}-encoder.log")
+        self._receiver = _Process("language", way, self.config, payload, far, logs / f"{way.name}-language.log")
+        near.close()
+        far.close()
+        self.facts: dict[str, Any] = {}
+        self.server = new_id()
+
+    def start(self) -> None:
+        """Wait until both have opened their ends, and connect them."""
+        try:
+            hellos = [process.answer(START_SECONDS) for process in (self._sender, self._receiver)]
+            self.server = hellos[1].get("server", self.server)
+            self._sender.send("connect", hellos[1])
+            self._receiver.send("connect", hellos[0])
+            self.facts = {
+                **self._sender.answer(),
+                "encoder_pid": hellos[0]["pid"],
+                "language_pid": hellos[1]["pid"],
+            }
+            self._receiver.answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Pair:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, count: int, nbytes: int, flow: int = 0, round_number: int = 0) -> Result:
+        """Raises BenchError where a room failed or came with wrong bytes."""
+        width = self.config.width
+        run = Run(self.server, self._number, count, nbytes // (width * 2), width, flow)
+        self._number += count
+        self._receiver.send("run", run)
+        self._sender.send("run", run)
+        problems = []
+        sides: list[Side] = []
+        for process in (self._receiver, self._sender):
+            try:
+                sides.append(process.answer())
+            except BenchError as error:
+                problems.append(str(error))
+                break  # the other one waits for it
+        if problems:
+            raise BenchError("; ".join(problems))
+        language, encoder = sides
+        seconds = [end - begin for begin, end in zip(encoder.times, language.times, strict=True)]
+        return Result(
+            way=self.way.name,
+            nbytes=nbytes,
+            flow=flow,
+            seconds=seconds,
+            wall=max(language.times) - min(encoder.times),
+            cpu=encoder.cpu + language.cpu,
+            encoder=_costs(encoder),
+            language=_costs(language),
+            round=round_number,
+        )
+
+    def park(self, count: int, nbytes: int) -> None:
+        """Announce ``count`` rooms that no request claims."""
+        width = self.config.width
+        self._sender.send("park", self.server, self._number, count, nbytes // (width * 2), width)
+        self._number += count
+        self._sender.answer()
+        time.sleep(0.2)
+
+    def close(self) -> None:
+        self._sender.close()
+        self._receiver.close()
+
+
+def _costs(side: Side) -> dict[str, Any]:
+    return {
+        "cpu": side.cpu,
+        "by_thread": side.by_thread,
+        "calls": side.calls,
+        "threads": side.threads,
+        "descriptors": side.descriptors,
+    }
+
+
+def warm_up(*, stock: bool) -> None:
+    """Start the process that the others are forked from. It imports torch meanwhile, and sglang's transports
+    (``stock``), which takes long and starts no thread; a module that is missing is missed where it is used."""
+    from multiprocessing import forkserver
+
+    os.environ.update(ENVIRONMENT)  # before the imports, which read some of it
+    _context.set_forkserver_preload([*_PRELOAD, *(_PRELOAD_STOCK if stock else ())])
+    forkserver.ensure_running()

@@ -1,0 +1,82 @@
+"""The bytes that travel: random, and marked in every page with the number of the room they belong to.
+
+All encoder processes read the same memory and all language processes compare with it: a nameless file that the
+benchmark's own process holds, so that nothing is left of it however the benchmark ends. One way is active at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import numpy as np
+import torch
+
+from sglang_mm_conn.bench.ways.base import DTYPE, Room
+
+PAGE_WORDS = 512  # 4 KiB of 8-byte words
+
+
+class PayloadFile:
+    """Owns the memory; ``path`` opens it from other processes of this user."""
+
+    def __init__(self, nbytes: int, seed: int = 1) -> None:
+        self._fd = os.memfd_create("sglang-mm-conn-bench", os.MFD_CLOEXEC)
+        os.posix_fallocate(self._fd, 0, nbytes)
+        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        words = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint64)
+        generator = np.random.default_rng(seed)
+        for start in range(0, len(words), 1 << 20):
+            piece = words[start : start + (1 << 20)]
+            piece[:] = generator.integers(0, 1 << 64, len(piece), dtype=np.uint64)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Payload:
+    """``slots`` tensors of ``nbytes`` each, at the start of the file at ``path``."""
+
+    def __init__(self, path: str, nbytes: int, slots: int) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            memory = mmap.mmap(fd, nbytes * slots, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        finally:
+            os.close(fd)
+        self._words = np.frombuffer(memory, dtype=np.uint64).reshape(slots, -1)
+        self._tensors = list(torch.frombuffer(memory, dtype=torch.uint8).split(nbytes))
+
+    def mark(self, slot: int, number: int) -> None:
+        """Make the bytes of ``slot`` those of room ``number``."""
+        self._words[slot, ::PAGE_WORDS] = number + 1
+
+    def tensor(self, slot: int, room: Room) -> torch.Tensor:
+        return self._tensors[slot].view(DTYPE).reshape(room.tokens, room.width)
+
+    def mistake(self, slot: int, number: int, room: Room, got: torch.Tensor) -> str:
+        """What is wrong with ``got``, byte by byte; empty where it is room ``number``. Marks the slot."""
+        self.mark(slot, number)
+        return self._mistake(self._tensors[slot], room, got)
+
+    @staticmethod
+    def _mistake(expected: torch.Tensor, room: Room, got: torch.Tensor) -> str:
+        flat = got.reshape(-1).view(torch.uint8)
+        if flat.numel() != room.nbytes:
+            return f"{flat.numel()} bytes arrived, not {room.nbytes}"
+        left, right = expected.view(torch.int64), flat.view(torch.int64)
+        if torch.equal(left, right):
+            return ""
+        wrong = (left != right).nonzero().reshape(-1)
+        return f"{len(wrong)} of {len(left)} words of 8 bytes are wrong, the first at byte {int(wrong[0]) * 8}"
+
+    @staticmethod
+    def mark_mistake(number: int, room: Room, got: torch.Tensor) -> str:
+        """As ``mistake``, but looking at the marks only: a few microseconds, for runs that must not stop."""
+        flat = got.reshape(-1).view(torch.uint8)
+        if flat.numel() != room.nbytes:
+            return f"{flat.numel()} bytes arrived, not {room.nbytes}"
+        marks = flat.numpy().view(np.uint64)[::PAGE_WORDS]
+        if (marks == number + 1).all():
+            return ""
+        wrong = int(np.flatnonzero(marks != number + 1)[0])
+        return f"the page at byte {wrong * PAGE_WORDS * 8} is room {int(marks[wrong]) - 1}'s, not room {number}'s"

@@ -1,0 +1,126 @@
+"""The tables: on the terminal, and as Markdown for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sglang_mm_conn.bench.campaign import Special
+from sglang_mm_conn.bench.measurement import LIMIT, Comparison, Row
+from sglang_mm_conn.bench.sizes import show_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEADINGS = (
+    "way", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "x built-in", "CPU s/GB", "rooms/s",
+)  # fmt: skip
+COMPARISON_HEADINGS = ("what", "size", "ratio", "ratio of the best")
+SPECIAL_HEADINGS = ("case", "way", "before", "after", "ratio")
+
+
+def by_size(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    sizes: dict[int, list[Row]] = {}
+    for row in rows:
+        sizes.setdefault(row.nbytes, []).append(row)
+    return sizes
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.way,
+        _short(row.median_ms),
+        _short(row.p99_ms),
+        _short(row.best_ms),
+        f"{row.gbytes_per_s:.2f}",
+        _share(row.of_limit),
+        _share(row.of_limit_best),
+        "-" if row.times_built_in is None else f"{row.times_built_in:.1f}",
+        f"{row.cpu_s_per_gbyte:.2f}",
+        ", ".join(f"{rate:,.0f} at {flow}" for flow, rate in row.rooms_per_s.items()) or "-",
+    )
+
+
+def special_cells(special: Special) -> tuple[str, ...]:
+    unit = special.unit
+    one, other = f"{_short(special.one)} {unit}", f"{_short(special.other)} {unit}"
+    return (special.what, special.way, one, other, f"{special.ratio:.2f}")
+
+
+def comparison_cells(one: Comparison) -> tuple[str, ...]:
+    return (one.what, show_size(one.nbytes), f"{one.ratio:.2f}", f"{one.best:.2f}")
+
+
+def print_report(
+    console: Console, rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequence[Comparison]
+) -> None:
+    from rich.table import Table
+
+    for nbytes, same in by_size(rows).items():
+        table = Table(title=f"{show_size(nbytes)} ({same[0].rounds} rounds)", title_justify="left")
+        for heading in HEADINGS:
+            table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=heading == "way")
+        for row in same:
+            table.add_row(*cells(row))
+        console.print(table)
+    if specials:
+        table = Table(title="Special cases", title_justify="left")
+        for heading in SPECIAL_HEADINGS:
+            table.add_column(heading, justify="left" if heading in ("case", "way") else "right")
+        for special in specials:
+            table.add_row(*special_cells(special))
+        console.print(table)
+    if comparisons:
+        table = Table(*COMPARISON_HEADINGS, title="Compared within each round", title_justify="left")
+        for one in comparisons:
+            table.add_row(*comparison_cells(one))
+        console.print(table)
+    calls = per_room_lines(rows)
+    if calls:
+        console.print("Per room, both processes together:")
+        for line in calls:
+            console.print(f"  {line}", markup=False, highlight=False)
+
+
+def per_room_lines(rows: Sequence[Row]) -> list[str]:
+    """What each way does anew for every room, the largest figure of all sizes."""
+    lines: dict[str, str] = {}
+    for row in rows:
+        counts = {name: number for name, number in row.per_room.items() if number >= 0.005}
+        text = ", ".join(f"{number:.2f} {name}" for name, number in counts.items())
+        if row.way not in lines or len(text) > len(lines[row.way]):
+            lines[row.way] = text
+    nothing = "no thread, socket, connection, HTTP call or registration"
+    return [f"{way}: {text or nothing}" for way, text in lines.items()]
+
+
+def markdown(rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequence[Comparison]) -> str:
+    """The same tables in Markdown."""
+    parts = []
+    for nbytes, same in by_size(rows).items():
+        parts.append(f"### {show_size(nbytes)}\n\n" + _markdown_table(HEADINGS, [cells(row) for row in same]))
+    if specials:
+        parts.append(
+            "### Special cases\n\n" + _markdown_table(SPECIAL_HEADINGS, [special_cells(one) for one in specials])
+        )
+    if comparisons:
+        table = _markdown_table(COMPARISON_HEADINGS, [comparison_cells(one) for one in comparisons])
+        parts.append(f"### Compared within each round\n\n{table}")
+    parts.append("### Made anew for every room\n\n" + "\n".join(f"- {line}" for line in per_room_lines(rows)))
+    return "\n\n".join(parts)
+
+
+def _markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    left = {"way", "case", "what"}
+    rule = "|".join("---" if heading in left else "---:" for heading in headings)
+    return "\n".join(
+        [f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
+    )
+
+
+def _short(number: float) -> str:
+    return f"{number:.3f}" if number < 1 else f"{number:.2f}" if number < 100 else f"{number:.0f}"
+
+
+def _share(part: float | None) -> str:
+    return "-" if part is None else f"{part:.0%}"

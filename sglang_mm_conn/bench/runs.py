@@ -1,0 +1,56 @@
+"""What the two processes do in one run, and what they say about it. Plain data, which travels between processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """``count`` rooms of ``tokens`` rows: one after the other (``flow`` 0), or up to ``flow`` on their way at a time.
+
+    One after the other, a room is prepared, everything comes to rest, and then its tensor is ready. In a flow rooms
+    are prepared and ready at once, so all their work is in the time of the whole.
+    """
+
+    server: str  # prefix of the rooms' names
+    first: int  # number of the first room
+    count: int
+    tokens: int
+    width: int
+    flow: int = 0
+    parked: int = 0  # rooms that were announced and that no request has claimed
+
+    @property
+    def slots(self) -> int:
+        return max(1, self.flow)
+
+
+@dataclass
+class Side:
+    """What one process measured: its clock readings per room (CLOCK_MONOTONIC, the same in both), and its costs."""
+
+    times: list[float]
+    cpu: float  # seconds
+    began: float = 0.0
+    ended: float = 0.0
+    threads: int = 0  # more threads at the end than at the beginning
+    descriptors: int = 0
+    calls: dict[str, int] = field(default_factory=dict)  # threads started, sockets made, connections, registrations
+    by_thread: dict[str, list[float]] = field(default_factory=dict)  # CPU seconds and waits, by the threads' names
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one way."""
+
+    way: str
+    nbytes: int
+    flow: int
+    seconds: list[float]  # of each room; in a flow, from the beginning of its preparation
+    wall: float
+    cpu: float
+    encoder: dict[str, Any]
+    language: dict[str, Any]
+    round: int = 0

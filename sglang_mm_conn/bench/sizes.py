@@ -1,0 +1,55 @@
+"""Sizes of embeddings: how they are written, and how many rooms of each are worth measuring."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_UNITS = {"": 1, "B": 1, "K": KIB, "KIB": KIB, "M": MIB, "MIB": MIB, "G": GIB, "GIB": GIB}
+_TEXT = re.compile(r"(\d+)\s*([A-Za-z]*)")
+
+
+def parse_size(text: str, row_bytes: int = 1) -> int:
+    """Bytes of ``64K``, ``16 MiB``. Raises ValueError saying what is wrong."""
+    match = _TEXT.fullmatch(text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no size: write 64K, 16M or 1G")
+    nbytes = int(match[1]) * _UNITS[match[2].upper()]
+    if nbytes < row_bytes or nbytes % max(row_bytes, 4096):
+        raise ValueError(f"{text!r} is not whole rows of {row_bytes} bytes and whole pages")
+    return nbytes
+
+
+def show_size(nbytes: int) -> str:
+    """``16 MiB``."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if nbytes >= unit and nbytes % unit == 0:
+            return f"{nbytes // unit} {name}"
+    return f"{nbytes} B"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """In every round: rooms one after the other, and for each flow how many rooms, and how many at a time."""
+
+    singles: int
+    flows: tuple[tuple[int, int], ...]  # (at a time, rooms)
+
+
+def effort(nbytes: int, *, quick: bool) -> Effort:
+    """About the same time at every size."""
+    budget = (32 if quick else 256) * MIB
+    most = 50 if quick else 200
+    singles = max(1, min(most, budget // nbytes))
+    at_a_time: tuple[int, ...]
+    if nbytes <= 256 * KIB:
+        at_a_time = (1, 8, 64)
+    elif nbytes <= 4 * MIB:
+        at_a_time = (1, 4, 16)
+    elif nbytes <= 32 * MIB:
+        at_a_time = (1, 4)
+    else:
+        at_a_time = (2,) if nbytes <= 128 * MIB else ()
+    many = max(2, min(5 * most, 2 * budget // nbytes))
+    return Effort(singles, tuple((flow, max(many, 2 * flow)) for flow in at_a_time))

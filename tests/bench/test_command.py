@@ -1,0 +1,147 @@
+"""The command: its options, and a run of real processes from end to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_mm_conn.__main__ import main, parser
+from sglang_mm_conn.bench import document, ways
+from sglang_mm_conn.bench.command import plan_of
+from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
+
+WAYS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,tcp"
+ROW_FIELDS = {
+    "way", "nbytes", "rooms", "rounds", "median_ms", "p99_ms", "best_ms", "gbytes_per_s", "cpu_s_per_gbyte",
+    "of_limit", "of_limit_best", "times_built_in", "rooms_per_s", "per_room",
+}  # fmt: skip
+
+
+def plan(*arguments: str):  # type: ignore[no-untyped-def]
+    return plan_of(parser().parse_args(["bench", *arguments]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ways", "shm,ftp"], "--ways: 'ftp': no way is called 'ftp'"),
+        (["--ways", "tcp+key"], "--ways: 'tcp+key': only shm and mooncake have variations"),
+        (["--ways", "shm+fast"], "--ways: 'shm+fast': 'fast' is none of the variations"),
+        (["--sizes", "16M,big"], "--sizes: 'big' is no size"),
+        (["--sizes", "10K"], "--sizes: '10K' is not whole rows of 8192 bytes"),
+        (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
+        (["servers", "--ways", "shm"], "--ways: 'shm' is none of the transports of servers"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_option(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 1
+    assert words in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_variations_are_added_to_both_paths() -> None:
+    names = [way.name for way in plan("--ways", "memcpy,shm", "--windows").ways]
+    assert names == ["memcpy", "shm", "shm+windows", "mooncake+windows"]
+    assert ways.parse("shm+windows+key").name == "shm+key+windows"
+
+
+def test_sizes_are_read_as_they_are_shown() -> None:
+    for text in ("64 KiB", "16 MiB", "1 GiB"):
+        assert show_size(parse_size(text)) == text
+
+
+def test_every_size_has_rooms_to_measure() -> None:
+    for quick in (True, False):
+        for nbytes in (4096, 64 << 10, 1 << 20, 512 << 20, 4 << 30):
+            work = effort(nbytes, quick=quick)
+            assert work.singles >= 1
+            assert all(count >= flow for flow, count in work.flows)
+
+
+def test_tables_go_between_the_markers_and_nothing_else_changes() -> None:
+    text = f"before\n{document.BEGIN}\nold\n{document.END}\nafter\n"
+    assert document.insert(text, "new") == f"before\n{document.BEGIN}\n\nnew\n\n{document.END}\nafter\n"
+    assert document.insert(document.insert(text, "new"), "new") == document.insert(text, "new")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        document.insert("no markers", "new")
+
+
+def test_a_run_measures_every_way_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, page = tmp_path / "figures.json", tmp_path / "page.md"
+    page.write_text(f"# Page\n{document.BEGIN}\n{document.END}\nend\n")
+    status = main(
+        [
+            *("bench", "--quick", "--ways", WAYS, "--sizes", "64K,2M", "--rounds", "1", "--width", "512"),
+            *("--block-size", "16", "--no-special", "--json", str(figures), "--plots", str(tmp_path / "plots")),
+            *("--write", str(page)),
+        ]
+    )
+    shown = capsys.readouterr().out
+    assert status == 0, shown
+    told = json.loads(figures.read_text())
+    assert {(row["way"], row["nbytes"]) for row in told["rows"]} == {
+        (way, nbytes) for way in WAYS.split(",") for nbytes in (64 << 10, 2 << 20)
+    }
+    for row in told["rows"]:
+        assert set(row) == ROW_FIELDS
+        assert row["median_ms"] > 0 and row["of_limit"] > 0 and row["rooms_per_s"]
+    assert told["machine"]["cores"] >= 1 and told["plan"]["rounds"] == 1 and told["runs"]
+    for row in told["rows"]:
+        if row["way"].startswith("shm"):
+            assert all(number < 0.01 for number in row["per_room"].values()), f"made anew for rooms: {row}"
+    for name in ("latency", "speed", "cpu", "rooms"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for text in ("64 KiB", "2 MiB", "shm+windows"):
+        assert text in shown and text in page.read_text()
+    assert page.read_text().endswith("end\n")
+
+
+def test_no_process_outlives_a_benchmark_that_is_killed_in_the_middle(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        bench = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "sglang_mm_conn", "bench"),
+                *("--ways", "memcpy,shm", "--sizes", "16M", "--rounds", "999"),
+            ],
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        wait_for(lambda: "round 1" in log.read_text(), "the first round")
+    finally:
+        bench.send_signal(signal.SIGKILL)
+        bench.wait(10)
+    wait_for(lambda: not group_exists(bench.pid), "all of its processes are gone")
+
+
+def wait_for(condition, what: str) -> None:  # type: ignore[no-untyped-def]
+    until = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < until, f"not within 90 s: {what}"
+        time.sleep(0.1)
+
+
+def group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_file_without_markers_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing here")
+    assert main(["bench", "--quick", "--write", str(page)]) == 1
+    assert "must hold the lines" in capsys.readouterr().out
