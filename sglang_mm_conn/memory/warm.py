@@ -1,15 +1,14 @@
 """Memory for results that is used again: pages that were touched before cost nothing the next time.
 
-Fresh memory is several times slower to fill than to copy (each first touch of a page is a fault; huge pages, asked for
-here, are a quarter of the cost of small ones). So memory comes back when *nobody* refers to it any more, and not a
-moment earlier. The proof is the life of the object that the tensor's storage was made of: every tensor, view, storage,
-NumPy array and DLPack capsule over the memory keeps the storage alive, the storage keeps that object (a *lease*), and
-the lease's finalizer is what gives the memory back.
+Fresh memory is several times slower to fill than to copy: each first touch of a page is a fault. (Huge pages are no way
+out: a quarter of that cost where the system has some ready, four times as much where it has to make them.) So memory
+comes back when *nobody* refers to it any more, and not a moment earlier. The proof is the life of the object that the
+tensor's storage was made of: every tensor, view, storage, NumPy array and DLPack capsule over the memory keeps the
+storage alive, the storage keeps that object (a *lease*), and the lease's finalizer is what gives the memory back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 import weakref
@@ -21,7 +20,6 @@ import torch
 
 # Below this the allocator of the C library has warm memory of its own.
 SMALLEST = 256 << 10
-_HUGE_PAGE = 2 << 20
 
 
 def lease(memory: np.ndarray, over: Callable[[], None]) -> torch.Tensor:
@@ -37,8 +35,7 @@ def lease(memory: np.ndarray, over: Callable[[], None]) -> torch.Tensor:
 
 def _size_class(nbytes: int) -> int:
     """``nbytes`` rounded up by a quarter at most, so that memory fits later results of about the same size."""
-    step = 1 << max(0, nbytes.bit_length() - 3)
-    step = max(step, _HUGE_PAGE if nbytes >= _HUGE_PAGE else mmap.PAGESIZE)
+    step = max(mmap.PAGESIZE, 1 << max(0, nbytes.bit_length() - 3))
     return -(-nbytes // step) * step
 
 
@@ -73,8 +70,6 @@ class WarmMemory:
             found = next((key for key in reversed(self._idle) if len(self._idle[key]) == size), None)
             if found is None:
                 memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                with contextlib.suppress(OSError):  # a kernel without them
-                    memory.madvise(mmap.MADV_HUGEPAGE)
             else:
                 memory = self._idle.pop(found)
                 self._idle_bytes -= size
