@@ -1,5 +1,7 @@
 """What the pages tell a user to type exists: commands, options, variables, and the lines of sglang that they name."""
 
+import argparse
+import importlib
 import importlib.util
 import json
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_mm_conn.__main__ import parser
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.demo.launch import Launch
 from tests.pages import DEPLOYMENTS, ROOT, named_block, sglang_commands, shell_blocks
@@ -18,7 +21,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE = DEPLOYMENTS.read_text()
 # Options of other programs: docker, pip and make.
 OTHER_OPTIONS = {"--gpus", "--network", "--ipc", "--shm-size", "--help"}
-OUR_PROGRAMS = {"--model", "--data-path", "--blocks", "--write"}  # options of the demo and of make faults
+# Those of `make faults` and its like.
+TOOLS = [path.parent.name for path in sorted((ROOT / "tests").glob("*/__main__.py"))]
 # sglang reads them from the environment without declaring them.
 UNDECLARED = {"SGLANG_HOST_IP", "SGLANG_USE_CPU_ENGINE", "SGLANG_CPU_OMP_THREADS_BIND"}
 # What is named in the page, and what stands there.
@@ -39,6 +43,18 @@ def _sglang(code: str, given: str = "") -> str:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout.splitlines()[-1]
+
+
+def _our_options() -> set[str]:
+    """Of the command line and of the tools in tests/."""
+    waiting = [parser(), *(importlib.import_module(f"tests.{name}.__main__").arguments() for name in TOOLS)]
+    options: set[str] = set()
+    while waiting:
+        for action in waiting.pop()._actions:
+            options.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+    return options
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -74,7 +90,7 @@ def test_sglang_reads_every_command_and_has_every_option_and_variable_that_a_pag
     ours = {field.metadata["env"] for field in fields(Settings)}
     for page in PAGES:
         text = page.read_text()
-        options = set(re.findall(r"(?<![\w|-])--[a-z]+(?:-[a-z]+)*(?![\w-])", text)) - OTHER_OPTIONS - OUR_PROGRAMS
+        options = set(re.findall(r"(?<![\w|-])--[a-z]+(?:-[a-z]+)*(?![\w-])", text)) - OTHER_OPTIONS - _our_options()
         assert options <= set(said["options"]), (page.name, options - set(said["options"]))
         variables = set(re.findall(r"\bSGLANG_[A-Z0-9_]+\b", text))
         known = ours | set(said["variables"])

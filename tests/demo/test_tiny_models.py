@@ -58,7 +58,7 @@ def test_unknown_kind_is_refused(tmp_path: Path) -> None:
         tiny_models.write("qwen9", tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", tiny_models.KINDS)
+@pytest.mark.parametrize("kind", tiny_models.SEEING)
 def test_a_wider_one_has_embeddings_as_wide_as_its_language_model(kind: str, tmp_path: Path) -> None:
     import json
 
