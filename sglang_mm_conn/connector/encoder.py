@@ -23,7 +23,13 @@ from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
-from sglang_mm_conn.core.errors import ConnError, DataPathError, DataPathUnavailable, ProtocolError
+from sglang_mm_conn.core.errors import (
+    ConnError,
+    DataPathError,
+    DataPathUnavailable,
+    ProtocolError,
+    WriterSlotTaken,
+)
 from sglang_mm_conn.core.layout import Geometry, Run, window_runs
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
@@ -305,7 +311,7 @@ class EncoderEndpoint:
                 self._send(peer, Refused(reason=problem, kind="mismatch"))
             else:
                 self._attach(peer, message)
-        except LinkBusy as error:
+        except (LinkBusy, WriterSlotTaken) as error:  # a registration that was overtaken: the next may do
             self._send(peer, Refused(reason=str(error), kind="register_first"))
         except (DataPathUnavailable, ProtocolError) as error:
             self._complaints.log(peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error)

@@ -107,10 +107,18 @@ class Encoders:
         """The writer slot that the process was given, also after it was lost."""
         return self._slots.get(incarnation)
 
+    def replace_slot(self, incarnation: str) -> None:
+        """The process cannot attach with its slot any more: if it lives, its next registration names another."""
+        self._slots.pop(incarnation, None)
+        process = self._processes.get(incarnation)
+        if process is not None:
+            process.slot = self._slots[incarnation] = self._sessions.new_slot()
+
     def forget_slots(self, keep: set[str]) -> None:
-        """Drop the slots of processes that are neither connected nor in ``keep``."""
+        """Drop the slots of processes that are neither connected nor in ``keep``, once nobody can write with them."""
         for incarnation in [key for key in self._slots if key not in self._processes and key not in keep]:
-            del self._slots[incarnation]
+            if self._sessions.retire_writer(self._slots[incarnation]):
+                del self._slots[incarnation]
 
     def register_again(self, path: str) -> None:
         """Present the session anew to every process that writes over ``path`` (control thread)."""

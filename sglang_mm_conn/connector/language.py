@@ -275,9 +275,10 @@ class LanguageEndpoint:
             suspects = {peer.incarnation: peer.data_path for peer in self.core.suspects()}
         for incarnation, path in suspects.items():
             slot = self._encoders.slot_of(incarnation)
-            if path == "shm" and slot is not None and self._sessions.writer_gone(slot):
+            if path == "shm" and slot is not None and self._sessions.retire_writer(slot):
+                self._encoders.replace_slot(incarnation)
                 with self._lock:
-                    logger.info("Encoder process %s is gone for certain: its blocks are free again", incarnation)
+                    logger.info("Encoder process %s cannot write any more: its blocks are free again", incarnation)
                     self._perform(self.core.writer_gone(incarnation, self._clock()))
         self._encoders.forget_slots(keep=set(suspects))
         with self._lock:

@@ -79,8 +79,9 @@ class Sessions:
         """A writer slot for an encoder process: the byte it locks as long as it may write."""
         return next(self._slots)
 
-    def writer_gone(self, slot: int) -> bool:
-        return self._pool.segment is not None and self._pool.segment.writer_gone(slot)
+    def retire_writer(self, slot: int) -> bool:
+        """Whether nobody can write with ``slot`` any more, now and ever after: see memory.segment."""
+        return self._pool.segment is None or self._pool.segment.retire_writer(slot)
 
     def is_newest(self, path: str, epoch: int) -> bool:
         """Whether ``epoch`` is the way in to offer over ``path``. Never waits."""

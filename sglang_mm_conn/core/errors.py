@@ -38,6 +38,10 @@ class DataPathUnavailable(ConnError):
     """A data path cannot be used between these two processes."""
 
 
+class WriterSlotTaken(DataPathUnavailable):
+    """The byte that a writer of a shared segment locks is locked: by another writer, or for good by the owner."""
+
+
 class DataPathError(ConnError):
     """A data call failed.
 

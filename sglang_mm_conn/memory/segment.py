@@ -8,7 +8,8 @@ Hazards, and what is done about them:
   the file for life, and whoever starts next unlinks the segments whose owner lock is free. A segment gets its name
   only after its owner holds that lock.
 - "The writer is gone" cannot be told by a PID (a frozen process resumes in mid-copy; PIDs are reused): every writer
-  holds a lock of its own on the same file, which the kernel drops when the process is really gone.
+  holds a lock of its own on the same file, which the kernel drops when the process is really gone. A free lock proves
+  something about this moment only: a registration on its way could attach with it again. So the owner takes it.
 - ``multiprocessing.shared_memory`` is not used: before Python 3.13 its tracker lets an attaching process unlink the
   owner's segment.
 
@@ -28,7 +29,7 @@ import stat
 import struct
 import weakref
 
-from sglang_mm_conn.core.errors import DataPathUnavailable, MemoryUnavailable
+from sglang_mm_conn.core.errors import DataPathUnavailable, MemoryUnavailable, WriterSlotTaken
 
 DIRECTORY = "/dev/shm"
 PREFIX = "sglang-mm-conn-"
@@ -150,9 +151,9 @@ class Segment:
         """The segment as its owner may change it without anybody else noticing."""
         return map_private(self._fd)
 
-    def writer_gone(self, slot: int) -> bool:
-        """True where the process that attached with ``slot`` does not exist any more (or never attached)."""
-        return not _is_locked(self._fd, 1 + slot)
+    def retire_writer(self, slot: int) -> bool:
+        """Whether nobody is attached with ``slot``, and nobody ever will be: where it is free the owner takes it."""
+        return _try_lock(self._fd, 1 + slot)
 
     def close(self) -> None:
         """Unlink the name. The mapping lives on until nobody refers to it: a mover may still read it."""
@@ -186,7 +187,7 @@ class AttachedSegment:
             if os.pread(self._fd, len(header), 0) != header:
                 raise DataPathUnavailable(f"segment {name} does not hold the nonce that was announced")
             if not _try_lock(self._fd, 1 + slot):
-                raise DataPathUnavailable(f"writer slot {slot} of segment {name} is taken")
+                raise WriterSlotTaken(f"writer slot {slot} of segment {name} is taken")
             self.data = _map(self._fd, nbytes)
         except OSError as error:
             os.close(self._fd)

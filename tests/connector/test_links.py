@@ -40,11 +40,11 @@ class FakePath:
 
     name: str = "fake"
     links: list[FakeLink] = field(default_factory=list)
-    impossible: bool = False
+    refusal: DataPathUnavailable | None = None
 
     def open(self, register: Register) -> FakeLink:
-        if self.impossible:
-            raise DataPathUnavailable("cannot be opened here")
+        if self.refusal is not None:
+            raise self.refusal
         for link in self.links:
             assert link.closed or link.register.incarnation != register.incarnation or (
                 link.register.epoch != register.epoch
@@ -106,7 +106,7 @@ def test_who_presents_anothers_session_without_memory_to_show_does_not_cost_it_i
     links: Links, path: FakePath
 ) -> None:
     links.open(REGISTER)
-    path.impossible = True
+    path.refusal = DataPathUnavailable("cannot be opened here")
     with pytest.raises(DataPathUnavailable):
         links.open(changed(incarnation="9"))
     assert links.has(SESSION, 0) and not path.links[0].closed

@@ -14,7 +14,7 @@ from sglang_mm_conn.connector.encoder import EncoderEndpoint
 from sglang_mm_conn.connector.encoders import Encoders
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
-from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.errors import ProtocolError, WriterSlotTaken
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -173,17 +173,31 @@ def test_a_session_whose_process_lives_is_not_given_to_another(ground: Ground) -
     assert isinstance(ground.register("thief", **thief), Registered)
 
 
+def test_a_writer_slot_that_is_taken_is_asked_for_again_and_the_path_is_not_given_up(ground: Ground) -> None:
+    ground.path.refusal = WriterSlotTaken("writer slot 0 is taken")
+    answer = ground.register("rank")
+    assert isinstance(answer, Refused) and answer.kind == "register_first"
+
+
 # -- the language rank's end -------------------------------------------------------------------------------------------
 
 
 class FakeSessions:
     first_path = "shm"
 
+    def __init__(self) -> None:
+        self.slots = 0
+        self.locked: set[int] = set()  # by writers
+
     def new_slot(self) -> int:
-        return 0
+        self.slots += 1
+        return self.slots
+
+    def retire_writer(self, slot: int) -> bool:
+        return slot not in self.locked
 
     def register_message(self, path: str, slot: int, number: int) -> Register:
-        return msgspec.structs.replace(REGISTER, number=number)
+        return msgspec.structs.replace(REGISTER, number=number, writer_slot=slot)
 
     def is_newest(self, path: str, epoch: int) -> bool:
         return epoch == 0
@@ -200,8 +214,9 @@ class Rank:
         self.runtime = FakeRuntime()
         self.ready: list[Peer] = []
         self.refused: list[str] = []
+        self.sessions = FakeSessions()
         self.encoders = Encoders(
-            FakeSessions(), None, "rank", insecure=False, peer_timeout=10.0, heartbeat=1.0,  # type: ignore[arg-type]
+            self.sessions, None, "rank", insecure=False, peer_timeout=10.0, heartbeat=1.0,  # type: ignore[arg-type]
             on_ready=self.ready.append, on_lost=lambda incarnation, reason: None,
             on_refused=lambda url, reason: self.refused.append(reason), runtime=self.runtime,
         )  # fmt: skip
@@ -212,8 +227,12 @@ class Rank:
         self.runtime.later.run()
 
     def registrations(self) -> int:
-        frames = [frame for _, frame in self.runtime.control.sent]
-        return sum(isinstance(decode_from_language(frame, 1 << 20), Register) for frame in frames)
+        return len(self.slots())
+
+    def slots(self) -> list[int]:
+        """Of all registrations."""
+        messages = [decode_from_language(frame, 1 << 20) for _, frame in self.runtime.control.sent]
+        return [message.writer_slot for message in messages if isinstance(message, Register)]
 
 
 GRANT = Registered(mooncake_session_id=REGISTER.mooncake_session_id, epoch=0, incarnation="encoder")
@@ -254,3 +273,30 @@ def test_grants_of_a_way_in_that_is_not_the_newest_are_answered_at_the_next_tick
     rank.encoders.tick()
     rank.runtime.later.run()
     assert rank.registrations() == 2
+
+
+def test_a_process_whose_writer_slot_was_taken_from_it_registers_with_another() -> None:
+    rank = Rank()
+    rank.encoders.on_registered("encoder", GRANT)
+    first = rank.encoders.slot_of("encoder")
+    rank.encoders.replace_slot("encoder")
+    rank.encoders.on_refused("encoder", Refused(reason="slot taken", kind="register_first"))
+    rank.encoders.tick()
+    rank.runtime.later.run()
+    assert rank.slots() == [first, rank.encoders.slot_of("encoder")] and len(set(rank.slots())) == 2
+
+
+def test_the_writer_slot_of_a_lost_process_is_kept_as_long_as_it_can_write_or_is_suspected() -> None:
+    rank = Rank()
+    slot = rank.encoders.slot_of("encoder")
+    assert slot is not None
+    rank.runtime.now += 60.0
+    rank.encoders.tick()  # it was silent
+    rank.encoders.forget_slots(keep={"encoder"})
+    assert rank.encoders.slot_of("encoder") == slot
+    rank.sessions.locked.add(slot)
+    rank.encoders.forget_slots(keep=set())
+    assert rank.encoders.slot_of("encoder") == slot
+    rank.sessions.locked.clear()
+    rank.encoders.forget_slots(keep=set())
+    assert rank.encoders.slot_of("encoder") is None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_mm_conn.core.errors import DataPathUnavailable, MemoryUnavailable
+from sglang_mm_conn.core.errors import DataPathUnavailable, MemoryUnavailable, WriterSlotTaken
 from sglang_mm_conn.memory import segment as module
 from sglang_mm_conn.memory.segment import (
     HEADER_BYTES,
@@ -142,38 +142,48 @@ def test_only_this_user_can_open_a_segment(segment: Segment) -> None:
 
 
 def test_a_writer_is_seen_until_it_closes_even_while_something_still_refers_to_its_mapping(segment: Segment) -> None:
-    assert segment.writer_gone(3)
     attached = AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=3)
     view = memoryview(attached.data)
-    assert not segment.writer_gone(3) and segment.writer_gone(2) and segment.writer_gone(4)
+    assert not segment.retire_writer(3) and segment.retire_writer(2) and segment.retire_writer(4)
     attached.close()
-    assert segment.writer_gone(3)
     again = AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=3)  # as after a lost registration
-    assert not segment.writer_gone(3)
+    assert not segment.retire_writer(3)
     again.close()
+    assert segment.retire_writer(3)
     view.release()
+
+
+def test_nobody_attaches_with_a_slot_whose_writer_was_proved_gone(segment: Segment) -> None:
+    """A registration that was on its way, and an offer behind it, would write into blocks that are somebody else's."""
+    attached = AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=3)
+    attached.close()
+    assert segment.retire_writer(3)
+    with pytest.raises(WriterSlotTaken, match="slot 3"):
+        AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=3)
+    assert segment.retire_writer(3), "it stays so, however often it is asked"
+    AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=4).close()
 
 
 def test_a_slot_that_is_taken_is_refused(segment: Segment) -> None:
     attached = AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=1)
-    with pytest.raises(DataPathUnavailable, match="slot 1"):
+    with pytest.raises(WriterSlotTaken, match="slot 1"):
         AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=1)
-    assert not segment.writer_gone(1), "a refused attachment took the lock away"
+    assert not segment.retire_writer(1), "a refused attachment took the lock away"
     attached.close()
 
 
 def test_a_refused_attachment_leaves_no_lock(segment: Segment) -> None:
     with pytest.raises(DataPathUnavailable):
         AttachedSegment(segment.name, "nonsense", PAYLOAD, slot=1)
-    assert segment.writer_gone(1)
+    assert segment.retire_writer(1)
 
 
 def test_a_killed_writer_is_gone_and_a_living_one_is_not(segment: Segment, children: list[Child]) -> None:
     for slot in (5, 6):
         children.append(Child(attach_code(segment, slot)))
-    assert not segment.writer_gone(5) and not segment.writer_gone(6)
+    assert not segment.retire_writer(5) and not segment.retire_writer(6)
     children[0].kill()
-    assert segment.writer_gone(5) and not segment.writer_gone(6)
+    assert segment.retire_writer(5) and not segment.retire_writer(6)
 
 
 # -- what is left behind -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_mm_conn.connector.encoder import DataCall
-from sglang_mm_conn.core.errors import DataPathUnavailable
+from sglang_mm_conn.core.errors import DataPathUnavailable, WriterSlotTaken
 from sglang_mm_conn.core.layout import Run
 from sglang_mm_conn.core.messages import Register
 from tests.simulator.kernel import Process, Violation
@@ -27,9 +27,11 @@ class SimulatedSegment:
         self.name = self.nonce = name
         self.locks: dict[int, Process] = {}
 
-    def writer_gone(self, slot: int) -> bool:
+    def retire_writer(self, slot: int) -> bool:
         holder = self.locks.get(slot)
-        return holder is None or holder.dead
+        if holder is None or holder.dead:
+            self.locks[slot] = self.owner
+        return self.locks[slot] is self.owner
 
     def close(self) -> None:
         """It ends with its owner."""
@@ -98,7 +100,7 @@ class SimulatedPath:
             raise DataPathUnavailable(f"segment {register.segment} cannot be opened here")
         holder = segment.locks.get(register.writer_slot)
         if holder is not None and not holder.dead:
-            raise DataPathUnavailable(f"writer slot {register.writer_slot} is taken")
+            raise WriterSlotTaken(f"writer slot {register.writer_slot} is taken")
         segment.locks[register.writer_slot] = self._encoder
         return SimulatedLink("shm", self._encoder, register, segment.owner)
 

@@ -110,7 +110,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(SenderCore, "on_written", ("drained=not in_doubt", "drained=True")),
     ),
     "a silent writer may still write": (
-        change(Sessions, "writer_gone", ("return self._pool", "return True or self._pool")),
+        change(Sessions, "retire_writer", ("return self._pool", "return True or self._pool")),
     ),
     "the old engine is destroyed before its blocks are free": (
         change(
