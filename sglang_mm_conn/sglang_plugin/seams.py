@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 import pkgutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -67,6 +66,8 @@ SPAWN_TARGETS = {
     f"{_ENCODER}.runtime.launch_dp_worker": ("server_args", "dp_rank"),
     f"{_ENCODER}.runtime.launch_encoder": ("server_args", "rank"),
 }
+# What our route on the encoder's HTTP server answers.
+ROUTE_SOURCE = "sglang_mm_conn.sglang_plugin.encoder:bootstrap_info"
 # Used by the hooks, not hooked: their absence must be noticed at the start as well.
 NEEDED = (
     f"{_ENCODER}.runtime.DPDispatcher.alive_ranks",
@@ -99,7 +100,7 @@ def check_version() -> None:
         )
 
 
-def _load(name: str) -> Callable[..., Any]:
+def _load(name: str) -> Any:
     return pkgutil.resolve_name(name)
 
 
@@ -123,10 +124,9 @@ def _add_route() -> None:
 
     from sglang_mm_conn.control.bootstrap import ROUTE
     from sglang_mm_conn.control.bootstrap_server import bootstrap_router
-    from sglang_mm_conn.sglang_plugin.encoder import bootstrap_info
 
     if not any(getattr(route, "path", None) == ROUTE for route in app.routes):
-        app.include_router(bootstrap_router(bootstrap_info))
+        app.include_router(bootstrap_router(_load(ROUTE_SOURCE)))
 
 
 def apply_and_verify() -> None:
