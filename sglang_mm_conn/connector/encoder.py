@@ -289,9 +289,15 @@ class EncoderEndpoint:
     def _register_soon(self, peer: str, message: Register) -> None:
         """One job for each peer, however often it registers while it waits: the others get their turn."""
         with self._lock:
-            waits = peer in self._to_register
+            waiting = self._to_register.get(peer)
+            waits = waiting is not None
             full = not waits and len(self._to_register) >= _WAITING_REGISTRATIONS
-            if not full:
+            overtaken = (
+                waiting is not None
+                and waiting.incarnation == message.incarnation
+                and waiting.number > message.number
+            )
+            if not full and not overtaken:
                 self._to_register[peer] = message
                 self._registering.add(peer)
         if full:

@@ -169,7 +169,7 @@ class ControlClient:
                 # No encoder sends one. The rest must not be read: where the connection breaks in the middle of that,
                 # libzmq ends the process (a DEALER with IMMEDIATE; "Assertion failed: !_more").
                 self._complaints.log(key, logging.WARNING, "Control message of several frames: connecting anew")
-                self._connect(key, link.address)
+                self.connect(key, link.address)  # at the end of this turn, where a failure is logged and no more
                 return
             nbytes += len(frame)
             guarded(lambda frame=frame: self._on_frame(key, frame))  # type: ignore[misc]

@@ -24,9 +24,13 @@ class ShmLink:
         length = register.blocks_per_region * register.block_bytes
         payload = length * len(register.regions)
         self._segment = AttachedSegment(register.segment, register.nonce, payload, register.writer_slot)
-        whole = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
-        self._unpin = device.pin(whole)
-        self._regions = list(whole.split(length))
+        try:
+            whole = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
+            self._unpin = device.pin(whole)
+            self._regions = list(whole.split(length))
+        except BaseException:
+            self._segment.close()  # it holds the writer's lock
+            raise
 
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
         self._device.copy((self._regions[run.region], run.offset, source, run.start, run.length) for run in runs)

@@ -90,13 +90,17 @@ class SharedResult:
         """Raises MemoryUnavailable."""
         described = msgspec.msgpack.encode(contents)
         self._segment = Segment(contents.nbytes + len(described), name=_name(room, host_index), published=False)
-        data = self._segment.data
-        data[_LENGTH_AT:HEADER_BYTES] = len(described).to_bytes(_LENGTH_BYTES, "little")
-        data[HEADER_BYTES + contents.nbytes :] = described
-        self.rows = _rows(data, contents)
-        # Made now: the descriptor that it takes may be closed, and another file's, when the rows are asked for.
-        self._view = _rows(self._segment.map_private(), contents)
-        fault_in(self._view)
+        try:
+            data = self._segment.data
+            data[_LENGTH_AT:HEADER_BYTES] = len(described).to_bytes(_LENGTH_BYTES, "little")
+            data[HEADER_BYTES + contents.nbytes :] = described
+            self.rows = _rows(data, contents)
+            # Made now: the descriptor that it takes may be closed, and another file's, when the rows are asked for.
+            self._view = _rows(self._segment.map_private(), contents)
+            fault_in(self._view)
+        except BaseException:
+            self._segment.close()  # its descriptor keeps the memory
+            raise
 
     def publish(self) -> None:
         self._segment.publish()

@@ -362,6 +362,7 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         for receiver in self._receivers:
             receiver.clear()
         self._receivers = []
+        self._assembly = None  # an error in it refers to the rows it was about
 
     def _extract_embedding_from_buffer(self, recv_obj: Any, parts: Any) -> None:
         raise ConnError("embeddings do not come as messages here")

@@ -173,6 +173,13 @@ def test_a_session_whose_process_lives_is_not_given_to_another(ground: Ground) -
     assert isinstance(ground.register("thief", **thief), Registered)
 
 
+def test_of_registrations_that_wait_the_newest_counts_also_where_it_came_first(ground: Ground) -> None:
+    for number in (2, 1):
+        ground.say("rank", msgspec.structs.replace(REGISTER, number=number))
+    ground.runtime.later.run()
+    assert ground.endpoint.core.sessions[REGISTER.mooncake_session_id].number == 2
+
+
 def test_a_writer_slot_that_is_taken_is_asked_for_again_and_the_path_is_not_given_up(ground: Ground) -> None:
     ground.path.refusal = WriterSlotTaken("writer slot 0 is taken")
     answer = ground.register("rank")

@@ -14,7 +14,7 @@ import torch
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.memory.results import Contents, PrivateResult, SharedResult, fault_in, read_result
-from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, sweep_stale_segments
+from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, Segment, sweep_stale_segments
 
 CONTENTS = Contents(tokens=3, dtype="float32", nbytes=48, metadata=b"grids")
 
@@ -192,3 +192,15 @@ def test_a_private_result_has_no_name(room: str) -> None:
     result = PrivateResult(room, CONTENTS)
     result.publish()
     assert result.rows.numel() == 48 and names() == before and read_result(room) is None
+
+
+def test_a_shared_result_that_cannot_be_made_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Segment) -> None:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(Segment, "map_private", fails)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(OSError, match="too many"):
+            SharedResult(new_room_base(new_id()), CONTENTS)
+    assert len(os.listdir("/proc/self/fd")) == before
