@@ -53,7 +53,7 @@ has_library() {
 }
 
 runs() {
-    command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+    command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
 missing_packages() {
@@ -94,7 +94,7 @@ find_python() {
         fi
     done
     if command -v python3 >/dev/null; then
-        die "$(python3 --version 2>&1) is too old: 3.10 or newer is needed (3.11 is what the test bed was tried with)"
+        die "$(python3 --version 2>&1) is too old: the test bed needs 3.11 or newer (3.11 is what it was tried with)"
     fi
 }
 
@@ -138,7 +138,7 @@ missing_packages | mapfile -t packages
 echo "Installing the CPU test bed into $VENV (log: $LOG)"
 step "Debian packages${packages[*]:+: ${packages[*]}}" install_packages "${packages[@]}"
 [ -n "$PYTHON" ] || find_python
-[ -n "$PYTHON" ] || die "no python3 of version 3.10 or newer was found"
+[ -n "$PYTHON" ] || die "no python3 of version 3.11 or newer was found"
 step "virtual environment ($("$PYTHON" --version))" make_environment
 # torch before all else: a package that pulls it as a dependency pulls CUDA with it.
 # shellcheck disable=SC2086  # TORCH_PIP_ARGS is a list of words

@@ -127,6 +127,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
         chosen = [ways.parse(name) for name in args.ways.split(",")]
     except ValueError as error:
         raise ValueError(f"--ways: {error}") from None
+    if args.ways == WAYS and ways.STOCK_CANNOT_PICKLE:
+        chosen = [way for way in chosen if way.base not in ways.STOCK]
     for variation in ("fragmented", "windows", "copied"):
         if getattr(args, variation):
             chosen += [ways.Way(base, (variation,)) for base in ways.CONNECTOR]
@@ -151,14 +153,17 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def _transfers(args: argparse.Namespace, console: Console) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from sglang_mm_conn.bench import document, machine, measurement, report
+    from sglang_mm_conn.bench import document, machine, measurement, report, ways
     from sglang_mm_conn.bench.campaign import Outcome, carry_out
+    from sglang_mm_conn.bench.pairs import BenchError
 
     plan = plan_of(args)
     if args.write is not None:
         document.insert(args.write.read_text(), "")  # a file that cannot take the tables is noticed before the run
     facts = machine.describe()
     console.print(machine.line(facts), style="dim", highlight=False)
+    if ways.STOCK_CANNOT_PICKLE and not any(way.base in ways.STOCK for way in plan.ways):
+        console.print("sglang's own ways are left out: on this Python they drop every embedding", style="yellow")
     outcome = Outcome()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -173,13 +178,15 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
                 console.print(f"{part:4.0%} {text}", highlight=False)
             last = stage
 
+        stopped = ""
         try:
             carry_out(plan, say, outcome)
-            interrupted = False
         except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        console.print("interrupted: these are the figures so far", style="red")
+            stopped = "interrupted"
+        except BenchError as error:
+            stopped = str(error)
+    if stopped:
+        console.print(f"{stopped}: these are the figures so far", style="red", markup=False)
     rows = measurement.rows(outcome.results)
     compared = measurement.comparisons(outcome.results)
     report.print_report(console, rows, outcome.specials, compared)
@@ -192,12 +199,23 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
         for path in plots.draw(rows, args.plots):
             console.print(f"picture: {path}", highlight=False)
     if args.write is not None:
-        if interrupted:
-            raise ValueError(f"{args.write} is left as it is: the run was interrupted")
-        note = f"{machine.line(facts)}; {plan.rounds} rounds."
+        if stopped:
+            raise ValueError(f"{args.write} is left as it is: the run did not come to its end")
+        note = f"{machine.line(facts)}; {plan.rounds} rounds. Options: {_options(args) or 'none'}."
         document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}")
         console.print(f"tables: {args.write}", highlight=False)
-    return 130 if interrupted else 0
+    return {"": 0, "interrupted": 130}.get(stopped, 1)
+
+
+def _options(args: argparse.Namespace) -> str:
+    """Those that decide what is measured, where they are not the default."""
+    flags = [f"--{name}".replace("_", "-") for name in ("quick", "fragmented", "windows", "copied", "no_special")
+             if getattr(args, name)]  # fmt: skip
+    if args.ways != WAYS:
+        flags.append(f"--ways {args.ways}")
+    if args.sizes:
+        flags.append(f"--sizes {args.sizes}")
+    return " ".join(flags)
 
 
 def _figures(outcome: Outcome, rows: Any, facts: dict[str, Any], plan: Plan) -> dict[str, Any]:

@@ -40,5 +40,5 @@ def line(facts: dict[str, Any]) -> str:
     """One line of it."""
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     cpu = f"{facts['cores']} cores" + (f" ({facts['cpu']})" if facts["cpu"] else "")
-    system = f"Linux {facts['kernel']}, Python {facts['python']}"
+    system = f"Linux {'.'.join(facts['kernel'].split('.')[:2])}, Python {facts['python']}"
     return f"{cpu}, load {facts['load']:.1f} at the start, {system}, {packages}"

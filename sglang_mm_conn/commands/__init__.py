@@ -1,1 +1,1 @@
-"""Small commands of `python -m sglang_mm_conn`; the large one has a folder of its own (demo)."""
+"""Small commands of `python -m sglang_mm_conn`; the large ones have folders of their own (demo, bench)."""

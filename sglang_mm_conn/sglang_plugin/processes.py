@@ -68,13 +68,13 @@ def _run_dp_worker(writers: list[Connection], server_args: Any, dp_rank: int, *a
     launch_dp_worker(server_args, dp_rank, *args)
 
 
-def _run_tp_follower(*args: Any) -> None:
+def _run_tp_follower(server_args: Any, schedule_path: Any, dist_init_method: Any, rank: int) -> None:
     """A rank other than 0: it takes part in the encoding, but holds no embedding and sends none."""
     _end_with_parent()
     hook_this_process()
     from sglang.srt.disaggregation.encoder.server import launch_encoder
 
-    launch_encoder(*args)
+    launch_encoder(server_args, schedule_path, dist_init_method, rank)
 
 
 def use_our_application() -> None:

@@ -1,21 +1,16 @@
 """The test bed itself, without the connector: both ways of serving agree, and sglang's transports can be banned."""
 
-import pickle
 from collections.abc import Callable
-from http import HTTPStatus
 
 import pytest
 
+from sglang_mm_conn.bench.ways import STOCK_CANNOT_PICKLE
 from sglang_mm_conn.demo.chat import ask
 from sglang_mm_conn.demo.questions import QUESTIONS
 from sglang_mm_conn.demo.servers import ServerGroup
 from sglang_mm_conn.demo.tiny_models import SEEING
 
 STOCK = "zmq_to_scheduler"
-
-# Early Python 3.11 (Debian 12: 3.11.2) pickles an enum member as a call of getattr, which sglang's unpickler refuses:
-# there each embedding is dropped as malformed, and the request waits until it times out. The connector pickles nothing.
-STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 
 
 @pytest.mark.skipif(STOCK_CANNOT_PICKLE, reason="sglang's own transport drops every embedding on this Python")

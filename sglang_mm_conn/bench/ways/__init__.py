@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 
 from sglang_mm_conn.bench.ways.base import Config, Receiver, Sender
 
 LIMITS = ("memcpy", "tcp", "engine")
 STOCK = ("zmq_to_scheduler", "mooncake_stock")
+# Early Python 3.11 (Debian 12: 3.11.2) pickles an enum member as a call of getattr, which sglang's unpickler refuses:
+# there its own transports drop every embedding.
+STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 CONNECTOR = ("shm", "mooncake")
 VARIATIONS = ("key", "fragmented", "windows", "copied")
 
