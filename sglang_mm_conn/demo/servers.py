@@ -21,8 +21,9 @@ from sglang_mm_conn.demo.launch import OUR_BACKEND, Launch
 STOP_GRACE = 5.0  # seconds between asking a server to end and killing its process group
 READY_TIMEOUT = 300.0  # on two busy cores a language server was seen to need more than a minute
 _TAIL_LINES = 30
-# Below the range that the kernel takes for outgoing connections, so that a port stays free until the server binds it.
-_PORTS = range(20000, 30000)
+# Below the range that the kernel takes for outgoing connections, so that a port stays free until the server binds it,
+# and beside the one in which sglang looks for ports of its own (22000 to 29999), which it too binds only later.
+_PORTS = range(12000, 22000)
 _taken_ports: set[int] = set()
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
