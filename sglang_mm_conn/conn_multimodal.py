@@ -123,7 +123,9 @@ class EmbeddingManager(BaseKVManager):
                 runtime=runtime,
             )
         else:
-            self.language = FollowerEndpoint(args.settings, rank=args.rank, host_index=args.host_index)
+            self.language = FollowerEndpoint(
+                args.settings, rank=args.rank, host_index=args.host_index, runtime=runtime
+            )
 
     def register_to_bootstrap(self) -> tuple[BootstrapInfo, DeploymentKey | None] | None:
         """What the encoder's bootstrap route answers, and to whom; None for a language rank, which only asks."""

@@ -20,11 +20,6 @@ class Run:
     tokens: int
     width: int
     flow: int = 0
-    parked: int = 0  # rooms that were announced and that no request has claimed
-
-    @property
-    def slots(self) -> int:
-        return max(1, self.flow)
 
 
 @dataclass

@@ -8,7 +8,6 @@ from http import HTTPStatus
 
 from sglang_mm_conn.bench.ways.base import Config, Receiver, Sender
 
-LIMITS = ("memcpy", "tcp", "engine")
 STOCK = ("zmq_to_scheduler", "mooncake_stock")
 # Early Python 3.11 (Debian 12: 3.11.2) pickles an enum member as a call of getattr, which sglang's unpickler refuses:
 # there its own transports drop every embedding.
