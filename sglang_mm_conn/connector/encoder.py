@@ -1,8 +1,8 @@
 """The encoder's end: announces rooms, writes windows, answers language ranks.
 
 Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
-data calls; one registrar attaches memory. All state is in the core and a few tables, under one lock that is never
-held during a data call, an attachment, or a socket operation.
+data calls, but for those that are over sooner than a worker is awake; one registrar attaches memory. All state is in
+the core and a few tables, under one lock that is never held during a data call, an attachment, or a socket operation.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class EncoderEndpoint:
         self.widest_row_bytes = widest_row_bytes
         self._clock = runtime.clock
         self._device = runtime.device
+        self._at_once_bytes = runtime.at_once_bytes if self._device.synchronous else 0
         self._lock = threading.Lock()
         self.core = SenderCore(
             queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
@@ -181,6 +182,7 @@ class EncoderEndpoint:
         row_bytes = embedding.shape[1] * embedding.element_size()
         checksum = self._checksum(source) if self.settings.checksum else None
         blocks = -(-embedding.shape[0] // self.settings.block_size)
+        at_once: list[TransferEmbeddingChunk] = []
         with self._lock:
             entry = self.core.rooms.get(room)
             if entry is None:
@@ -193,8 +195,10 @@ class EncoderEndpoint:
             actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
             if not entry.machine.final:
                 self._sources[room] = source  # before the chunk is queued, and never in place of another
-            ended = self._perform(actions)
+            ended = self._perform(actions, at_once)
         self._tell(ended)
+        for chunk in at_once:
+            self._serve(chunk)
 
     def _checksum(self, source: Source) -> int:
         """This waits for a GPU: a checksum is for tests, and for finding faults."""
@@ -221,6 +225,7 @@ class EncoderEndpoint:
 
     def _on_frame(self, peer: str, frame: bytes) -> None:
         now = self._clock()
+        at_once: list[TransferEmbeddingChunk] = []
         try:
             message = decode_from_language(frame, self.settings.max_frame_bytes)
             if isinstance(message, Register):
@@ -238,7 +243,7 @@ class EncoderEndpoint:
                 return
             with self._lock:
                 actions = self.core.on_message(peer, message, now)
-                ended = self._perform(actions)
+                ended = self._perform(actions, at_once)
         except ProtocolError as error:
             self._complaints.log(peer, logging.WARNING, "Control message from %s refused: %s", peer, error)
             return
@@ -250,6 +255,8 @@ class EncoderEndpoint:
                         action.room, action.queue_idx, len(action.embedding_indices),
                     )  # fmt: skip
         self._tell(ended)
+        for chunk in at_once:
+            self._serve(chunk)
 
     def _on_tick(self) -> None:
         now = self._clock()
@@ -430,20 +437,33 @@ class EncoderEndpoint:
     # -- transfer workers ----------------------------------------------------------------------------------------
 
     def transfer_worker(self, index: int) -> None:
-        """Serves transfer queue ``index`` until ``close``. A room's failure, of whatever kind, ends only that room."""
+        """Serves transfer queue ``index`` until ``close``."""
         while (chunk := self.transfer_queues[index].get()) is not None:
-            try:
-                while self._write_window(chunk.room):
-                    pass
-            except Exception as error:
-                logger.exception("Transfer worker: room %s failed", chunk.room)
-                self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
+            self._serve(chunk)
+
+    def _serve(self, chunk: TransferEmbeddingChunk) -> None:
+        """Writes the offered windows of a room. Its failure, of whatever kind, ends only that room."""
+        try:
+            while self._write_window(chunk.room):
+                pass
+        except Exception as error:
+            logger.exception("Transfer worker: room %s failed", chunk.room)
+            self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
+
+    def _at_once(self, room: str) -> bool:
+        """Under the lock. Whether ``room`` is so small that waking a worker takes longer than writing it, and its write
+        is a copy in memory, which waits for nobody. One that needs resumes takes its turn in its queue."""
+        entry = self.core.rooms[room]
+        return entry.total_tokens * entry.row_bytes <= self._at_once_bytes and all(
+            info.allocated_tokens == entry.total_tokens and self._links.synchronous(session, info.epoch)
+            for session, info in entry.transfer_infos.items()
+        )
 
     def _write_window(self, room: str) -> bool:
         call = self.begin_window(room)
         if call is None:
             return False
-        error, in_doubt = self._data_call(call)
+        error, in_doubt = self.data_call(call)
         self.end_window(call, error, in_doubt)
         return True
 
@@ -479,8 +499,7 @@ class EncoderEndpoint:
                 )  # fmt: skip
         self._tell(ended)
 
-    @staticmethod
-    def _data_call(call: DataCall) -> tuple[str, bool]:
+    def data_call(self, call: DataCall) -> tuple[str, bool]:
         """Returns what went wrong (empty: nothing) and whether bytes may still land."""
         link, write = call.link, call.write
         if link is None:
@@ -504,14 +523,22 @@ class EncoderEndpoint:
     def _send(self, peer: str, message: Message) -> None:
         self._control.send(peer, encode(message))
 
-    def _perform(self, actions: list[Action]) -> list[Ended]:
-        """Under the lock, so that messages leave in the order of the decisions. Returns the ends, to be told after."""
+    def _perform(
+        self, actions: list[Action], at_once: list[TransferEmbeddingChunk] | None = None
+    ) -> list[Ended]:
+        """Under the lock, so that messages leave in the order of the decisions. Returns the ends, to be told after.
+
+        Chunks that the calling thread shall serve itself are left in ``at_once``, where there is one.
+        """
         ended = []
         for action in actions:
             if isinstance(action, Send):
                 self._send(action.peer, action.message)
             elif isinstance(action, TransferEmbeddingChunk):
-                self.transfer_queues[action.queue_idx].put(action)
+                if at_once is not None and self._at_once(action.room):
+                    at_once.append(action)
+                else:
+                    self.transfer_queues[action.queue_idx].put(action)
             elif isinstance(action, Release):
                 self._sources.pop(action.room, None)
             elif isinstance(action, Ended):

@@ -98,6 +98,12 @@ class Links:
             entry = self._links.get((session, epoch))
             return entry is not None and not entry.closing
 
+    def synchronous(self, session: str, epoch: int) -> bool:
+        """Whether writes through this link are over when they return; False where there is none."""
+        with self._lock:
+            entry = self._links.get((session, epoch))
+            return entry is not None and entry.link.synchronous
+
     @contextmanager
     def use(self, session: str, epoch: int) -> Iterator[WriteLink]:
         """The link to write through, which stays open meanwhile. Raises DataPathError where it was given up."""

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from sglang_mm_conn.core.messages import Message
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Send ``message`` to the control peer ``peer``."""
 
     peer: str
     message: Message
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(msgspec.Struct, frozen=True):
     """Move the first ``tokens`` rows of window ``window`` out of ``blocks``, to row ``first_token`` of the result."""
 
     room: str
@@ -33,8 +32,7 @@ class Move:
     view: bool = False  # or leave them in the blocks, which are side by side, and make the result a view of them
 
 
-@dataclass(frozen=True)
-class TransferEmbeddingChunk:
+class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
     """Work for a transfer queue: serve the offered windows of ``room`` (the seed's name and fields)."""
 
     room: str
@@ -44,8 +42,7 @@ class TransferEmbeddingChunk:
     total_tokens: int
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """``room`` reached its final state. ``code`` is an HTTP status, ``reason`` says why a failed one failed, ``peer``
     with whom."""
 
@@ -56,8 +53,7 @@ class Ended:
     peer: str = ""
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """No write of ``room`` is under way or will come: its source may be freed."""
 
     room: str

@@ -15,6 +15,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from sglang_mm_conn.core.actions import Action, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
@@ -79,8 +81,7 @@ class TransferEmbeddingInfo:
         return self.machine.state
 
 
-@dataclass(frozen=True)
-class WindowWrite:
+class WindowWrite(msgspec.Struct, frozen=True):
     """One data call: rows ``first_token``... of the source into ``blocks`` of ``session``."""
 
     room: str

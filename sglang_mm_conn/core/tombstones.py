@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+
+import msgspec
 
 # Of a reason that a tombstone keeps: a peer may say as much as 4096 characters, and there are many tombstones.
 _REASON_CHARACTERS = 200
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """How a room ended."""
 
     reason: str
@@ -33,7 +33,7 @@ class Tombstones:
     def put(self, room: str, verdict: Verdict, until: float) -> None:
         """Remember ``verdict`` until time ``until``; replaces an older verdict on the same room."""
         if len(verdict.reason) > _REASON_CHARACTERS:
-            verdict = replace(verdict, reason=verdict.reason[:_REASON_CHARACTERS])
+            verdict = Verdict(verdict.reason[:_REASON_CHARACTERS], verdict.code)
         self._stones[room] = (until, verdict)
         self._stones.move_to_end(room)
         while len(self._stones) > self._limit:

@@ -20,10 +20,11 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 
 from sglang_mm_conn.connector.encoder import EncoderEndpoint
@@ -31,6 +32,7 @@ from sglang_mm_conn.connector.follower import FollowerEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, dtype_of, encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
@@ -227,6 +229,12 @@ def connector_threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("mm-conn"))
 
 
+class WorkersWrite(Runtime):
+    """Every write is a worker's: one that is held at a gate must not hold the control thread."""
+
+    at_once_bytes = 0
+
+
 class EncoderRole:
     """Every public method is a command."""
 
@@ -257,6 +265,7 @@ class EncoderRole:
             widest_row_bytes=config["row_bytes"],
             send_timeout=config["send_timeout"],
             data_paths=paths,
+            runtime=Runtime() if config["at_once"] else WorkersWrite(),
         )
 
     def restart(self) -> dict[str, Any]:
@@ -310,7 +319,7 @@ class EncoderRole:
 
     def ended(self, room: str) -> dict[str, Any] | None:
         ended = self._ended.get(room)
-        return None if ended is None else asdict(ended)
+        return None if ended is None else msgspec.structs.asdict(ended)
 
     def gate(self, room: str, window: int, action: str, rank: int | None = None) -> None:
         self._gates.set(room, window, action, rank)

@@ -394,11 +394,14 @@ class World:
         send_timeout: float = PATIENCE,
         refusals: dict[str, str] | None = None,
         tamper: tuple[str, ...] = (),
+        at_once: bool = False,
         host: str = HOST,
         network: str = "",
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> Encoder:
+        """An encoder process. ``at_once``: it writes small embeddings without a worker, as a real one does; no gate may
+        be set then, since it would hold the control thread."""
         config = {
             "host": host,
             "settings": self.settings(**settings),
@@ -408,6 +411,7 @@ class World:
             "send_timeout": send_timeout,
             "refusals": refusals or {},
             "tamper": list(tamper),
+            "at_once": at_once,
         }
         return self._add(Encoder(self._zygote, "encoder", config, env or {}, self._log("encoder"), network))
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,12 @@ from sglang_mm_conn.connector.metadata import encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
+from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.datapath.base import DataPath, WriteLink
 from tests.connector.processes import wait_for
 
 HOST = "127.0.0.1"
@@ -95,10 +99,11 @@ class WatchedRuntime(Runtime):
 
 
 Ends = tuple[EncoderEndpoint, LanguageEndpoint, str, WatchedRuntime]
+DataPaths = Callable[[Settings, str], Mapping[str, DataPath]]
 
 
-@pytest.fixture
-def ends() -> Iterator[Ends]:
+@contextmanager
+def both_ends(runtime: WatchedRuntime, data_paths: DataPaths = encoder_data_paths) -> Iterator[Ends]:
     """An encoder, a language rank with a pool smaller than one embedding, the encoder's URL, and what was watched."""
     settings = Settings.from_env(
         {
@@ -108,10 +113,9 @@ def ends() -> Iterator[Ends]:
             "SGLANG_MM_CONN_CHECKSUM": "1",
         }
     )
-    runtime = WatchedRuntime()
     encoder = EncoderEndpoint(
         settings, host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4, send_timeout=60.0,
-        data_paths=encoder_data_paths(settings, HOST), runtime=runtime,
+        data_paths=data_paths(settings, HOST), runtime=runtime,
     )  # fmt: skip
     bootstrap = StandaloneBootstrap(HOST, 0, lambda: encoder.bootstrap_info)
     language = LanguageEndpoint(
@@ -123,20 +127,26 @@ def ends() -> Iterator[Ends]:
     bootstrap.close()
 
 
-def transfer(ends: Ends, number: int) -> None:
-    """One room that needs many resumes, or every fourth time one that is given up at once."""
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    with both_ends(WatchedRuntime()) as ends:
+        yield ends
+
+
+def transfer(ends: Ends, number: int, tokens: int = 100) -> None:
+    """One room that needs resumes where it has more than 32 tokens; every fourth one is given up at once."""
     encoder, language, url, _ = ends
     room = new_room_base(language.server)
-    rows = torch.full((100, WIDTH), float(number))
+    rows = torch.full((tokens, WIDTH), float(number))
     language.expect(room, url, 60.0, str(number))
-    encoder.announce(room, 100, WIDTH * 4, "float32", lambda ended: None)
+    encoder.announce(room, tokens, WIDTH * 4, "float32", lambda ended: None)
     if number % 4 == 3:
         language.abort(room, "given up")
     encoder.add_transfer_request(room, rows, encode_metadata({}, 1 << 20))
     wait_for(lambda: language.poll(room) in (Poll.Success, Poll.Failed), f"the end of {room}")
     if number % 4 != 3:
         assert language.poll(room) is Poll.Success, language.verdict(room)
-        assert torch.equal(language.take(room)[0].view(torch.float32).reshape(100, WIDTH), rows)
+        assert torch.equal(language.take(room)[0].view(torch.float32).reshape(tokens, WIDTH), rows)
     language.forget(room)
 
 
@@ -182,3 +192,50 @@ def test_each_control_socket_is_touched_by_one_thread(monkeypatch: pytest.Monkey
         watch(name)
     transfer_many(request.getfixturevalue("ends"))
     assert len(threads) >= 2 and all(names == {"mm-conn-embedding"} for names in threads.values()), threads
+
+
+class NotedPath:
+    """Shared memory; notes on which threads it is written, and whether its writes are said to wait for nobody."""
+
+    def __init__(self, path: DataPath, *, synchronous: bool) -> None:
+        self.name = path.name
+        self.close = path.close
+        self.threads: list[str] = []
+        self._path = path
+        self._synchronous = synchronous
+
+    def open(self, register: Register) -> WriteLink:
+        link = self._path.open(register)
+        link.synchronous = self._synchronous
+        write = link.write
+
+        def noted(source: torch.Tensor, runs: Sequence[Run]) -> None:
+            self.threads.append(threading.current_thread().name)
+            write(source, runs)
+
+        link.write = noted  # type: ignore[method-assign]
+        return link
+
+
+@pytest.mark.parametrize("tokens", [20, 33])
+@pytest.mark.parametrize("at_once_bytes", [33 * WIDTH * 4, 19 * WIDTH * 4])
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_no_worker_is_woken_for_a_small_embedding_unless_it_needs_a_resume_or_its_write_may_wait_for_others(
+    synchronous: bool, at_once_bytes: int, tokens: int
+) -> None:
+    """A control thread that waited would leave every other room's messages unread."""
+    noted: list[NotedPath] = []
+
+    def data_paths(settings: Settings, host: str) -> Mapping[str, DataPath]:
+        noted.append(NotedPath(encoder_data_paths(settings, host)["shm"], synchronous=synchronous))
+        return {"shm": noted[0]}
+
+    runtime = WatchedRuntime()
+    runtime.at_once_bytes = at_once_bytes
+    with both_ends(runtime, data_paths) as ends:
+        transfer(ends, 1, tokens)
+    (path,) = noted
+    fits, small = tokens <= 32, tokens * WIDTH * 4 <= at_once_bytes
+    assert len(path.threads) == (1 if fits else 2)
+    by_worker = [name.startswith("mm-conn-transfer-") for name in path.threads]
+    assert not any(by_worker) if fits and small and synchronous else all(by_worker), path.threads

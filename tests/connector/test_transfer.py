@@ -26,8 +26,9 @@ def receive_all(language: Language, parts: list[Part]) -> None:
     language.wait_all_free()
 
 
-def test_rooms_of_mixed_sizes_at_once_keep_their_bytes_apart(world: World) -> None:
-    encoder = world.encoder()
+@pytest.mark.parametrize("at_once", [False, True], ids=["by workers", "at once"])
+def test_rooms_of_mixed_sizes_at_once_keep_their_bytes_apart(world: World, at_once: bool) -> None:
+    encoder = world.encoder(at_once=at_once)
     language = world.language(encoder)
     sizes = random.Random(1)
     parts = [

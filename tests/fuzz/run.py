@@ -100,7 +100,7 @@ class Ground:
         self._to_forget: deque[str] = deque()
         self.answers = 0
         try:
-            self.encoder = self.world.encoder(send_timeout=DEADLINE, **settings)
+            self.encoder = self.world.encoder(send_timeout=DEADLINE, at_once=True, **settings)
             self.language = self.world.language(self.encoder, **settings)
         except BaseException:
             self.world.close()

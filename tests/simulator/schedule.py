@@ -694,6 +694,7 @@ class Schedule:
                 raise Violation(f"part {part.number} arrived though the two sides do not fit")
         for rank in self.world.languages:
             self.seen["revocations"] += rank.endpoint.revocation.count
+        self.seen["written at once"] += self.world.written_at_once
 
 
 class _Names:

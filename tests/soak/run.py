@@ -70,7 +70,7 @@ class Soak:
         }  # fmt: skip
         try:
             self.encoders: list[Encoder] = [
-                self.world.encoder(send_timeout=ROOM_SECONDS, **settings) for _ in range(ENCODERS)
+                self.world.encoder(send_timeout=ROOM_SECONDS, at_once=True, **settings) for _ in range(ENCODERS)
             ]
             self.languages: list[Language] = [
                 self.world.language(*self.encoders, **settings) for _ in range(LANGUAGES)
