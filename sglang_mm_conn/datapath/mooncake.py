@@ -6,11 +6,12 @@ What was measured of the engine (0.3.13) and decides this module:
 - over TCP a batch of one large piece takes up to five times as long as the same bytes in several, which travel side by
   side (16 MiB in batches of 4 MiB: 121 ms in pieces of 4 MiB, 25 in 1 MiB, 22 in 256 KiB; 19 without
   staging): large pieces are cut;
-- a write that waits for each batch leaves the wire idle while it copies the next one to the staging memory: 1.5 times
-  the engine's own time at 128 MiB, 1.0 with two batches on their way (slots of 1 to 16 MiB alike). They are begun by
-  ``batch_transfer_async_write``, whose status is asked for exactly once (a second time crashes), also after another
-  has failed: no call is under way when its engine is destroyed. Unlike the synchronous call, it is not repeated by
-  the engine after a failure;
+- a write that waits for each batch leaves the wire idle while it copies the next one to the staging memory: 1.3 times
+  the engine's own time at 128 MiB, 1.0 with two batches on their way (slots of 1 to 16 MiB alike);
+- the status of a batch is asked for exactly once (a second time crashes), also when another has failed, so that none
+  is under way when its engine is destroyed. Beside a peer that hangs or dies, that of the second follows the first's
+  within milliseconds. (By its source, the engine repeats a failed batch of the synchronous call only, once for each
+  RDMA device; a failed piece takes another path in either.);
 - more than about 2048 pieces outstanding to one peer can wedge the link for ever: at most 1024 here, by batch;
 - after a non-zero return bytes may still land: such an error is ``in_doubt``, and the engine is given up;
 - unregistering memory does not stop a write that is under way (over TCP its bytes go on landing), destroying the
