@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, MemoryUnavailable
-from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.layout import Geometry, Run, window_runs
 from sglang_mm_conn.core.messages import Region, Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath import mooncake
 from sglang_mm_conn.datapath.mooncake import (
+    BATCHES,
     MAX_PIECES,
     PIECE_BYTES,
     MooncakeLink,
     MooncakePath,
     Staging,
+    Turns,
     engine_factory,
 )
-from sglang_mm_conn.memory.device import Device
+from sglang_mm_conn.memory.device import Device, Piece
 from tests.memory.asynchronous import AsynchronousDevice, CarelessDevice
 
 SESSION = "10.0.0.1:17001"
+WRITERS = 4
+SLOTS = WRITERS * BATCHES
+REFUSED = 1 << 20
 
 
 class FakeEngine:
-    """Copies what the real one would, in this process; ``codes`` are what the next calls return."""
+    """Does what the real one would, in this process, as late as it may: it reads the staging memory when it is asked
+    for the status of a batch. ``codes`` are the statuses of the next batches; an exception is raised at their
+    beginning, ``REFUSED`` is a batch that gets no number."""
 
     def __init__(self) -> None:
         self.registered: list[tuple[int, int]] = []
@@ -39,28 +47,51 @@ class FakeEngine:
         self.sessions: list[str] = []
         self.codes: list[int | Exception] = []
         self.register_code = 0
-        self.during: Callable[[], int] | None = None
+        self.during: Callable[[], object] | None = None  # called once, while a batch is waited for
+        self.events: list[str] = []
+        self.most_pieces = 0
+        self._under_way: dict[int, int] = {}  # code by number, which counts from 1
+        self._lock = threading.Lock()
 
     def register_memory(self, address: int, length: int) -> int:
         self.registered.append((address, length))
         return self.register_code
 
-    def batch_transfer_sync_write(
+    def batch_transfer_async_write(
         self, session: str, sources: list[int], targets: list[int], lengths: list[int]
     ) -> int:
-        self.sessions.append(session)
-        self.batches.append(list(zip(sources, targets, lengths, strict=True)))
+        with self._lock:
+            self.sessions.append(session)
+            self.batches.append(list(zip(sources, targets, lengths, strict=True)))
+            number = len(self.batches)
+            self.events.append(f"begin {number}")
+            code = self.codes.pop(0) if self.codes else 0
+            if isinstance(code, Exception):
+                raise code
+            if code == REFUSED:
+                return 0
+            self._under_way[number] = code
+            self.most_pieces = max(self.most_pieces, sum(len(self.batches[one - 1]) for one in self._under_way))
+            return number
+
+    def get_batch_transfer_status(self, numbers: list[int]) -> int:
+        [number] = numbers
         during, self.during = self.during, None
         if during is not None:
             during()
-        code = self.codes.pop(0) if self.codes else 0
-        if isinstance(code, Exception):
-            raise code
-        if code == 0:
-            for source, target, length in self.batches[-1]:
-                assert any(start <= source and source + length <= start + size for start, size in self.registered)
-                ctypes.memmove(target, source, length)
-        return code
+        time.sleep(0)
+        with self._lock:
+            code = self._under_way.pop(number)  # KeyError where the real one would crash
+            if code == 0:
+                for source, target, length in self.batches[number - 1]:
+                    assert any(start <= source and source + length <= start + size for start, size in self.registered)
+                    ctypes.memmove(target, source, length)
+            self.events.append(f"end {number}")
+            return code
+
+    @property
+    def under_way(self) -> int:
+        return len(self._under_way)
 
 
 class Bed:
@@ -72,7 +103,7 @@ class Bed:
         self.geometry = geometry
         self.engines: list[FakeEngine] = []
         self.codes: list[int | Exception] = []
-        self.path = MooncakePath(self.make, staging_bytes, 4, device, place)
+        self.path = MooncakePath(self.make, staging_bytes, WRITERS, device, place)
         self.regions = [torch.zeros(geometry.region_bytes, dtype=torch.uint8) for _ in range(geometry.regions)]
 
     def make(self) -> FakeEngine:
@@ -116,7 +147,7 @@ def test_opening_a_link_writes_nothing_so_that_no_warm_up_lands_in_a_live_block(
     assert not engine.batches and not any(bool(region.any()) for region in bed.regions)
 
 
-@pytest.mark.parametrize(("staging_bytes", "nbytes"), [(4096, 700), (4096, 6000), (400, 6400), (44, 333), (4, 50)])
+@pytest.mark.parametrize(("staging_bytes", "nbytes"), [(4096, 700), (4096, 6000), (400, 6400), (44, 333), (8, 50)])
 def test_the_right_bytes_land_whatever_the_staging_holds(staging_bytes: int, nbytes: int) -> None:
     bed = Bed(Geometry(64, 50, 2), staging_bytes)
     link, engine, staging = bed.link()
@@ -126,7 +157,8 @@ def test_the_right_bytes_land_whatever_the_staging_holds(staging_bytes: int, nby
     assert torch.equal(bed.received(blocks, nbytes), source)
     assert all(sum(length for *_, length in batch) <= bed.path.slot_bytes for batch in engine.batches)
     assert set(engine.sessions) == {SESSION}
-    assert len(staging._free) == 4
+    assert len(staging._free) == SLOTS
+    assert engine.under_way == 0
 
 
 def test_a_batch_has_no_more_pieces_than_the_link_bears() -> None:
@@ -135,13 +167,14 @@ def test_a_batch_has_no_more_pieces_than_the_link_bears() -> None:
     blocks = list(range(0, 6000, 2))  # no two are neighbours
     source = torch.randint(0, 256, (6000,), dtype=torch.uint8)
     link.write(source, window_runs(bed.geometry, blocks, 6000))
-    assert [len(batch) for batch in engine.batches] == [MAX_PIECES, MAX_PIECES, 3000 - 2 * MAX_PIECES]
+    assert [len(batch) for batch in engine.batches] == [*[MAX_PIECES] * 5, 3000 - 5 * MAX_PIECES]
+    assert engine.most_pieces == BATCHES * MAX_PIECES == 1024
     assert torch.equal(bed.received(blocks, 6000), source)
 
 
 def test_a_large_run_travels_in_pieces_side_by_side() -> None:
     nbytes = 3 * PIECE_BYTES + 5
-    bed = Bed(Geometry(nbytes, 2, 1), staging_bytes=4 * 2 * nbytes)
+    bed = Bed(Geometry(nbytes, 2, 1), staging_bytes=SLOTS * nbytes)
     link, engine, _ = bed.link()
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
     link.write(source, window_runs(bed.geometry, [1], nbytes))
@@ -150,13 +183,13 @@ def test_a_large_run_travels_in_pieces_side_by_side() -> None:
 
 
 def test_a_batch_ends_where_the_staging_slot_is_full() -> None:
-    bed = Bed(Geometry(1000, 10, 1), staging_bytes=4 * 300)
+    bed = Bed(Geometry(1000, 10, 1), staging_bytes=SLOTS * 300)
     link, engine, _ = bed.link()
     link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
     assert [[length for *_, length in batch] for batch in engine.batches] == [[300], [300], [300], [100]]
 
 
-@pytest.mark.parametrize("failure", [-1, 7, RuntimeError("engine")])
+@pytest.mark.parametrize("failure", [-1, 7, REFUSED, RuntimeError("engine")])
 def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_no_more(
     failure: int | Exception,
 ) -> None:
@@ -168,7 +201,7 @@ def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_n
         link.write(torch.ones(64, dtype=torch.uint8), runs)
     if isinstance(failure, int):
         assert isinstance(caught.value, DataPathError) and caught.value.in_doubt
-    assert len(staging._free) == 3
+    assert len(staging._free) == SLOTS - 1
     for _ in range(9):
         link.write(torch.ones(64, dtype=torch.uint8), runs)
     # The next write to that target has an engine of its own; where it goes well, the shared one serves it again.
@@ -205,14 +238,13 @@ def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() ->
     runs = window_runs(bed.geometry, [0], 64)
     source = torch.ones(64, dtype=torch.uint8)
 
-    def fail_meanwhile() -> int:
+    def fail_meanwhile() -> None:
         alive = gone()
         assert alive is not None
         alive.codes = [-1]
         with pytest.raises(DataPathError):
             link.write(source, runs)
         assert len(bed.path._engines) == 1, "a write is still under way"
-        return 0
 
     engine.during = fail_meanwhile
     other.write(source, runs)
@@ -242,13 +274,148 @@ def test_as_many_writers_as_there_are_workers_find_a_slot_each() -> None:
     assert staging.take() is slots[3]
 
 
-def test_a_failed_batch_stops_the_window() -> None:
-    bed = Bed(Geometry(1000, 10, 1), staging_bytes=4 * 300)
+# -- two batches on their way --------------------------------------------------------------------------------------
+
+
+def test_the_next_batch_is_on_its_way_before_the_last_one_is_waited_for() -> None:
+    bed = Bed(Geometry(1000, 10, 1), staging_bytes=SLOTS * 300)
     link, engine, _ = bed.link()
-    engine.codes = [0, 5]
-    with pytest.raises(DataPathError):
+    link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+    assert engine.events == ["begin 1", "begin 2", "end 1", "begin 3", "end 2", "begin 4", "end 3", "end 4"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "events"),
+    [
+        ([5], ["begin 1", "begin 2", "end 1", "end 2"]),
+        ([0, 5], ["begin 1", "begin 2", "end 1", "begin 3", "end 2", "end 3"]),
+        ([0, 0, 5], ["begin 1", "begin 2", "end 1", "begin 3", "end 2", "begin 4", "end 3", "end 4"]),
+        ([0, 0, 0, 5], ["begin 1", "begin 2", "end 1", "begin 3", "end 2", "begin 4", "end 3", "end 4"]),
+        ([5, -1], ["begin 1", "begin 2", "end 1", "end 2"]),
+    ],
+)
+def test_a_failed_batch_stops_the_window_when_the_one_behind_it_has_ended_too(
+    codes: list[int | Exception], events: list[str]
+) -> None:
+    bed = Bed(Geometry(1000, 10, 1), staging_bytes=SLOTS * 300)
+    link, engine, staging = bed.link()
+    engine.codes = list(codes)
+    with pytest.raises(DataPathError) as caught:
         link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
-    assert len(engine.batches) == 2
+    assert caught.value.in_doubt
+    assert engine.events == events
+    assert len(staging._free) == SLOTS - sum(code != 0 for code in codes), "slots of failed batches do not come back"
+    # The engine of its own that the target has now bears a window of many batches too.
+    source = torch.randint(0, 256, (1000,), dtype=torch.uint8)
+    link.write(source, window_runs(bed.geometry, [5], 1000))
+    assert torch.equal(bed.received([5], 1000), source)
+
+
+class FailingCopies(Device):
+    """The second copy fails."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+
+    def copy(self, pieces: Iterable[Piece]) -> None:
+        self.copies += 1
+        if self.copies == 2:
+            raise MemoryError("copy")
+        super().copy(pieces)
+
+
+@pytest.mark.parametrize("second", ["copy", REFUSED, RuntimeError("engine")])
+@pytest.mark.parametrize("first", [0, -1])
+def test_a_batch_on_its_way_ends_before_the_failure_of_the_next_one_is_told(
+    first: int, second: str | int | Exception
+) -> None:
+    device = FailingCopies() if second == "copy" else None
+    bed = Bed(Geometry(1000, 10, 1), SLOTS * 300, device)
+    link, engine, staging = bed.link()
+    engine.codes = [first] if isinstance(second, str) else [first, second]
+    engine.during = lambda: seen.append(list(bed.path._engines))
+    seen: list[list[object]] = []
+    with pytest.raises((DataPathError, RuntimeError, MemoryError)) as caught:
+        link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+    assert engine.under_way == 0 and engine.events[-1] == "end 1"
+    assert len(seen[0]) == 1 and not bed.path._engines, "given up, but not before its last batch had ended"
+    assert len(staging._free) == SLOTS - (1 if first == 0 else 2)
+    if first:
+        assert isinstance(caught.value, DataPathError) and caught.value.in_doubt
+
+
+def test_a_failure_that_leaves_nothing_in_doubt_does_not_hide_one_that_does() -> None:
+    """The second batch finds no slot; the first one, on its way meanwhile, fails."""
+    bed = Bed(Geometry(1000, 10, 1), SLOTS * 300)
+    link, engine, staging = bed.link()
+    while len(staging._free) > 1:
+        staging.take()
+    engine.codes = [-1]
+    with pytest.raises(DataPathError) as caught:
+        link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+    assert caught.value.in_doubt and engine.events == ["begin 1", "end 1"]
+
+
+def test_a_window_goes_on_through_another_engine_when_a_bystander_has_lost_the_first() -> None:
+    bed = Bed(Geometry(1000, 10, 1), SLOTS * 300)
+    link, engine, _ = bed.link()
+    other = bed.path.open(bed.register("2", "10.0.0.2:2"))
+    source = torch.randint(0, 256, (1000,), dtype=torch.uint8)
+
+    def fail_meanwhile() -> None:
+        engine.codes = [-1]
+        with pytest.raises(DataPathError):
+            other.write(source[:10], [Run(0, 9000, 10, 0)])
+
+    engine.during = fail_meanwhile
+    link.write(source, window_runs(bed.geometry, [4], 1000))
+    assert torch.equal(bed.received([4], 1000), source)
+    assert [one.under_way for one in bed.engines] == [0, 0]
+    assert [len(one.batches) for one in bed.engines] == [3, 2], "two of the window's and the one that failed; the rest"
+
+
+def test_many_writers_to_one_peer_share_what_the_link_bears_and_none_waits_for_ever() -> None:
+    blocks = 1500
+    bed = Bed(Geometry(2, 2 * WRITERS * blocks, 1), staging_bytes=1 << 20)
+    link, engine, staging = bed.link()
+    sources = [torch.randint(0, 256, (blocks,), dtype=torch.uint8) for _ in range(WRITERS)]
+    places = [list(range(2 * blocks * n, 2 * blocks * (n + 1), 2)) for n in range(WRITERS)]  # no two are neighbours
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            link.write(sources[number], window_runs(bed.geometry, places[number], blocks))
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(WRITERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert engine.most_pieces <= 1024 and engine.under_way == 0
+    assert len(staging._free) == SLOTS
+    for place, source in zip(places, sources, strict=True):
+        assert torch.equal(bed.received(place, blocks), source)
+
+
+def test_a_turn_that_is_given_back_goes_to_who_has_waited_longest() -> None:
+    turns = Turns(1)
+    assert turns.take(wait=False)
+    order: list[int] = []
+    threads = []
+    for number in range(3):
+        threads.append(threading.Thread(target=lambda number=number: order.append(number * turns.take(wait=True))))
+        threads[-1].start()
+        deadline = time.monotonic() + 30
+        while len(turns._waiting) <= number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    for number, thread in enumerate(threads):
+        turns.give_back()
+        assert not turns.take(wait=False), "who gives a turn back comes after those who wait"
+        thread.join(30)
+        assert order == list(range(number + 1))
+    turns.give_back()
+    assert turns.take(wait=False)
 
 
 # -- engines -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from tests.connector.processes import Child
 # What allocators keep for themselves comes and goes; a pool, an engine's staging or a kept embedding is more.
 RSS_MARGIN_KB = 32 << 10
 POOLS = ("mm-conn-bootstrap_", "mm-conn-mover", "mm-conn-registrar", "mm-conn-revoker")
-# Mooncake keeps one descriptor for each peer that vanished, and a connection more or less in its pool.
-MOONCAKE_PER_VANISHED, MOONCAKE_POOL = 1, 4
+# Mooncake opens one to four connections to each peer (of two here), by how many pieces have travelled side by side, and
+# keeps their descriptors when the peer vanishes.
+MOONCAKE_PER_VANISHED, MOONCAKE_POOL = 4, 8
 
 
 @dataclass(frozen=True)

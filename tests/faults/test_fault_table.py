@@ -132,9 +132,9 @@ def test_what_a_process_holds_more_than_at_first_is_a_leak(change: dict[str, int
     assert [problem.split()[0] for problem in problems] == ([found] if found else [])
 
 
-def test_over_mooncake_one_descriptor_for_each_killed_peer_is_no_leak_and_more_are() -> None:
-    assert not replace(HELD, descriptors=50 + 4 + 7).growth(HELD, vanished=7, mooncake=True)
-    assert replace(HELD, descriptors=50 + 4 + 8).growth(HELD, vanished=7, mooncake=True)
+def test_over_mooncake_the_connections_to_each_killed_peer_are_no_leak_and_more_are() -> None:
+    assert not replace(HELD, descriptors=50 + 8 + 4 * 7).growth(HELD, vanished=7, mooncake=True)
+    assert replace(HELD, descriptors=50 + 8 + 4 * 7 + 1).growth(HELD, vanished=7, mooncake=True)
 
 
 def test_a_segment_that_is_missing_or_left_is_found() -> None:
