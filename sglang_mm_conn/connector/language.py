@@ -369,14 +369,13 @@ class LanguageEndpoint:
     def _perform(self, actions: list[Action], at_once: list[Move] | None = None) -> None:
         """Under the lock, so that messages leave in the order of the decisions.
 
-        Moves so small that a mover's waking takes longer are left in ``at_once``, where there is one.
+        Moves that are over sooner than a mover is awake are left in ``at_once``, where there is one.
         """
         for action in actions:
             if isinstance(action, Send):
                 self._control.send(action.peer, encode(action.message))
             elif isinstance(action, Move):
-                small = action.total_tokens * action.row_bytes <= self._at_once_bytes
-                if small and at_once is not None:
+                if at_once is not None and self._is_short(action):
                     at_once.append(action)
                 else:
                     self._movers.submit(self._move, action)
@@ -384,6 +383,12 @@ class LanguageEndpoint:
                 self._ended(action)
             elif isinstance(action, TransferEmbeddingChunk | Release):
                 raise ConnError("a language rank writes nothing")
+
+    def _is_short(self, move: Move) -> bool:
+        """A view moves nothing, whatever its size."""
+        if move.view and not self.settings.checksum:
+            return self._at_once_bytes > 0
+        return move.total_tokens * move.row_bytes <= self._at_once_bytes
 
     def _ended(self, action: Ended) -> None:
         entry = self.core.rooms[action.room]

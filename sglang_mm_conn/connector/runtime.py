@@ -48,7 +48,12 @@ class Runtime:
         return thread
 
     def executor(self, threads: int, name: str) -> Executor:
-        return ThreadPoolExecutor(threads, name)
+        """Its threads are there from the beginning: starting one takes milliseconds, of somebody's first request."""
+        executor = ThreadPoolExecutor(threads, name)
+        all_started = threading.Barrier(threads)
+        for _ in range(threads):
+            executor.submit(all_started.wait)
+        return executor
 
     def control_server(
         self,

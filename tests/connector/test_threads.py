@@ -103,14 +103,16 @@ DataPaths = Callable[[Settings, str], Mapping[str, DataPath]]
 
 
 @contextmanager
-def both_ends(runtime: WatchedRuntime, data_paths: DataPaths = encoder_data_paths) -> Iterator[Ends]:
+def both_ends(
+    runtime: WatchedRuntime, data_paths: DataPaths = encoder_data_paths, *, checksum: bool = True
+) -> Iterator[Ends]:
     """An encoder, a language rank with a pool smaller than one embedding, the encoder's URL, and what was watched."""
     settings = Settings.from_env(
         {
             "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "4",
             "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": "8",
             "SGLANG_MM_CONN_DATA_PATH": "shm",
-            "SGLANG_MM_CONN_CHECKSUM": "1",
+            "SGLANG_MM_CONN_CHECKSUM": str(int(checksum)),
         }
     )
     encoder = EncoderEndpoint(
@@ -239,3 +241,22 @@ def test_no_worker_is_woken_for_a_small_embedding_unless_it_needs_a_resume_or_it
     assert len(path.threads) == (1 if fits else 2)
     by_worker = [name.startswith("mm-conn-transfer-") for name in path.threads]
     assert not any(by_worker) if fits and small and synchronous else all(by_worker), path.threads
+
+
+@pytest.mark.parametrize(("checksum", "tokens", "moves"), [(False, 16, 0), (True, 16, 1), (False, 20, 1)])
+def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_bytes_are_read(
+    checksum: bool, tokens: int, moves: int
+) -> None:
+    """Half of the pool, 16 rows, may be views; copying one row is too much for the control thread here."""
+    runtime = WatchedRuntime()
+    runtime.at_once_bytes = WIDTH * 4 - 1
+    with both_ends(runtime, checksum=checksum) as ends:
+        transfer(ends, 1, tokens)
+    (movers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-mover"]
+    assert movers.given == moves
+
+
+def test_the_threads_of_a_pool_are_there_before_its_first_work() -> None:
+    pool = Runtime().executor(3, "mm-conn-test")
+    wait_for(lambda: sum(one.name.startswith("mm-conn-test") for one in threading.enumerate()) == 3, "three threads")
+    pool.shutdown()

@@ -13,10 +13,13 @@ import time
 import traceback
 from collections import Counter
 
+from tests.faults.table import write
 from tests.simulator.mutations import MUTATIONS, without
 from tests.simulator.schedule import Schedule
 
 CHUNK = 100
+MARKERS = ("<!-- simulator:begin -->", "<!-- simulator:end -->")
+PROOF_MARKERS = ("<!-- protections:begin -->", "<!-- protections:end -->")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -39,6 +42,10 @@ def arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--most", type=int, default=5, metavar="N", help="violations to stop at (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    parser.add_argument(
+        "--write", action="store_true",
+        help="put the figures, or with --prove those of each protection, into docs/reliability.md",
+    )  # fmt: skip
     return parser
 
 
@@ -95,7 +102,15 @@ class Run:
         self.seconds = round(time.monotonic() - began, 1)
 
 
-def prove(seed: str, schedules: int, jobs: int, *, as_json: bool) -> int:
+def summary(run: Run, seed: str, jobs: int) -> str:
+    return (
+        f"{run.schedules:,} schedules in {run.seconds:.0f} s (seed {seed}, {jobs} processes), "
+        f"{len(run.broken)} violations.\nIn them: "
+        + ", ".join(f"{count:,} {what}" for what, count in run.seen.most_common()) + "."
+    )  # fmt: skip
+
+
+def prove(seed: str, schedules: int, jobs: int, *, as_json: bool, into_document: bool) -> int:
     """Play without each protection until that is noticed. Returns 1 where one is not missed."""
     missed: dict[str, tuple[int, str]] = {}
     for protection in MUTATIONS:
@@ -106,6 +121,12 @@ def prove(seed: str, schedules: int, jobs: int, *, as_json: bool) -> int:
                   if run.broken else f"NOT MISSED in {run.schedules} schedules"))  # fmt: skip
     if as_json:
         print(json.dumps(missed))
+    if into_document:
+        lines = [f"`python -m tests.simulator --prove --schedules {schedules} --write` printed this (seed {seed}):", "",
+                 "| taken away | noticed within schedules |", "|---|---:|",
+                 *(f"| {name} | {within if problem else f'not in {within}'} |"
+                   for name, (within, problem) in missed.items())]  # fmt: skip
+        write("\n".join(lines), markers=PROOF_MARKERS)
     return 0 if all(problem for _, problem in missed.values()) else 1
 
 
@@ -136,14 +157,16 @@ def main() -> int:
         return replay(options.replay, options.without)
     seed = options.seed or secrets.token_hex(4)
     if options.prove:
-        return prove(seed, options.schedules, options.jobs, as_json=options.json)
+        return prove(seed, options.schedules, options.jobs, as_json=options.json, into_document=options.write)
     run = Run(seed, options.schedules, options.jobs, options.without, options.most, quiet=options.json)
     if options.json:
         print(json.dumps(vars(run)))
         return 1 if run.broken else 0
-    print(f"{run.schedules} schedules in {run.seconds:.0f} s (seed {seed}, {options.jobs} processes), "
-          f"{len(run.broken)} violations")  # fmt: skip
-    print("In them: " + ", ".join(f"{count} {what}" for what, count in run.seen.most_common()))
+    figures = summary(run, seed, options.jobs)
+    print(figures)
+    if options.write:
+        command = f"python -m tests.simulator --schedules {options.schedules} --write"
+        write(f"`{command}` printed this:\n\n{figures}", markers=MARKERS)
     for name, problem in run.broken:
         print(f"VIOLATION in {name}: {problem}\n    python -m tests.simulator --replay {name}"
               + (f" --without '{options.without}'" if options.without else ""))  # fmt: skip
