@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_mm_conn.bench.measurement import quantile
+from sglang_mm_conn.bench.logic import seconds_per_room
+from sglang_mm_conn.bench.measurement import LIMIT, quantile, rooms_per_second
 from sglang_mm_conn.bench.pairs import Pair, warm_up
 from sglang_mm_conn.bench.payload import PayloadFile
 from sglang_mm_conn.bench.runs import Result
@@ -116,11 +117,26 @@ def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: Outcome, say: Say
 def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> None:
     """Of this connector's ways that are measured at all, without variations."""
     ways = [way for way in plan.ways if way.base in ("shm", "mooncake") and not way.variations]
+    outcome.specials.extend(_small_rooms(plan, outcome))
     for number, way in enumerate(ways):
         say(f"{way.name}: one room among parked rooms", number / len(ways))
         outcome.specials.extend(_among_parked(plan, way, key_file))
         say(f"{way.name}: first use of a pool", (number + 0.5) / len(ways))
         outcome.specials.append(_first_use(plan, way, key_file))
+
+
+def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
+    """How close flows of small rooms come to what their logic leaves time for; nothing where they were not measured.
+
+    What memcpy's flow takes is needed to make, copy and compare them; two processes, each with its logic.
+    """
+    nbytes, row_bytes = 64 * KIB, plan.width * 2
+    bare, whole = (rooms_per_second(outcome.results, nbytes, way) for way in (LIMIT, "shm"))
+    if bare is None or whole is None:
+        return []
+    limit = 1 / (1 / bare + max(seconds_per_room(2000, max(1, nbytes // row_bytes), row_bytes)))
+    what = "64 KiB rooms/s if sockets, threads and locks were free (memcpy's flow, cores and codec), and those reached"
+    return [Special(what, "shm", "rooms/s", limit, whole)]
 
 
 def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:

@@ -89,6 +89,13 @@ def _row(
     )
 
 
+def rooms_per_second(results: Iterable[Result], nbytes: int, way: str) -> float | None:
+    """In the largest flow of ``way``: the median over the rounds. None where there was no flow."""
+    flows = [result for result in results if (result.nbytes, result.way) == (nbytes, way) and result.flow]
+    largest = max((result.flow for result in flows), default=0)
+    return statistics.median(len(one.seconds) / one.wall for one in flows if one.flow == largest) if flows else None
+
+
 def best(results: Sequence[Result]) -> float:
     """Seconds of the best room that did not share its time with others."""
     return min(second for result in results if result.flow == 0 for second in result.seconds)

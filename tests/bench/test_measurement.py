@@ -2,7 +2,8 @@
 
 import pytest
 
-from sglang_mm_conn.bench.measurement import comparisons, quantile, ratio_by_round, rows
+from sglang_mm_conn.bench.logic import seconds_per_room
+from sglang_mm_conn.bench.measurement import comparisons, quantile, ratio_by_round, rooms_per_second, rows
 from sglang_mm_conn.bench.runs import Result
 
 MIB = 1 << 20
@@ -64,3 +65,20 @@ def test_a_round_that_was_interrupted_counts_for_nobody() -> None:
     whole = [result("engine", [0.003]), result("memcpy", [0.001]), result("mooncake", [0.006])]
     [one] = comparisons([*whole, result("mooncake", [0.1], number=1)])
     assert one.ratio == 1.5
+
+
+def test_rooms_per_second_are_those_of_the_largest_flow() -> None:
+    results = [
+        result("shm", [0.001]),
+        result("shm", [1.0] * 4, flow=4),
+        result("shm", [0.25] * 8, flow=8),
+        result("shm", [0.5] * 8, flow=8, number=1),
+        result("shm", [0.125] * 8, flow=8, number=2),
+    ]
+    assert rooms_per_second(results, MIB, "shm") == 4.0
+    assert rooms_per_second(results[:1], MIB, "shm") is None and rooms_per_second(results, MIB, "memcpy") is None
+
+
+def test_the_logic_of_a_room_takes_time_on_both_sides() -> None:
+    encoder, language = seconds_per_room(20, 8, 8192)
+    assert encoder > 0 and language > 0

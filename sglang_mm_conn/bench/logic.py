@@ -1,0 +1,72 @@
+"""What a room costs in Python before anything moves: both cores and the codec, joined on one thread.
+
+No socket, thread, lock, log line or copy takes part, so no way over these cores can be faster.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from sglang_mm_conn.core.actions import Action, Send
+from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.layout import Geometry
+from sglang_mm_conn.core.messages import decode_from_encoder, decode_from_language, encode
+from sglang_mm_conn.core.receiver import Peer, ReceiverCore
+from sglang_mm_conn.core.rooms import new_id
+from sglang_mm_conn.core.sender import SenderCore, Session
+
+_SESSION = "10.0.0.1:17001"
+_ENCODER, _LANGUAGE = "encoder process", "language process"
+_LIMIT = 1 << 20  # bytes of a frame
+
+
+def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, float]:
+    """CPU time that one room costs the encoder's side and the language side: a mean, after as many rooms more."""
+    server, geometry = new_id(), Geometry(block_bytes=128 * row_bytes, blocks_per_region=64, regions=1)
+    sender = SenderCore(queues=4, send_timeout=300.0, claim_timeout=30.0)
+    receiver = ReceiverCore(
+        BlockAllocator(geometry.blocks), geometry, first_offer=None, claim_timeout=30.0, max_embedding_bytes=1 << 30
+    )
+    sender.register(
+        Session(
+            mooncake_session_id=_SESSION, peer=_LANGUAGE, incarnation=new_id(), server=server, rank=0, size=1,
+            geometry=geometry,
+        ),
+        0.0,
+    )  # fmt: skip
+    receiver.peer_ready(Peer(_ENCODER, _SESSION, "shm"), 0.0)
+    spent = [0.0, 0.0]
+
+    def room(name: str) -> None:
+        times = [time.thread_time()]
+        receiver.expect(name, "http://encoder", 60.0, 0.0)
+        times.append(time.thread_time())
+        actions = sender.announce(name, tokens, row_bytes, "bfloat16", 0.0)
+        announce = _frame([*actions, *sender.add_source(name, range(1), b"", None, 0.0)])
+        times.append(time.thread_time())
+        offer = _frame(receiver.on_message(_ENCODER, decode_from_encoder(announce, _LIMIT), 0.0))  # type: ignore[arg-type]
+        times.append(time.thread_time())
+        sender.on_message(_LANGUAGE, decode_from_language(offer, _LIMIT), 0.0)  # type: ignore[arg-type]
+        write = sender.begin_write(name)
+        assert write is not None
+        done = _frame(sender.on_written(write, "", False, 0.0))
+        times.append(time.thread_time())
+        receiver.on_message(_ENCODER, decode_from_encoder(done, _LIMIT), 0.0)  # type: ignore[arg-type]
+        receiver.on_moved(name, 0, "", 0.0)
+        receiver.forget(name)
+        times.append(time.thread_time())
+        for step, (begin, end) in enumerate(itertools.pairwise(times)):
+            spent[step % 2 == 0] += end - begin
+
+    for number in range(2 * rooms):
+        if number == rooms:
+            spent[:] = 0.0, 0.0
+        room(f"{server}-{number:016x}")
+    return spent[0] / rooms, spent[1] / rooms
+
+
+def _frame(actions: list[Action]) -> bytes:
+    """The one message among ``actions``, as it travels."""
+    (message,) = [action.message for action in actions if isinstance(action, Send)]
+    return encode(message)
