@@ -116,7 +116,8 @@ class Settings:
     )
     host: str | None = _setting(
         "SGLANG_MM_CONN_HOST", None, _text(),
-        "address under which this process is reached by Mooncake; unset: the server's own --host or its first address",
+        "address under which this process is reached by Mooncake; unset: --host, or what sglang finds where that is "
+        "loopback or a wildcard",
     )
     mooncake_protocol: str = _setting(
         "SGLANG_MM_CONN_MOONCAKE_PROTOCOL", "rdma", _choice("rdma", "tcp"),

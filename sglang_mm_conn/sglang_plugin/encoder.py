@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +20,7 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.sglang_plugin.addresses import bind_address
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import FLAG, is_ours
 from sglang_mm_conn.sglang_plugin.processes import DpWorkers, replace_spawn_targets, tell_route
@@ -88,7 +88,7 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
             settings=Settings.from_env(os.environ),
             dtype=self._embedding_dtype,
             row_bytes=max(self._embedding_dims.values()) * self._element_size,
-            host=_bind_host(get_serving().host),
+            host=bind_address(get_serving().host),
             timeout=self.send_timeout,
             device=compute_device(),
         ),
@@ -98,13 +98,6 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
     assert _manager.encoder is not None
     info, _ = _manager.encoder.bootstrap_info
     tell_route(info.workers[0])
-
-
-def _bind_host(host: str | None) -> str:
-    """The address to bind: ZeroMQ binds no names."""
-    if not host:
-        return "0.0.0.0" if host == "" else "127.0.0.1"
-    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, Any]]) -> Any:

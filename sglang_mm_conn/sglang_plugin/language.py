@@ -30,13 +30,13 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
-from sglang.srt.utils.network import get_local_ip_auto
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
 from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_status
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import BACKEND, is_ours, server_incarnation
 
@@ -82,7 +82,7 @@ class RoomDispatcher(MMReceiverHTTP):
     def __init__(self, encode_urls: list[str]) -> None:
         # Not the base's __init__: that opens sockets whose messages are unpickled.
         self.encode_urls = encode_urls  # grows and shrinks in place as encoders register
-        self.host = get_local_ip_auto(get_serving().host)
+        self.host = reached_at(get_serving().host)
         self._server = server_incarnation()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="mm-conn-dispatch", daemon=True).start()
@@ -163,7 +163,7 @@ class SchedulerReceiver(MMReceiverHTTP):
         self.tp_rank, self.tp_size, self.tp_group = parallel.tp_rank, parallel.tp_size, parallel.tp_group
         self.encode_urls = list(get_disagg().encoder_urls)
         self.wait_timeout = envs.SGLANG_ENCODER_RECV_TIMEOUT.get()
-        self.hostname = get_local_ip_auto(get_serving().host)
+        self.hostname = reached_at(get_serving().host)
         self.model_type = getattr(hf_config, "model_type", "").lower()
         self.waiting_list: list[WaitingEmbeddingRequest] = []
         self.waiting_by_rid: dict[str, WaitingEmbeddingRequest] = {}

@@ -602,7 +602,7 @@ def die_with_parent() -> None:
 
 
 def enter_network(namespace: str) -> None:
-    """Move this process, which has one thread, into the network namespace at this path. Raises OSError."""
+    """Move this thread, and those that it starts, into the network namespace at this path. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(namespace) as file:
         if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:

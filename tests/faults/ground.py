@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ MOONCAKE_TIMEOUTS = {
 }  # fmt: skip
 ENCODER_TABLES = ("rooms", "sources", "listeners", "queued")
 LANGUAGE_TABLES = ("rooms", "results", "labels", "parked", "quarantine", "held", "quarantined")
-_cables = itertools.count()
 _cables_lock = threading.Lock()
 
 
@@ -51,7 +49,7 @@ class Ground:
         self.cable: Cable | None = None
         if with_cable:
             with _cables_lock:
-                self.cable = Cable(next(_cables))
+                self.cable = Cable()
         self._key = directory / "key"
         generate(str(self._key))
         self.world = World(zygote, path, directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ _PREFIX = "mm-conn-faults-"
 _DIRECTORY = Path("/run/netns")
 # A unicast address of nobody: frames to it are dropped by whoever gets them, without a word.
 _NOBODY = "02:00:00:00:00:ff"
+_numbers = itertools.count()
 
 
 def why_impossible() -> str:
@@ -52,17 +54,23 @@ class Side:
     def path(self) -> str:
         return str(_DIRECTORY / self.namespace)
 
+    @property
+    def as_host(self) -> tuple[str, ...]:
+        """What makes a command run as on another host: in this network, with a /dev/shm of its own."""
+        own_memory = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+        return ("nsenter", f"--net={self.path}", "unshare", "--mount", "sh", "-c", own_memory, "sh")
+
 
 class Cable:
-    """Two sides, each other's only neighbours. ``number`` tells those of one process apart."""
+    """Two sides, each other's only neighbours."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, subnet: str = "10.79.0") -> None:
         """Raises subprocess.CalledProcessError where ``why_impossible`` would have said why."""
         _remove_those_of_the_dead()
-        name = f"{_PREFIX}{os.getpid()}-{number}"
+        name = f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
         self.sides = (
-            Side(f"{name}-a", "10.79.0.1", "02:00:00:00:00:01"),
-            Side(f"{name}-b", "10.79.0.2", "02:00:00:00:00:02"),
+            Side(f"{name}-a", f"{subnet}.1", "02:00:00:00:00:01"),
+            Side(f"{name}-b", f"{subnet}.2", "02:00:00:00:00:02"),
         )
         for side in self.sides:
             _ip("netns", "add", side.namespace)

@@ -78,7 +78,7 @@ def test_a_network_that_is_cut_for_a_moment_costs_nothing(zygote: Zygote, direct
 
 @pytest.mark.skipif(bool(NO_NETWORK), reason=NO_NETWORK)
 def test_nothing_passes_a_cable_that_is_cut_and_all_of_it_after_it_was_mended() -> None:
-    cable = Cable(99)
+    cable = Cable()
 
     def ping() -> int:
         near, far = cable.sides

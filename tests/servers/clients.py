@@ -1,12 +1,14 @@
-"""Clients that a test lets go wrong: they leave in the middle, or ask all the while."""
+"""Clients that ask more than one thing: both servers at once, all the while, or nothing any more."""
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -14,6 +16,16 @@ import requests
 
 from sglang_mm_conn.demo.chat import Answer, ask, body_of
 from sglang_mm_conn.demo.questions import Question
+
+_rooms = itertools.count(1000)
+
+
+def ask_both(prefill_url: str, decode_url: str, kv_port: int, question: Question) -> Answer:
+    """What sglang's router does: the same request to both, with one room for its KV cache. Returns decode's answer."""
+    more = {"bootstrap_host": "127.0.0.1", "bootstrap_port": kv_port, "bootstrap_room": next(_rooms)}
+    with ThreadPoolExecutor(2) as clients:
+        both = [clients.submit(ask, url, question, more=more, timeout=60) for url in (prefill_url, decode_url)]
+    return [one.result() for one in both][1]
 
 
 class LeavingClient:

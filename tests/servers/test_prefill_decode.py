@@ -1,16 +1,14 @@
 """Encode, prefill and decode as three servers under the one flag: embeddings over this connector, KV over Mooncake."""
 
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sglang_mm_conn.demo.chat import Answer, ask
 from sglang_mm_conn.demo.launch import Launch
-from sglang_mm_conn.demo.questions import QUESTIONS, Question
+from sglang_mm_conn.demo.questions import QUESTIONS
 from sglang_mm_conn.demo.servers import Server, ServerGroup, free_port, wait_ready
 from sglang_mm_conn.demo.timeline import received
+from tests.servers.clients import ask_both
 
 ENV = {
     "CPU_BED_PREFILL_DECODE": "1",
@@ -20,15 +18,6 @@ ENV = {
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": "10",
 }
-_rooms = itertools.count(1000)
-
-
-def _ask_both(prefill: Server, decode: Server, kv_port: int, question: Question) -> tuple[Answer, Answer]:
-    """What sglang's router does: the same request to both, and one room for its KV cache."""
-    more = {"bootstrap_host": "127.0.0.1", "bootstrap_port": kv_port, "bootstrap_room": next(_rooms)}
-    with ThreadPoolExecutor(2) as clients:
-        both = [clients.submit(ask, server.url, question, more=more, timeout=60) for server in (prefill, decode)]
-        return both[0].result(), both[1].result()
 
 
 def test_three_servers_answer_as_one(
@@ -43,7 +32,7 @@ def test_three_servers_answer_as_one(
         wait_ready([decode])
         prefill = group.language
         for question, expected in zip(QUESTIONS, right, strict=True):
-            _, answer = _ask_both(prefill, decode, kv_port, question)
+            answer = ask_both(prefill.url, decode.url, kv_port, question)
             assert answer.same_as(expected), (question.name, answer, expected)
         rooms = received(prefill.log())
         assert {room.path for room in rooms} == {"mooncake"}
