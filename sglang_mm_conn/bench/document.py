@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+TRANSFERS, SERVERS = "bench", "bench servers"
 
 
-def insert(text: str, tables: str) -> str:
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def insert(text: str, tables: str, name: str = TRANSFERS) -> str:
     """``text`` with ``tables`` between its markers. Raises ValueError where they are not there, once each, in order."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in tail or END in tail:
-        raise ValueError(f"it must hold the lines {BEGIN} and {END}, once each and in this order")
-    return f"{head}{BEGIN}\n\n{tables.strip()}\n\n{END}{tail}"
+    first, last = markers(name)
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
+    if not begin or not end or first in tail or last in tail:
+        raise ValueError(f"it must hold the lines {first} and {last}, once each and in this order")
+    return f"{head}{first}\n\n{tables.strip()}\n\n{last}{tail}"
 
 
-def write(path: Path, tables: str) -> None:
+def write(path: Path, tables: str, name: str = TRANSFERS) -> None:
     """Raises ValueError, OSError."""
-    path.write_text(insert(path.read_text(), tables))
+    path.write_text(insert(path.read_text(), tables, name))

@@ -98,20 +98,20 @@ def markdown(rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequ
     """The same tables in Markdown."""
     parts = []
     for nbytes, same in by_size(rows).items():
-        parts.append(f"### {show_size(nbytes)}\n\n" + _markdown_table(HEADINGS, [cells(row) for row in same]))
+        parts.append(f"### {show_size(nbytes)}\n\n" + markdown_table(HEADINGS, [cells(row) for row in same]))
     if specials:
         parts.append(
-            "### Special cases\n\n" + _markdown_table(SPECIAL_HEADINGS, [special_cells(one) for one in specials])
+            "### Special cases\n\n" + markdown_table(SPECIAL_HEADINGS, [special_cells(one) for one in specials])
         )
     if comparisons:
-        table = _markdown_table(COMPARISON_HEADINGS, [comparison_cells(one) for one in comparisons])
+        table = markdown_table(COMPARISON_HEADINGS, [comparison_cells(one) for one in comparisons])
         parts.append(f"### Compared within each round\n\n{table}")
     parts.append("### Made anew for every room\n\n" + "\n".join(f"- {line}" for line in per_room_lines(rows)))
     return "\n\n".join(parts)
 
 
-def _markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    left = {"way", "case", "what"}
+def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    left = {"way", "case", "what", "transport"}
     rule = "|".join("---" if heading in left else "---:" for heading in headings)
     return "\n".join(
         [f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]

@@ -1,8 +1,8 @@
-"""Requests to whole sglang servers: an encoder and a language server for every transport, all alive at once, in turns.
+"""Requests to whole sglang servers: an encoder and a language server for every transport, measured in turns.
 
-The model is tiny but its embeddings are as wide as a real model's. What a request costs besides the transfer (the
-vision model, the prompt, sglang's own work) is the same for all and much more than the transfer, so this shows what a
-user would notice, not what the transports can do.
+The servers whose turn it is not are frozen, so that their idle schedulers, which spin, take no core. The model is one
+whose embeddings are as wide as a real one's, and whose own arithmetic is as little as can be: on a CPU that of a real
+one would take minutes, on a GPU it takes about as long as moving the embedding.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,88 +27,159 @@ from sglang_mm_conn.demo.launch import OUR_BACKEND
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sglang_mm_conn.demo.chat import Answer
     from sglang_mm_conn.demo.questions import Question
     from sglang_mm_conn.demo.servers import ServerGroup
 
 BACKENDS = (OUR_BACKEND, "zmq_to_scheduler", "mooncake")
-HIDDEN, LAYERS = 2048, 1
-PIXELS = 448  # 32 x 32 patches of 14 pixels, four to a token: 256 tokens
+KIND, HIDDEN, LAYERS = "qwen3_vl", 4096, 1
+ROW_VALUES = 3 * HIDDEN  # the tiny model has two deepstack layers, whose rows travel with the embedding's own
+PIXELS = 512  # 32 x 32 patches of 16 pixels, four to a token
+TOKENS = 256
 CLIENTS = 8
-START_SECONDS = 600.0  # six servers on two cores
-# Where there is no GPU, sglang's Mooncake transport cannot receive; the test bed gives it host memory.
-# Six servers on few cores may let a connection fall silent for longer than a deployment would bear.
-_ENVIRONMENT = {"CPU_BED_HOST_POOL": "1", "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS": "120"}
+START_SECONDS = 600.0  # of two servers, on two cores that have other work
+_ENVIRONMENT = {
+    # Where there is no GPU, sglang's Mooncake transport cannot receive; the test bed gives it host memory.
+    "CPU_BED_HOST_POOL": "1",
+    # sglang's attention on a CPU masks: a batch of images takes the time of one image as large as all of them together.
+    "SGLANG_ENCODER_MAX_BATCH_SIZE": "1",
+    # Two servers that were frozen together were not silent.
+    "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS": "3600",
+}
 HEADINGS = ("transport", "alone p50 ms", "alone p99 ms", f"requests/s, {CLIENTS} clients", f"p50 ms, {CLIENTS} clients")
+
+
+_OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plots")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one transport did in one round: the seconds of each request, and of all those of the crowd together."""
+
+    alone: tuple[float, ...]
+    crowd: tuple[float, ...]
+    crowd_took: float
+
+    @property
+    def rate(self) -> float:
+        return len(self.crowd) / self.crowd_took
 
 
 @dataclass
 class Figures:
-    """What was measured of one transport, over all rounds."""
+    """What was measured of one transport, round after round."""
 
     backend: str
-    alone: list[float] = field(default_factory=list)  # seconds
-    crowd: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)  # requests a second, one figure a round
+    turns: list[Turn] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
+        alone = [seconds for turn in self.turns for seconds in turn.alone]
+        crowd = [seconds for turn in self.turns for seconds in turn.crowd]
         return (
             self.backend,
-            f"{statistics.median(self.alone) * 1e3:.0f}",
-            f"{quantile(self.alone, 0.99) * 1e3:.0f}",
-            f"{statistics.median(self.rates):.2f}",
-            f"{statistics.median(self.crowd) * 1e3:.0f}",
+            f"{statistics.median(alone) * 1e3:.0f}",
+            f"{quantile(alone, 0.99) * 1e3:.0f}",
+            f"{statistics.median(turn.rate for turn in self.turns):.2f}",
+            f"{statistics.median(crowd) * 1e3:.0f}",
         )
 
 
+def comparisons(figures: Sequence[Figures]) -> list[str]:
+    """Ours beside each built-in transport: medians over the rounds of the ratio within one round."""
+    ours = next((one for one in figures if one.backend == OUR_BACKEND), None)
+    lines = []
+    for other in figures:
+        if ours is None or other is ours:
+            continue
+        pairs = list(zip(ours.turns, other.turns, strict=True))
+        rate = statistics.median(mine.rate / theirs.rate for mine, theirs in pairs)
+        alone = statistics.median(
+            statistics.median(mine.alone) / statistics.median(theirs.alone) for mine, theirs in pairs
+        )
+        lines.append(
+            f"{ours.backend} beside {other.backend}, within each round: {rate:.2f} times the requests/s with {CLIENTS} "
+            f"clients, {alone:.2f} times the time alone"
+        )
+    return lines
+
+
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Raises BenchError where a server cannot be started or an answer is an error, ValueError for a wrong option."""
+    """Raises BenchError where a server cannot be started or an answer is wrong, ValueError for a wrong option."""
+    from sglang_mm_conn.bench import document, machine
     from sglang_mm_conn.bench.pairs import BenchError
     from sglang_mm_conn.demo import tiny_models
     from sglang_mm_conn.demo.servers import ServerError, ServerGroup, stop_all
 
-    backends = _backends(args.ways)
-    rounds, alone, crowd = (2, 3, 8) if args.quick else (args.rounds or 5, 5, 24)
+    backends = _backends(args)
+    if args.write is not None:
+        document.insert(args.write.read_text(), "", document.SERVERS)
+    rounds, alone, crowd = (3, 4, 16) if args.quick else (args.rounds or 7, 8, 40)
+    facts = machine.describe()
+    console.print(machine.line(facts), style="dim", highlight=False)
     work = Path("build/bench").resolve()
-    shape = tiny_models.Shape(HIDDEN, LAYERS)
-    with console.status(f"writing a model with rows of {HIDDEN} values"):
-        model = tiny_models.write("qwen2_5_vl", work / "models" / f"qwen2_5_vl-{HIDDEN}", shape=shape)
+    with console.status(f"writing a model with rows of {ROW_VALUES} values"):
+        shape = tiny_models.Shape(HIDDEN, LAYERS, thin=True)
+        model = tiny_models.write(KIND, work / "models" / f"{KIND}-{HIDDEN}", shape=shape)
     logs = work / "logs" / str(os.getpid())
     groups = {name: ServerGroup(model, logs / name, backend=name, env=_ENVIRONMENT) for name in backends}
     figures = {name: Figures(name) for name in groups}
     questions = _questions()
+    say = _progress(console)
     try:
-        console.print(f"starting {2 * len(groups)} servers (logs in {logs})", highlight=False)
-        for group in groups.values():
+        say(f"two servers for each of {len(groups)} transports (logs in {logs})")
+        first, answers = next(questions), {}
+        for name, group in groups.items():
             group.start()
-        for name, group in groups.items():
             group.wait_ready(START_SECONDS)
-            console.print(f"  {name} is ready", style="dim", highlight=False)
-        for name, group in groups.items():
-            _ask(group, next(questions), name)  # whatever happens once only is not measured
+            answers[name] = _ask(group, first, name)
+            _freeze(group)
+            say(f"{name} is ready")
+        if len({(answer.text, answer.tokens) for answer in answers.values()}) > 1:
+            raise BenchError(f"the transports lead to different answers: {answers}")
         for number in range(rounds):
-            for name, group in groups.items():
-                console.print(f"  round {number + 1} of {rounds}: {name}", style="dim", highlight=False)
-                _round(figures[name], group, questions, alone, crowd)
+            # Another one begins every time: what comes after a pause of the machine is not always the same one's.
+            for name in (*backends[number % len(backends) :], *backends[: number % len(backends)]):
+                with _thawed(groups[name]):
+                    _ask(groups[name], next(questions), name)  # what wakes up only once is not measured
+                    turn = _turn(groups[name], name, questions, alone, crowd)
+                figures[name].turns.append(turn)
+                say(f"round {number + 1} of {rounds}: {name}: {turn.rate:.2f} requests/s")
+        for name, group in groups.items():
+            _check_transport(group, name, 1 + rounds * (1 + alone + crowd))
     except ServerError as error:
         raise BenchError(str(error)) from None
     finally:
         with console.status("stopping the servers"):
             stop_all([server for group in groups.values() for server in group.servers])
-    _report(args, console, list(figures.values()), rounds)
+    _report(args, console, list(figures.values()), facts)
     return 0
 
 
-def _backends(ways: str) -> tuple[str, ...]:
+def _backends(args: argparse.Namespace) -> tuple[str, ...]:
     """``--ways`` of `bench servers`; its default is another command's."""
     from sglang_mm_conn.bench.command import WAYS
 
-    if ways == WAYS:
+    for name in _OF_TRANSFERS:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is an option of `bench transfers`, not of `bench servers`")
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
+    if args.ways == WAYS:
         return BACKENDS
-    chosen = tuple(dict.fromkeys(name.strip() for name in ways.split(",")))
+    chosen = tuple(dict.fromkeys(name.strip() for name in args.ways.split(",")))
     for name in chosen:
         if name not in BACKENDS:
             raise ValueError(f"--ways: {name!r} is none of the transports of servers: {', '.join(BACKENDS)}")
     return chosen
+
+
+def _progress(console: Console) -> Any:
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"{time.monotonic() - begin:4.0f} s  {text}", style="dim", highlight=False)
+
+    return say
 
 
 def _questions() -> Iterator[Question]:
@@ -115,42 +188,83 @@ def _questions() -> Iterator[Question]:
     from sglang_mm_conn.demo.questions import Question
 
     for seed in itertools.count(1):
-        yield Question(f"image {seed}", "what is this?", (Image(seed, PIXELS, PIXELS),), max_tokens=2)
+        yield Question(f"image {seed}", "what is this?", (Image(seed, PIXELS, PIXELS),), max_tokens=1)
 
 
-def _round(figures: Figures, group: ServerGroup, questions: Iterator[Question], alone: int, crowd: int) -> None:
-    for _ in range(alone):
-        figures.alone.append(_ask(group, next(questions), figures.backend))
-    asked = [next(questions) for _ in range(crowd)]
+def _freeze(group: ServerGroup) -> None:
+    for server in (*group.languages, *group.encoders):  # who asks first: nobody misses an answer
+        server.signal(signal.SIGSTOP)
+
+
+@contextmanager
+def _thawed(group: ServerGroup) -> Iterator[None]:
+    for server in (*group.encoders, *group.languages):
+        server.signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        _freeze(group)
+
+
+def _turn(group: ServerGroup, name: str, questions: Iterator[Question], alone: int, crowd: int) -> Turn:
+    asked = list(itertools.islice(questions, alone + crowd))
     for question in asked:
         question.images[0].data_uri()  # drawn before the clock runs
+
+    def seconds(question: Question) -> float:
+        begin = time.monotonic()
+        _ask(group, question, name)
+        return time.monotonic() - begin
+
+    one_by_one = tuple(map(seconds, asked[:alone]))
     begin = time.monotonic()
     with ThreadPoolExecutor(CLIENTS) as clients:
-        figures.crowd += clients.map(lambda question: _ask(group, question, figures.backend), asked)
-    figures.rates.append(crowd / (time.monotonic() - begin))
+        together = tuple(clients.map(seconds, asked[alone:]))
+    return Turn(one_by_one, together, time.monotonic() - begin)
 
 
-def _ask(group: ServerGroup, question: Question, backend: str) -> float:
+def _ask(group: ServerGroup, question: Question, backend: str) -> Answer:
     from sglang_mm_conn.bench.pairs import BenchError
     from sglang_mm_conn.demo.chat import ask
 
-    begin = time.monotonic()
     answer = ask(group.language.url, question)
     if not answer.ok:
         raise BenchError(f"{backend}: {question.name}: HTTP {answer.status}: {answer.error}")
-    return time.monotonic() - begin
+    return answer
 
 
-def _report(args: argparse.Namespace, console: Console, figures: list[Figures], rounds: int) -> None:
+def _check_transport(group: ServerGroup, backend: str, requests: int) -> None:
+    """Each embedding travelled over what it is said to have travelled over."""
+    from sglang_mm_conn.bench.pairs import BenchError
+
+    ours = group.language.log().count("Embedding received: ")
+    if ours != (requests if backend == OUR_BACKEND else 0):
+        raise BenchError(f"{backend}: {ours} of {requests} embeddings travelled over {OUR_BACKEND}")
+
+
+def _report(args: argparse.Namespace, console: Console, figures: list[Figures], facts: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"256 tokens of {HIDDEN} float32 values per request, {rounds} rounds", title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "transport" else "right")
+    from sglang_mm_conn.bench import document, machine
+    from sglang_mm_conn.bench.report import markdown_table
+
+    rounds = len(figures[0].turns)
+    title = f"{TOKENS} rows of {ROW_VALUES} float32 values per request, to its first token; {rounds} rounds"
+    table = Table(*HEADINGS, title=title, title_justify="left")
     for one in figures:
         table.add_row(*one.cells())
     console.print(table)
+    for line in comparisons(figures):
+        console.print(line, highlight=False)
     if args.json is not None:
-        told: dict[str, Any] = {"rounds": rounds, "clients": CLIENTS, "servers": [asdict(one) for one in figures]}
+        told: dict[str, Any] = {"machine": facts, "clients": CLIENTS, "servers": [asdict(one) for one in figures]}
         args.json.write_text(json.dumps(told, indent=1) + "\n")
         console.print(f"figures: {args.json}", highlight=False)
+    if args.write is not None:
+        parts = (
+            f"{machine.line(facts)}. {title}.",
+            markdown_table(HEADINGS, [one.cells() for one in figures]),
+            "\n".join(f"- {line}" for line in comparisons(figures)),
+        )
+        document.write(args.write, "\n\n".join(parts), document.SERVERS)
+        console.print(f"table: {args.write}", highlight=False)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +177,17 @@ class Shape:
 
     hidden: int = HIDDEN
     layers: int = 2
+    thin: bool = False  # as little arithmetic for a row as there can be
 
     def text(self) -> dict[str, Any]:
-        heads = self.hidden // 32  # the rotary sections of the kinds are for heads of 32
-        return {"hidden_size": self.hidden, "num_attention_heads": heads, "num_hidden_layers": self.layers}
+        heads = 2 if self.thin else self.hidden // 32  # the rotary sections of the kinds are for heads of 32
+        text = {"hidden_size": self.hidden, "num_attention_heads": heads, "num_hidden_layers": self.layers}
+        return {**text, "intermediate_size": 64} if self.thin else text
 
     def vision(self, vision: dict[str, Any]) -> dict[str, Any]:
         name = "out_hidden_size" if "out_hidden_size" in vision else "hidden_size"
-        return {**vision, name: self.hidden}
+        thin = {"num_heads": 1, "hidden_size": 32, "intermediate_size": 64, "depth": 2} if self.thin else {}
+        return {**vision, **thin, name: self.hidden}
 
 
 TINY = Shape()
@@ -198,7 +201,7 @@ def write(kind: str, directory: Path, seed: int = 0, shape: Shape = TINY) -> Pat
         "kind": kind,
         "seed": seed,
         "version": VERSION,
-        **({} if shape == TINY else {"hidden": shape.hidden, "layers": shape.layers}),
+        **({} if shape == TINY else asdict(shape)),
         "transformers": importlib.metadata.version("transformers"),
     }
     if _stamp_of(directory) == stamp:

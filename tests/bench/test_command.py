@@ -15,6 +15,7 @@ from sglang_mm_conn.bench import document, ways
 from sglang_mm_conn.bench.command import plan_of
 from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
 
+BEGIN, END = document.markers(document.TRANSFERS)
 WAYS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,tcp"
 ROW_FIELDS = {
     "way", "nbytes", "rooms", "rounds", "median_ms", "p99_ms", "best_ms", "gbytes_per_s", "cpu_s_per_gbyte",
@@ -35,6 +36,8 @@ def plan(*arguments: str):  # type: ignore[no-untyped-def]
         (["--sizes", "16M,big"], "--sizes: 'big' is no size"),
         (["--sizes", "10K"], "--sizes: '10K' is not whole rows of 8192 bytes"),
         (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
+        (["servers", "--rounds", "0"], "--rounds must be 1 or more, not 0"),
+        (["servers", "--sizes", "1M"], "--sizes is an option of `bench transfers`"),
         (["servers", "--ways", "shm"], "--ways: 'shm' is none of the transports of servers"),
     ],
 )
@@ -65,8 +68,8 @@ def test_every_size_has_rooms_to_measure() -> None:
 
 
 def test_tables_go_between_the_markers_and_nothing_else_changes() -> None:
-    text = f"before\n{document.BEGIN}\nold\n{document.END}\nafter\n"
-    assert document.insert(text, "new") == f"before\n{document.BEGIN}\n\nnew\n\n{document.END}\nafter\n"
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    assert document.insert(text, "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
     assert document.insert(document.insert(text, "new"), "new") == document.insert(text, "new")
     with pytest.raises(ValueError, match="must hold the lines"):
         document.insert("no markers", "new")
@@ -74,7 +77,7 @@ def test_tables_go_between_the_markers_and_nothing_else_changes() -> None:
 
 def test_a_run_measures_every_way_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, page = tmp_path / "figures.json", tmp_path / "page.md"
-    page.write_text(f"# Page\n{document.BEGIN}\n{document.END}\nend\n")
+    page.write_text(f"# Page\n{BEGIN}\n{END}\nend\n")
     status = main(
         [
             *("bench", "--quick", "--ways", WAYS, "--sizes", "64K,2M", "--rounds", "1", "--width", "512"),
@@ -143,5 +146,6 @@ def test_a_file_without_markers_is_refused_before_anything_is_measured(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing here")
-    assert main(["bench", "--quick", "--write", str(page)]) == 1
-    assert "must hold the lines" in capsys.readouterr().out
+    for what in ("transfers", "servers"):
+        assert main(["bench", what, "--quick", "--write", str(page)]) == 1
+        assert "must hold the lines" in capsys.readouterr().out
