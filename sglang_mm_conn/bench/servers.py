@@ -2,7 +2,7 @@
 
 The servers whose turn it is not are frozen, so that their idle schedulers, which spin, take no core. The model is one
 whose embeddings are as wide as a real one's, and whose own arithmetic is as little as can be: on a CPU that of a real
-one would take minutes, on a GPU it takes about as long as moving the embedding.
+one would take minutes, and hide what the transports differ in.
 """
 
 from __future__ import annotations
