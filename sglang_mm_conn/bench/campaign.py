@@ -126,17 +126,16 @@ def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> Non
 
 
 def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
-    """How close flows of small rooms come to what their logic leaves time for; nothing where they were not measured.
-
-    What memcpy's flow takes is needed to make, copy and compare them; two processes, each with its logic.
+    """How close flows of small rooms come to an estimate of what their logic leaves time for: what a room takes in
+    memcpy's flow (to be made, named, copied and compared), and the logic of the side that has more of it.
     """
     nbytes, row_bytes = 64 * KIB, plan.width * 2
     bare, whole = (rooms_per_second(outcome.results, nbytes, way) for way in (LIMIT, "shm"))
     if bare is None or whole is None:
         return []
-    limit = 1 / (1 / bare + max(seconds_per_room(2000, max(1, nbytes // row_bytes), row_bytes)))
-    what = "64 KiB rooms/s if sockets, threads and locks were free (memcpy's flow, cores and codec), and those reached"
-    return [Special(what, "shm", "rooms/s", limit, whole)]
+    estimate = 1 / (1 / bare + max(seconds_per_room(2000, max(1, nbytes // row_bytes), row_bytes)))
+    what = "64 KiB rooms/s, estimate for memcpy's flow with the cores and the codec in it, compared with those reached"
+    return [Special(what, "shm", "rooms/s", estimate, whole)]
 
 
 def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:

@@ -200,10 +200,8 @@ def _freeze(group: ServerGroup) -> None:
 def _thawed(group: ServerGroup) -> Iterator[None]:
     for server in (*group.encoders, *group.languages):
         server.signal(signal.SIGCONT)
-    try:
-        yield
-    finally:
-        _freeze(group)
+    yield
+    _freeze(group)  # not where something went wrong: they are stopped, and the error says more than theirs would
 
 
 def _turn(group: ServerGroup, name: str, questions: Iterator[Question], alone: int, crowd: int) -> Turn:

@@ -51,8 +51,13 @@ class Runtime:
         """Its threads are there from the beginning: starting one takes milliseconds, of somebody's first request."""
         executor = ThreadPoolExecutor(threads, name)
         all_started = threading.Barrier(threads)
-        for _ in range(threads):
-            executor.submit(all_started.wait)
+        try:
+            for _ in range(threads):
+                executor.submit(all_started.wait)
+        except BaseException:  # no more threads to be had: those that wait would keep the process from ending
+            all_started.abort()
+            executor.shutdown(wait=False)
+            raise
         return executor
 
     def control_server(

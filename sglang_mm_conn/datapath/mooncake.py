@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 BATCHES = 2  # on their way to one peer at the same time: one on the wire while the next is copied
 MAX_PIECES = 1024 // BATCHES  # in a batch
 PIECE_BYTES = 256 << 10
+# 0.3.13 says 0 where it refuses a batch, its source has other codes below zero too; asking for such a batch crashes.
+_NO_NUMBER = 1 << 63
 _WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
 
 EngineFactory = Callable[[], Any]
@@ -237,7 +239,7 @@ class MooncakeLink:
                 entry.staging.fill(slot, source, pieces)
                 number = self._begin(entry.engine, slot, pieces)
                 code = -1
-                if number != 0:
+                if 0 < number < _NO_NUMBER:
                     yield
                     with self._one_waits:
                         code = entry.engine.get_batch_transfer_status([number])
@@ -248,7 +250,7 @@ class MooncakeLink:
             self._turns.give_back()
 
     def _begin(self, engine: Any, slot: torch.Tensor, pieces: Sequence[Run]) -> int:
-        """The batch's number, 0 where the engine has refused it."""
+        """The batch's number; 0 or a negative code, as it may be without its sign, where the engine has refused it."""
         at, addresses, targets, lengths = 0, [], [], []
         for piece in pieces:
             addresses.append(slot.data_ptr() + at)
@@ -332,7 +334,7 @@ class MooncakePath:
             entry.writes += 1
         try:
             yield entry
-            if entry.only:  # it works again: back to the engine that all share
+            if entry.only and not entry.retired:  # it works again: back to the engine that all share
                 self._suspects.discard(register.target)
                 entry.retired = True
         except BaseException:

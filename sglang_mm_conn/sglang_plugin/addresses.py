@@ -16,13 +16,23 @@ def bind_address(host: str | None) -> str:
 
 
 def reached_at(host: str | None) -> str:
-    """Where the Mooncake peers of a server with this ``--host`` find it: there, if that is an address for others.
+    """Where the Mooncake peers of a server with this ``--host`` find it: there, if that is an address of this host for
+    others. (Every node of a server may be given the first one's.)
 
-    sglang's own answer (SGLANG_HOST_IP, then the address of the default route) would send an encoder to another network
-    of a host that has several, or to itself where the variable names loopback.
+    sglang's own answer (SGLANG_HOST_IP, say, or the address of the default route) would send an encoder to another
+    network of a host that has several, or to itself where the variable names loopback.
     """
     address = bind_address(host)
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if parsed.is_loopback or parsed.is_unspecified:
+    parsed = ipaddress.ip_address(address)
+    if parsed.is_loopback or parsed.is_unspecified or not _is_ours(address):
         return str(get_local_ip_auto(host))
     return address
+
+
+def _is_ours(address: str) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -20,7 +21,7 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.sglang_plugin.addresses import bind_address
+from sglang_mm_conn.sglang_plugin.addresses import bind_address, reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import FLAG, is_ours
 from sglang_mm_conn.sglang_plugin.processes import DpWorkers, replace_spawn_targets, tell_route
@@ -83,12 +84,13 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
         return
     from sglang.srt.runtime_context import get_serving
 
+    settings, host = Settings.from_env(os.environ), get_serving().host
     _manager = self.conn_multimodal = EmbeddingManager(
         EmbeddingArgs(
-            settings=Settings.from_env(os.environ),
+            settings=replace(settings, host=settings.host or reached_at(host)),
             dtype=self._embedding_dtype,
             row_bytes=max(self._embedding_dims.values()) * self._element_size,
-            host=bind_address(get_serving().host),
+            host=bind_address(host),
             timeout=self.send_timeout,
             device=compute_device(),
         ),

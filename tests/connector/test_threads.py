@@ -123,10 +123,12 @@ def both_ends(
     language = LanguageEndpoint(
         settings, server=new_id(), host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4, runtime=runtime
     )
-    yield encoder, language, bootstrap.url, runtime
-    language.close()
-    encoder.close()
-    bootstrap.close()
+    try:
+        yield encoder, language, bootstrap.url, runtime
+    finally:
+        language.close()
+        encoder.close()
+        bootstrap.close()
 
 
 @pytest.fixture
@@ -260,3 +262,18 @@ def test_the_threads_of_a_pool_are_there_before_its_first_work() -> None:
     pool = Runtime().executor(3, "mm-conn-test")
     wait_for(lambda: sum(one.name.startswith("mm-conn-test") for one in threading.enumerate()) == 3, "three threads")
     pool.shutdown()
+
+
+def test_a_pool_that_gets_too_few_threads_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would keep the process from ending."""
+    start = threading.Thread.start
+
+    def started(thread: threading.Thread) -> None:
+        if thread.name.startswith("mm-conn-few_2"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Runtime().executor(4, "mm-conn-few")
+    wait_for(lambda: not any(one.name.startswith("mm-conn-few") for one in threading.enumerate()), "no thread is left")

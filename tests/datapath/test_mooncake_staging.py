@@ -33,13 +33,15 @@ from tests.memory.asynchronous import AsynchronousDevice, CarelessDevice
 SESSION = "10.0.0.1:17001"
 WRITERS = 4
 SLOTS = WRITERS * BATCHES
-REFUSED = 1 << 20
+# What the engine says in place of a batch's number, by what a test asks for.
+REFUSED, REFUSED_WITH_A_CODE = 1 << 20, 1 << 21
+REFUSALS = {REFUSED: 0, REFUSED_WITH_A_CODE: (1 << 64) - 101}
 
 
 class FakeEngine:
     """Does what the real one would, in this process, as late as it may: it reads the staging memory when it is asked
     for the status of a batch. ``codes`` are the statuses of the next batches; an exception is raised at their
-    beginning, ``REFUSED`` is a batch that gets no number."""
+    beginning, one of ``REFUSALS`` is a batch that gets no number."""
 
     def __init__(self) -> None:
         self.registered: list[tuple[int, int]] = []
@@ -68,8 +70,8 @@ class FakeEngine:
             code = self.codes.pop(0) if self.codes else 0
             if isinstance(code, Exception):
                 raise code
-            if code == REFUSED:
-                return 0
+            if code in REFUSALS:
+                return REFUSALS[code]
             self._under_way[number] = code
             self.most_pieces = max(self.most_pieces, sum(len(self.batches[one - 1]) for one in self._under_way))
             return number
@@ -189,7 +191,7 @@ def test_a_batch_ends_where_the_staging_slot_is_full() -> None:
     assert [[length for *_, length in batch] for batch in engine.batches] == [[300], [300], [300], [100]]
 
 
-@pytest.mark.parametrize("failure", [-1, 7, REFUSED, RuntimeError("engine")])
+@pytest.mark.parametrize("failure", [-1, 7, REFUSED, REFUSED_WITH_A_CODE, RuntimeError("engine")])
 def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_no_more(
     failure: int | Exception,
 ) -> None:
@@ -227,6 +229,18 @@ def test_a_target_that_fails_again_and_again_does_not_cost_the_others_their_engi
     assert len(shared.batches) == 4 and set(shared.sessions) == {"10.0.0.2:2"}
     link.close()
     assert not bed.path._suspects
+
+
+def test_a_target_is_not_trusted_again_for_the_batch_behind_the_one_that_failed() -> None:
+    bed = Bed(Geometry(1000, 4, 1), staging_bytes=SLOTS * 300)
+    link, engine, _ = bed.link()
+    runs, source = window_runs(bed.geometry, [0], 1000), torch.ones(1000, dtype=torch.uint8)
+    bed.codes = [5, 0]
+    engine.codes = [5]
+    for _ in range(2):  # through the shared engine, then through one of its own
+        with pytest.raises(DataPathError):
+            link.write(source, runs)
+    assert len(bed.engines[1].batches) == 2 and bed.path._suspects == {SESSION}
 
 
 def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() -> None:

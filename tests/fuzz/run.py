@@ -16,7 +16,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey, generate
 from sglang_mm_conn.core.states import Poll
 from tests.connector.content import ITEM_BYTES, Part
 from tests.connector.processes import BLOCK_SIZE, HOST, WIDTH, Child, CommandFailed, Language, World, Zygote, wait_for
-from tests.faults.baseline import POOLS, Holdings
+from tests.faults.baseline import Holdings
 from tests.faults.ground import ENCODER_TABLES, LANGUAGE_TABLES
 from tests.faults.traffic import Route
 from tests.fuzz.frames import Frames
@@ -226,7 +226,7 @@ class Ground:
 
     @staticmethod
     def _threads(child: Child) -> Counter[str]:
-        return Counter(name for name in child.call("threads") if not name.startswith(POOLS))
+        return Counter(child.call("threads"))
 
     def check(self) -> None:
         """Processes and threads live, blocks are accounted for, healthy rooms arrive. Raises AssertionError."""

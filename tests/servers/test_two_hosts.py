@@ -47,7 +47,8 @@ class Hosts:
         return running(on_a_cpu(commands, self._model), self.language_log, within=self._far.as_host)
 
     def wait_healthy(self, url: str) -> None:
-        self._client.submit(wait_healthy, url, self.encoder_log).result()
+        log = self.encoder_log if url == ENCODER else self.language_log
+        self._client.submit(wait_healthy, url, log).result()
 
     def ask(self, question: Question) -> Answer:
         """From the encoder's host: the answer comes over the cable, too."""

@@ -20,7 +20,7 @@ ROOM_SECONDS = 120.0
 WARM_ROOMS = 1000
 # Memory of one ended room's tombstone. There are at most 65,536 in a process.
 TOMBSTONE_BYTES = 600
-# Mooncake keeps connections in a pool: at most one for each transfer worker to each peer.
+# Mooncake keeps connections in a pool: more than there ever were to the peers here.
 MOONCAKE_CONNECTIONS = 64
 
 
