@@ -54,6 +54,9 @@ ENV = {
     "SGLANG_MM_CONN_CLAIM_TIMEOUT_SECONDS": str(CLAIM_TIMEOUT),
     "SGLANG_MM_CONN_DOUBT_SECONDS": "1",
     "SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1",  # how often sglang looks whether a client is still there
+    # What the model frees goes back to the kernel, so that what a process holds is what is seen of it. Otherwise an
+    # encoder's heap comes and goes by 150 MB with the batches that sglang happens to make.
+    "MALLOC_MMAP_THRESHOLD_": "262144",
 }
 
 
@@ -236,7 +239,7 @@ def test_rounds_of_requests_that_come_and_go_hold_nothing_in_the_end(
         # 48 requests: one descriptor, socket or thread kept of each kind of them would be 6 more.
         assert now.descriptors < was.descriptors + 6 and now.sockets < was.sockets + 6, (was, now)
         assert now.threads < was.threads + 6, (was, now)
-        assert now.rss_mb < was.rss_mb + 128, (was, now)
+        assert now.rss_mb < was.rss_mb + 64, (was, now)
 
 
 # -- encoders that die and freeze while clients ask -------------------------------------------------------------------
