@@ -11,13 +11,12 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from sglang_mm_conn.connector.links import LinkBusy, Links
+from sglang_mm_conn.connector.links import LinkBusy, Links, Use
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
@@ -71,20 +70,25 @@ class Source:
 
 @dataclass
 class DataCall:
-    """One window on its way: what is written, from where, and the link, which stays open until ``pinned`` is closed."""
+    """One window on its way: what is written, from where, and through which link."""
 
     write: WindowWrite
     entry: SenderRoom
     source: Source  # kept until the write has returned, and the copies that it waits for have happened
-    pinned: ExitStack
-    link: WriteLink | None = None
+    use: Use | None  # of the link, which stays open until the call has returned
     refusal: str = ""  # why there is no link
+
+    @property
+    def link(self) -> WriteLink | None:
+        return None if self.use is None else self.use.link
 
     def rows(self) -> tuple[torch.Tensor, list[Run]]:
         """The window's bytes and where they go."""
-        first = self.write.first_token * self.entry.row_bytes
         nbytes = self.write.tokens * self.entry.row_bytes
         runs = window_runs(self.write.session.geometry, self.write.blocks, nbytes)
+        if self.write.tokens == self.entry.total_tokens:
+            return self.source.rows, runs
+        first = self.write.first_token * self.entry.row_bytes
         return self.source.rows[first : first + nbytes], runs
 
 
@@ -469,25 +473,25 @@ class EncoderEndpoint:
 
     def begin_window(self, room: str) -> DataCall | None:
         """The next data call for ``room``, its link pinned until ``end_window``; None where there is none now."""
-        pinned = ExitStack()
+        use, refusal = None, ""
         with self._lock:
             write = self.core.begin_write(room)
             if write is None:
                 return None
-            call = DataCall(write, self.core.rooms[room], self._sources[room], pinned)
             try:
                 # In the same breath as begin_write: between the two a frozen process could lose its link, the
                 # language server its doubt, and the write would find another link under the same name.
-                call.link = pinned.enter_context(self._links.use(write.session.mooncake_session_id, write.epoch))
+                use = self._links.use(write.session.mooncake_session_id, write.epoch)
             except DataPathError as failure:
-                call.refusal = str(failure)
-                self._send(write.session.peer, Refused(reason=call.refusal, kind="register_first"))
-        return call
+                refusal = str(failure)
+                self._send(write.session.peer, Refused(reason=refusal, kind="register_first"))
+            return DataCall(write, self.core.rooms[room], self._sources[room], use, refusal)
 
     def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
         """The data call has returned. ``error`` says what went wrong (empty: nothing), ``in_doubt`` whether bytes may
         still land."""
-        call.pinned.close()
+        if call.use is not None:
+            call.use.over()
         with self._lock:
             ended = self._perform(self.core.on_written(call.write, error, in_doubt, self._clock()))
         for action in ended:
@@ -501,7 +505,7 @@ class EncoderEndpoint:
 
     def data_call(self, call: DataCall) -> tuple[str, bool]:
         """Returns what went wrong (empty: nothing) and whether bytes may still land."""
-        link, write = call.link, call.write
+        link = call.link
         if link is None:
             return call.refusal, False
         try:
@@ -514,7 +518,7 @@ class EncoderEndpoint:
             return str(failure), failure.in_doubt
         except Exception as failure:
             # Nothing is known about what a data call did that ended in a way it should not.
-            logger.exception("Data call for room %s failed", write.room)
+            logger.exception("Data call for room %s failed", call.write.room)
             return f"{type(failure).__name__}: {failure}", not link.synchronous
         return "", False
 

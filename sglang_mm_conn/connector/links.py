@@ -7,9 +7,9 @@ write there any more (shared memory: it drops the lock that tells so).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -38,6 +38,20 @@ class _OpenLink:
         """One write less. Returns whether the link is to be closed now."""
         self.writes -= 1
         return self.closing and self.writes == 0
+
+
+@dataclass
+class Use:
+    """A link that stays open until ``over`` is called, once, or the ``with`` ends."""
+
+    link: WriteLink
+    over: Callable[[], None]
+
+    def __enter__(self) -> WriteLink:
+        return self.link
+
+    def __exit__(self, *_: object) -> None:
+        self.over()
 
 
 class Links:
@@ -104,23 +118,23 @@ class Links:
             entry = self._links.get((session, epoch))
             return entry is not None and entry.link.synchronous
 
-    @contextmanager
-    def use(self, session: str, epoch: int) -> Iterator[WriteLink]:
-        """The link to write through, which stays open meanwhile. Raises DataPathError where it was given up."""
+    def use(self, session: str, epoch: int) -> Use:
+        """The link to write through, which stays open until the use is over. Raises DataPathError where it was given
+        up."""
         with self._lock:
             entry = self._links.get((session, epoch))
             if entry is None or entry.closing:
                 raise DataPathError(f"the way into session {session} is gone (epoch {epoch})", in_doubt=False)
             entry.writes += 1
-        try:
-            yield entry.link
-        finally:
-            with self._lock:
-                over = entry.release()
-                if over and self._links.get((session, epoch)) is entry:
-                    del self._links[session, epoch]
-            if over:
-                entry.link.close()
+        return Use(entry.link, partial(self._used, (session, epoch), entry))
+
+    def _used(self, key: tuple[str, int], entry: _OpenLink) -> None:
+        with self._lock:
+            over = entry.release()
+            if over and self._links.get(key) is entry:
+                del self._links[key]
+        if over:
+            entry.link.close()
 
     def close(self, session: str, up_to: int | None = None) -> None:
         """Give up the links of ``session`` (with ``up_to``: those of epochs up to it)."""

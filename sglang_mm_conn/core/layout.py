@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from sglang_mm_conn.core.errors import ProtocolError
 
 
@@ -33,8 +35,7 @@ class Geometry:
         return -(-tokens * row_bytes // self.block_bytes)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """``length`` bytes at ``offset`` in region ``region``, which are bytes ``start``... of the window."""
 
     region: int
