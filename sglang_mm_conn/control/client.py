@@ -14,9 +14,11 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey
+from sglang_mm_conn.control.batches import batches, frames_in
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
+from sglang_mm_conn.core.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class ControlClient:
         self._tick_seconds = tick_seconds
         self._links: dict[str, _Link] = {}
         self._work: deque[Callable[[], None]] = deque()
+        self._outbox: deque[tuple[str, bytes]] = deque()
         self._complaints = Complaints(logger)
         self._wakeup = Wakeup()
         self._stopping = False
@@ -92,12 +95,16 @@ class ControlClient:
 
     def send(self, key: str, frame: bytes) -> None:
         """Queue ``frame`` for link ``key``, in the order of the calls. Dropped where the link is down."""
-        self.call(lambda: self._send(key, frame))
+        self._outbox.append((key, frame))
+        self._ring()
 
     def call(self, work: Callable[[], None]) -> None:
         """Run ``work`` on the thread of ``run``."""
         self._work.append(work)
-        if threading.get_ident() != self._thread:  # which does its own work after every callback
+        self._ring()
+
+    def _ring(self) -> None:
+        if threading.get_ident() != self._thread:  # which looks after every callback
             self._wakeup.ring()
 
     def stop(self) -> None:
@@ -139,6 +146,7 @@ class ControlClient:
     def _run_work(self) -> None:
         while self._work:
             guarded(self._work.popleft())
+        self._flush()
 
     def _connect(self, key: str, address: str) -> None:
         self._disconnect(key)
@@ -149,19 +157,18 @@ class ControlClient:
         if link is not None:
             link.close()
 
-    def _send(self, key: str, frame: bytes) -> None:
-        link = self._links.get(key)
-        if link is not None:
-            with contextlib.suppress(zmq.Again):  # down, or does not read: noticed by its silence
-                link.socket.send(frame, zmq.NOBLOCK)
+    def _flush(self) -> None:
+        for key, batch in batches(self._outbox):
+            link = self._links.get(key)
+            if link is not None:
+                with contextlib.suppress(zmq.ZMQError):  # down, or does not read: noticed by its silence
+                    link.socket.send(batch, zmq.NOBLOCK)
 
     def _receive(self, key: str, link: _Link) -> None:
-        nbytes = 0
-        for _ in range(BATCH):
-            if nbytes >= BATCH_BYTES:
-                return
+        count = nbytes = 0
+        while count < BATCH and nbytes < BATCH_BYTES:
             try:
-                frame = link.socket.recv(zmq.NOBLOCK)
+                batch = link.socket.recv(zmq.NOBLOCK)
                 more = link.socket.getsockopt(zmq.RCVMORE)
             except zmq.ZMQError:
                 return
@@ -171,8 +178,20 @@ class ControlClient:
                 self._complaints.log(key, logging.WARNING, "Control message of several frames: connecting anew")
                 self.connect(key, link.address)  # at the end of this turn, where a failure is logged and no more
                 return
-            nbytes += len(frame)
+            nbytes += len(batch)
+            count += self._take(key, batch)
+            self._flush()  # the peer works on the answers while the next are made
+
+    def _take(self, key: str, batch: bytes) -> int:
+        """Returns how many frames it was."""
+        try:
+            frames = frames_in(batch)
+        except ProtocolError as error:
+            self._complaints.log(key, logging.WARNING, "Control message from %s dropped: %s", key, error)
+            return 1
+        for frame in frames:
             guarded(lambda frame=frame: self._on_frame(key, frame))  # type: ignore[misc]
+        return len(frames) or 1
 
     def _watch(self, key: str, link: _Link) -> None:
         while True:

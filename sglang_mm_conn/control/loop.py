@@ -15,7 +15,7 @@ HIGH_WATER_MARK = 10_000
 # Frames of one peer that are read ahead; the rest waits at the peer, or is lost there. Few, because libzmq counts
 # frames, and one may be as long as all metadata of a part.
 READ_AHEAD = 16
-# Messages, and bytes of them, that are read from one socket before others get their turn.
+# Frames, and bytes of them, that are read from one socket before others get their turn.
 BATCH = 64
 BATCH_BYTES = 1 << 20
 

@@ -15,9 +15,11 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
+from sglang_mm_conn.control.batches import batches, frames_in
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
 from sglang_mm_conn.control.wakeup import Wakeup
+from sglang_mm_conn.core.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -133,20 +135,28 @@ class ControlServer:
         self._wakeup.close()
 
     def _receive(self) -> None:
-        nbytes = 0
-        for _ in range(BATCH):
-            if nbytes >= BATCH_BYTES:
-                return
+        count = nbytes = 0
+        while count < BATCH and nbytes < BATCH_BYTES:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             nbytes += sum(map(len, parts))
-            if len(parts) == 2:
-                guarded(lambda parts=parts: self._on_frame(parts[0].hex(), parts[1]))  # type: ignore[misc]
-            else:
-                peer = parts[0].hex()
-                self._complaints.log(peer, logging.WARNING, "Control message of %d frames dropped", len(parts))
+            count += self._take(parts[0].hex(), parts[1:])
+            self._flush()  # the peer works on the answers while the next are made
+
+    def _take(self, peer: str, parts: list[bytes]) -> int:
+        """Returns how many frames it was."""
+        try:
+            if len(parts) != 1:
+                raise ProtocolError(f"a message of {len(parts)} parts")
+            frames = frames_in(parts[0])
+        except ProtocolError as error:
+            self._complaints.log(peer, logging.WARNING, "Control message from %s dropped: %s", peer, error)
+            return 1
+        for frame in frames:
+            guarded(lambda frame=frame: self._on_frame(peer, frame))  # type: ignore[misc]
+        return len(frames) or 1
 
     def _watch(self) -> None:
         """Handshakes that failed before a key was shown: a peer without one, or no ZeroMQ at all."""
@@ -163,10 +173,9 @@ class ControlServer:
                 self._refusals.refused(address, "it has another key or none, or speaks another protocol")
 
     def _flush(self) -> None:
-        while self._outbox:
-            peer, frame = self._outbox.popleft()
+        for peer, batch in batches(self._outbox):
             try:
-                self._socket.send_multipart([bytes.fromhex(peer), frame], zmq.NOBLOCK)
+                self._socket.send_multipart([bytes.fromhex(peer), batch], zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 # EHOSTUNREACH: gone. EAGAIN: does not read. Both are noticed by the peer's silence.
-                logger.debug("Control message to %s dropped: %s", peer, error)
+                logger.debug("Control messages to %s dropped: %s", peer, error)

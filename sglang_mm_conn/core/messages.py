@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from sglang_mm_conn.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 48)]

@@ -6,12 +6,13 @@ All of it comes from one ``random.Random``, so a seed gives the same frames agai
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from sglang_mm_conn.control.batches import MOST_FRAMES
 from sglang_mm_conn.core.messages import (
     Abort,
     Announce,
@@ -30,6 +31,8 @@ from sglang_mm_conn.core.messages import (
     encode,
 )
 
+# Of the frames of a batch: the first byte, before a list of them.
+BATCH_MARK = b"\xff"
 VERSION = encode(Heartbeat(incarnation="x"))[:1]
 LONGEST_RANDOM = 4096
 # A frame of a message: one part, or several (which no side of the connector sends).
@@ -64,10 +67,20 @@ class Frames:
         self._overlong = overlong
 
     def to_encoder(self) -> Parts:
-        return self._spoil(encode(self._from_language()))
+        return self._parts(lambda: encode(self._from_language()))
 
     def to_language(self) -> Parts:
-        return self._spoil(encode(self._from_encoder()))
+        return self._parts(lambda: encode(self._from_encoder()))
+
+    def _parts(self, frame: Callable[[], bytes]) -> Parts:
+        """One frame, spoiled, or a batch: of good ones and spoiled ones, or itself spoiled."""
+        dice = self.dice
+        if dice.random() < 0.9:
+            return self._spoil(frame())
+        count = dice.choice((0, 1, 2, 3, MOST_FRAMES, MOST_FRAMES + 1, 200))
+        frames = [b"".join(self._spoil(frame())) if dice.random() < 0.3 else frame() for _ in range(count)]
+        batch = BATCH_MARK + msgspec.msgpack.encode(frames)
+        return [batch] if dice.random() < 0.8 else self._spoil_any(batch)
 
     # -- valid ones ------------------------------------------------------------------------------------------------
 
@@ -164,6 +177,12 @@ class Frames:
             return [frame]
         if how < 0.65:
             return [self._change_a_field(frame)]
+        return self._spoil_any(frame)
+
+    def _spoil_any(self, frame: bytes) -> Parts:
+        """Whatever ``frame`` is."""
+        dice = self.dice
+        how = 0.65 + 0.35 * dice.random()
         if how < 0.75:
             return [self._flip(frame)]
         if how < 0.80:

@@ -16,6 +16,7 @@ import msgspec
 import zmq
 
 from sglang_mm_conn.control.authentication import DeploymentKey
+from sglang_mm_conn.control.batches import frames_in
 from sglang_mm_conn.control.bootstrap import NONCE, ROUTE, SIGNATURE, BootstrapInfo, Worker
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.errors import ProtocolError
@@ -140,23 +141,24 @@ class RogueEncoder:
         said: list[Message] = []
         while True:
             try:
-                peer, frame = self._socket.recv_multipart(zmq.NOBLOCK)
-                message = decode_from_language(frame, 1 << 20)
+                peer, batch = self._socket.recv_multipart(zmq.NOBLOCK)
+                messages = [decode_from_language(frame, 1 << 20) for frame in frames_in(batch)]
             except zmq.Again:
                 return said
             except (ProtocolError, ValueError) as error:
                 raise AssertionError(f"the language process sends nonsense: {error}") from None
             self._peer = peer
-            said.append(message)
-            if isinstance(message, Register):
-                self.knowledge.session = message.mooncake_session_id
-                self.send_message(
-                    Registered(
-                        mooncake_session_id=message.mooncake_session_id,
-                        epoch=message.epoch,
-                        incarnation=self.knowledge.incarnation,
+            said += messages
+            for message in messages:
+                if isinstance(message, Register):
+                    self.knowledge.session = message.mooncake_session_id
+                    self.send_message(
+                        Registered(
+                            mooncake_session_id=message.mooncake_session_id,
+                            epoch=message.epoch,
+                            incarnation=self.knowledge.incarnation,
+                        )
                     )
-                )
 
     def beat(self) -> None:
         self.send_message(Heartbeat(incarnation=self.knowledge.incarnation))

@@ -1,0 +1,121 @@
+"""Frames that travel together arrive as they were, in order, and what is no batch hurts nobody."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_mm_conn.control.batches import MOST_BYTES, MOST_FRAMES, batches, frames_in
+from sglang_mm_conn.control.client import ControlClient
+from sglang_mm_conn.control.complaints import LINES
+from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.messages import PROTOCOL_VERSION
+
+VERSION = bytes([PROTOCOL_VERSION])
+FRAMES = st.one_of(
+    st.binary(max_size=40),
+    st.integers(MOST_BYTES // 3, MOST_BYTES + 2).map(bytes),
+).map(lambda body: VERSION + body)  # fmt: skip
+GARBAGE = (
+    b"\xff",
+    b"\xff" + msgspec.msgpack.encode([b"frame"] * (MOST_FRAMES + 1)),
+    b"\xff" + msgspec.msgpack.encode([b"frame", "text"]),
+    b"\xff" + msgspec.msgpack.encode([b"frame", b"frame"])[:-1],
+    b"\xff" + msgspec.msgpack.encode({"frame": 1}),
+    b"\xff\xdd\xff\xff\xff\xff",  # as many as fit 32 bits
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(("one", "two", "three")), FRAMES), max_size=3 * MOST_FRAMES))
+def test_every_peer_gets_its_frames_in_order_and_no_batch_is_too_long(sent: list[tuple[str, bytes]]) -> None:
+    outbox = deque(sent)
+    arrived: dict[str, list[bytes]] = {}
+    for peer, batch in batches(outbox):
+        frames = frames_in(batch)
+        assert 1 <= len(frames) <= MOST_FRAMES
+        assert len(frames) == 1 or sum(map(len, frames)) <= MOST_BYTES
+        arrived.setdefault(peer, []).extend(frames)
+    assert not outbox
+    assert arrived == {peer: [frame for to, frame in sent if to == peer] for peer, _ in sent}
+
+
+def test_frames_that_are_ready_together_travel_together_and_one_alone_as_it_is() -> None:
+    assert list(batches(deque([("peer", VERSION + b"alone")]))) == [("peer", VERSION + b"alone")]
+    many = list(batches(deque([("peer", VERSION)] * (2 * MOST_FRAMES + 1))))
+    assert [len(frames_in(batch)) for _, batch in many] == [MOST_FRAMES, MOST_FRAMES, 1]
+
+
+@pytest.mark.parametrize("batch", GARBAGE)
+def test_what_only_begins_as_a_batch_is_refused(batch: bytes) -> None:
+    with pytest.raises(ProtocolError, match="malformed batch"):
+        frames_in(batch)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    context: zmq.Context[Any] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+def test_an_encoder_drops_what_is_no_batch_says_so_a_few_times_and_goes_on(
+    context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    server = ControlServer(
+        "127.0.0.1", key=None, max_frame_bytes=1 << 16, on_frame=lambda peer, frame: heard.put(frame),
+        on_tick=lambda: None, tick_seconds=1.0,
+    )  # fmt: skip
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    rogue = context.socket(zmq.DEALER)
+    rogue.connect(f"tcp://127.0.0.1:{server.port}")
+    try:
+        for batch in (*GARBAGE, *GARBAGE, VERSION + b"ask", b"\xff" + msgspec.msgpack.encode([b"one", b"two"])):
+            rogue.send(batch)
+        assert [heard.get(timeout=10) for _ in range(3)] == [VERSION + b"ask", b"one", b"two"]
+    finally:
+        server.stop()
+        thread.join(10)
+    assert not thread.is_alive()
+    assert caplog.text.count("malformed batch") == LINES
+
+
+def test_a_language_rank_drops_what_is_no_batch_says_so_a_few_times_and_goes_on(
+    context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rogue = context.socket(zmq.ROUTER)
+    rogue.setsockopt(zmq.RCVTIMEO, 10_000)
+    port = rogue.bind_to_random_port("tcp://127.0.0.1")
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    connected = threading.Event()
+    client = ControlClient(
+        key=None, max_frame_bytes=1 << 16, on_frame=lambda key, frame: heard.put(frame),
+        on_connected=lambda key: connected.set(), on_disconnected=lambda key: None, on_tick=lambda: None,
+        tick_seconds=1.0,
+    )  # fmt: skip
+    thread = threading.Thread(target=client.run, daemon=True)
+    thread.start()
+    client.connect("encoder", f"tcp://127.0.0.1:{port}")
+    try:
+        assert connected.wait(10)
+        client.send("encoder", VERSION + b"hello")
+        peer, _ = rogue.recv_multipart()
+        for batch in (*GARBAGE, *GARBAGE, VERSION + b"answer", b"\xff" + msgspec.msgpack.encode([b"one", b"two"])):
+            rogue.send_multipart([peer, batch])
+        assert [heard.get(timeout=10) for _ in range(3)] == [VERSION + b"answer", b"one", b"two"]
+    finally:
+        client.stop()
+        thread.join(10)
+    assert not thread.is_alive()
+    assert caplog.text.count("malformed batch") == LINES
