@@ -60,7 +60,7 @@ _WAITING_REGISTRATIONS = 1024
 _ALIVE_HEARTBEATS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Source:
     """An embedding that was handed over. It may be read once ``ready`` has happened: a GPU may still compute it."""
 
@@ -68,7 +68,7 @@ class Source:
     ready: Event
 
 
-@dataclass
+@dataclass(slots=True)
 class DataCall:
     """One window on its way: what is written, from where, and through which link."""
 
@@ -181,7 +181,9 @@ class EncoderEndpoint:
         Raises ConnError where its size is not what was announced. Queues a TransferEmbeddingChunk once every
         language rank has said Init.
         """
-        rows = embedding.detach().reshape(-1).view(torch.uint8)
+        # Each operation lets go of the GIL, and may wait for it.
+        values = embedding.detach() if embedding.requires_grad else embedding
+        rows = values.reshape(-1).view(torch.uint8)
         source = Source(rows, self._device.mark(rows))
         row_bytes = embedding.shape[1] * embedding.element_size()
         checksum = self._checksum(source) if self.settings.checksum else None

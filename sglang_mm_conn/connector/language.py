@@ -299,8 +299,9 @@ class LanguageEndpoint:
             flat = self._result_of(move).rows
             view = move.view
             if not view:
-                first = move.first_token * move.row_bytes
-                self.pool.read(move.blocks, flat[first : first + move.tokens * move.row_bytes])
+                first, nbytes = move.first_token * move.row_bytes, move.tokens * move.row_bytes
+                # A slice lets go of the GIL, and may wait for it.
+                self.pool.read(move.blocks, flat if move.tokens == move.total_tokens else flat[first : first + nbytes])
             if move.last and self.settings.checksum:
                 error = self._checksum_error(flat, move.checksum)
         except Exception as failure:

@@ -68,7 +68,7 @@ class BlockAllocator:
 
     def holds(self, owner: Hashable, blocks: Sequence[int]) -> bool:
         """Whether ``owner`` holds every one of ``blocks``, each named once."""
-        return len(set(blocks)) == len(blocks) and all(self._held.get(block) == owner for block in blocks)
+        return len(set(blocks)) == len(blocks) == list(map(self._held.get, blocks)).count(owner)
 
     def release(self, owner: Hashable, blocks: Sequence[int]) -> None:
         """Free blocks that ``owner`` holds. All or nothing: raises AllocatorError where it does not hold them all."""

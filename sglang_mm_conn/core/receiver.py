@@ -58,7 +58,7 @@ class Peer:
     epoch: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class ReceiverRoom:
     """One room. ``sent_tokens`` rows are confirmed *and* moved out."""
 

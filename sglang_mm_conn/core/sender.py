@@ -60,7 +60,7 @@ class Session:
     most_writes: int = 1 << 30  # at the same time: a destination that hangs must not hold every worker
 
 
-@dataclass
+@dataclass(slots=True)
 class TransferEmbeddingInfo:
     """Progress of one (room, session): its current window, and what is confirmed (the seed's name and fields)."""
 
@@ -93,7 +93,7 @@ class WindowWrite(msgspec.Struct, frozen=True):
     tokens: int
 
 
-@dataclass
+@dataclass(slots=True)
 class SenderRoom:
     """One room over all its sessions (``transfer_infos`` by session id)."""
 

@@ -96,6 +96,8 @@ State = TypeVar("State", bound=Enum)
 class Machine(Generic[State]):
     """Holds one state and refuses every move that its table does not have."""
 
+    __slots__ = ("_moves", "_table", "state")
+
     def __init__(self, moves: dict[State, frozenset[State]], start: State) -> None:
         self._table = moves
         self.state = start
