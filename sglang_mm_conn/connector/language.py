@@ -91,7 +91,7 @@ class LanguageEndpoint:
             BlockAllocator(geometry.blocks),
             geometry,
             view_blocks=geometry.blocks * settings.view_percent // 100 if on_host and aligned else 0,
-            view_least_bytes=self._at_once_bytes + 1,
+            view_least_bytes=runtime.view_least_bytes,
             first_offer=settings.first_offer,
             claim_timeout=settings.claim_timeout,
             max_embedding_bytes=settings.max_embedding_bytes,
@@ -389,7 +389,7 @@ class LanguageEndpoint:
         """A view moves nothing, whatever its size."""
         if move.view and not self.settings.checksum:
             return self._at_once_bytes > 0
-        return move.total_tokens * move.row_bytes <= self._at_once_bytes
+        return move.tokens * move.row_bytes <= self._at_once_bytes
 
     def _ended(self, action: Ended) -> None:
         entry = self.core.rooms[action.room]

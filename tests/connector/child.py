@@ -233,6 +233,7 @@ class WorkersWrite(Runtime):
     """Every write is a worker's: one that is held at a gate must not hold the control thread."""
 
     at_once_bytes = 0
+    view_least_bytes = 1
 
 
 class EncoderRole:

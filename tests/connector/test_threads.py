@@ -67,6 +67,7 @@ class WatchedRuntime(Runtime):
     """The real one; it notes what an endpoint had when its first thread started, and then watches lock and core."""
 
     at_once_bytes = 0  # these embeddings are small, and movers shall move them
+    view_least_bytes = 1
 
     def __init__(self) -> None:
         self.fields: dict[Any, set[str]] = {}
@@ -254,6 +255,17 @@ def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_
     runtime.at_once_bytes = WIDTH * 4 - 1
     with both_ends(runtime, checksum=checksum) as ends:
         transfer(ends, 1, tokens)
+    (movers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-mover"]
+    assert movers.given == moves
+
+
+@pytest.mark.parametrize(("at_once_rows", "moves"), [(32, 0), (31, 3)])
+def test_no_mover_is_woken_for_a_small_window_however_large_the_embedding(at_once_rows: int, moves: int) -> None:
+    """The pool holds 32 rows: three windows, and one of four rows."""
+    runtime = WatchedRuntime()
+    runtime.at_once_bytes = at_once_rows * WIDTH * 4
+    with both_ends(runtime) as ends:
+        transfer(ends, 1, 100)
     (movers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-mover"]
     assert movers.given == moves
 

@@ -58,6 +58,7 @@ class SimulatedRuntime(Runtime):
         # An encoder that writes all of them at once is frozen and killed between writes only: one in four.
         rarely = isinstance(process, EncoderProcess)
         self.at_once_bytes = world.kernel.chance.choice([0, 0, 0, 1 << 20] if rarely else [0, 1 << 20])
+        self.view_least_bytes = world.kernel.chance.choice([1, 1 << 20])
 
     def clock(self) -> float:
         return self._kernel.now
