@@ -122,7 +122,7 @@ def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> Non
         say(f"{way.name}: one room among parked rooms", number / len(ways))
         outcome.specials.extend(_among_parked(plan, way, key_file))
         say(f"{way.name}: first use of a pool", (number + 0.5) / len(ways))
-        outcome.specials.append(_first_use(plan, way, key_file))
+        outcome.specials.extend(_first_use(plan, way, key_file))
 
 
 def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
@@ -162,18 +162,24 @@ def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:
     ]
 
 
-def _first_use(plan: Plan, way: Way, key_file: str) -> Special:
+def _first_use(plan: Plan, way: Way, key_file: str) -> list[Special]:
+    """Of a pool, in processes that have moved smaller rooms before, so that their code has run; and of processes."""
     nbytes = 16 * MIB
     config = Config(nbytes=nbytes, width=plan.width, in_flight=1, block_size=plan.block_size)
     payload = PayloadFile(nbytes)
-    first, later = [], []
+    specials = []
     with ExitStack() as stack:
         stack.callback(payload.close)
-        for _ in range(3 if plan.quick else 10):
-            with Pair(way, config, (payload.path, nbytes, 1), key_file) as pair:
-                first += pair.run(1, nbytes).seconds
-                later += pair.run(8, nbytes).seconds
-    return Special(
-        "16 MiB room, the first one of a new pool, compared with the next eight: p50", way.name, "ms",
-        statistics.median(later) * 1e3, statistics.median(first) * 1e3,
-    )  # fmt: skip
+        for what, small_ones in (("in a new pool, after four of 2 MiB", 4), ("of new processes", 0)):
+            first: list[float] = []
+            later: list[float] = []
+            for _ in range(5 if plan.quick else 10):
+                with Pair(way, config, (payload.path, nbytes, 1), key_file) as pair:
+                    for _ in range(small_ones):
+                        pair.run(1, 2 * MIB)
+                    first += pair.run(1, nbytes).seconds
+                    later += pair.run(8, nbytes).seconds
+            case = f"16 MiB room, the first one {what}, compared with the next eight: p50"
+            times = (statistics.median(later) * 1e3, statistics.median(first) * 1e3)
+            specials.append(Special(case, way.name, "ms", *times))
+    return specials

@@ -35,7 +35,7 @@ class PayloadFile:
 
 
 class Payload:
-    """``slots`` tensors of ``nbytes`` each, at the start of the file at ``path``."""
+    """``slots`` tensors of up to ``nbytes`` each, at the start of the file at ``path``."""
 
     def __init__(self, path: str, nbytes: int, slots: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -51,12 +51,12 @@ class Payload:
         self._words[slot, ::PAGE_WORDS] = number + 1
 
     def tensor(self, slot: int, room: Room) -> torch.Tensor:
-        return self._tensors[slot].view(DTYPE).reshape(room.tokens, room.width)
+        return self._tensors[slot][: room.nbytes].view(DTYPE).reshape(room.tokens, room.width)
 
     def mistake(self, slot: int, number: int, room: Room, got: torch.Tensor) -> str:
         """What is wrong with ``got``, byte by byte; empty where it is room ``number``. Marks the slot."""
         self.mark(slot, number)
-        return self._mistake(self._tensors[slot], room, got)
+        return self._mistake(self._tensors[slot][: room.nbytes], room, got)
 
     @staticmethod
     def _mistake(expected: torch.Tensor, room: Room, got: torch.Tensor) -> str:
