@@ -170,13 +170,13 @@ def _first_use(plan: Plan, way: Way, key_file: str) -> list[Special]:
     specials = []
     with ExitStack() as stack:
         stack.callback(payload.close)
-        for what, small_ones in (("in a new pool, after four of 2 MiB", 4), ("of new processes", 0)):
+        for what, small_ones in (("in a new pool, after four of 4 MiB", 4), ("of new processes", 0)):
             first: list[float] = []
             later: list[float] = []
             for _ in range(5 if plan.quick else 10):
                 with Pair(way, config, (payload.path, nbytes, 1), key_file) as pair:
                     for _ in range(small_ones):
-                        pair.run(1, 2 * MIB)
+                        pair.run(1, 4 * MIB)
                     first += pair.run(1, nbytes).seconds
                     later += pair.run(8, nbytes).seconds
             case = f"16 MiB room, the first one {what}, compared with the next eight: p50"

@@ -1,7 +1,7 @@
 """The encoder's end: announces rooms, writes windows, answers language ranks.
 
 Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
-data calls, but for those that are over sooner than a worker is awake; one registrar attaches memory. All state is in
+data calls, but for those that take no longer than waking a worker; one registrar attaches memory. All state is in
 the core and a few tables, under one lock that is never held during a data call, an attachment, or a socket operation.
 """
 
@@ -60,7 +60,7 @@ _WAITING_REGISTRATIONS = 1024
 _ALIVE_HEARTBEATS = 3
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """An embedding that was handed over. It may be read once ``ready`` has happened: a GPU may still compute it."""
 
@@ -457,7 +457,7 @@ class EncoderEndpoint:
             self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
 
     def _at_once(self, room: str) -> bool:
-        """Under the lock. Whether ``room`` is so small that waking a worker takes longer than writing it, and its write
+        """Under the lock. Whether ``room`` is so small that waking a worker takes as long as writing it, and its write
         is a copy in memory, which waits for nobody. One that needs resumes takes its turn in its queue."""
         entry = self.core.rooms[room]
         return entry.total_tokens * entry.row_bytes <= self._at_once_bytes and all(
@@ -480,6 +480,7 @@ class EncoderEndpoint:
             write = self.core.begin_write(room)
             if write is None:
                 return None
+            entry, source = self.core.rooms[room], self._sources[room]
             try:
                 # In the same breath as begin_write: between the two a frozen process could lose its link, the
                 # language server its doubt, and the write would find another link under the same name.
@@ -487,7 +488,7 @@ class EncoderEndpoint:
             except DataPathError as failure:
                 refusal = str(failure)
                 self._send(write.session.peer, Refused(reason=refusal, kind="register_first"))
-            return DataCall(write, self.core.rooms[room], self._sources[room], use, refusal)
+            return DataCall(write, entry, source, use, refusal)
 
     def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
         """The data call has returned. ``error`` says what went wrong (empty: nothing), ``in_doubt`` whether bytes may

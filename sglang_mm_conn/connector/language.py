@@ -1,8 +1,8 @@
 """The language rank's end: offers blocks, moves rows out of them, hands finished embeddings over.
 
-Threads: ``embedding_thread`` owns the control sockets; a few movers copy rows out of blocks; a small pool looks up
-encoders. Callers (the scheduler's tick) only read states and take results. All state is in the core and a few tables,
-under one lock that is never held during a copy or a socket operation.
+Threads: ``embedding_thread`` owns the control sockets and moves small windows out of blocks, a few movers the others; a
+small pool looks up encoders. Callers (the scheduler's tick) only read states and take results. All state is in the core
+and a few tables, under one lock that is never held during a copy or a socket operation.
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ class LanguageEndpoint:
     def _perform(self, actions: list[Action], at_once: list[Move] | None = None) -> None:
         """Under the lock, so that messages leave in the order of the decisions.
 
-        Moves that are over sooner than a mover is awake are left in ``at_once``, where there is one.
+        Moves that take no longer than waking a mover are left in ``at_once``, where there is one.
         """
         for action in actions:
             if isinstance(action, Send):
@@ -386,10 +386,11 @@ class LanguageEndpoint:
                 raise ConnError("a language rank writes nothing")
 
     def _is_short(self, move: Move) -> bool:
-        """A view moves nothing, whatever its size."""
+        """A view moves nothing, whatever its size. A checksum reads the whole embedding, after its last window."""
         if move.view and not self.settings.checksum:
             return self._at_once_bytes > 0
-        return move.tokens * move.row_bytes <= self._at_once_bytes
+        tokens = move.total_tokens if move.last and self.settings.checksum else move.tokens
+        return tokens * move.row_bytes <= self._at_once_bytes
 
     def _ended(self, action: Ended) -> None:
         entry = self.core.rooms[action.room]

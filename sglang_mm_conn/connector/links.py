@@ -40,18 +40,12 @@ class _OpenLink:
         return self.closing and self.writes == 0
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Use:
-    """A link that stays open until ``over`` is called, once, or the ``with`` ends."""
+    """A link that stays open until ``over`` is called, once."""
 
     link: WriteLink
     over: Callable[[], None]
-
-    def __enter__(self) -> WriteLink:
-        return self.link
-
-    def __exit__(self, *_: object) -> None:
-        self.over()
 
 
 class Links:

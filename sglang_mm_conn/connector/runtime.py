@@ -31,7 +31,7 @@ class Runtime:
     # Embeddings and windows up to this size are moved by the thread that heard of them: waking another takes about as
     # long as copying as much. 1 MiB rooms took 0.8 times as long so, and a flow of them was 1.4 times as fast.
     at_once_bytes = 2 << 20
-    # Smaller results are copied out of their blocks: it costs less than keeping account of a view.
+    # Smaller results are copied out, so that they do not keep a whole block each; a view would not be cheaper.
     view_least_bytes = HOLD_GIL_BELOW + 1
     device = Device()
 

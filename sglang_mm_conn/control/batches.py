@@ -19,7 +19,7 @@ MOST_BYTES = 32 << 10
 # A batch begins with it, a frame with the protocol's version.
 _MARK = b"\xff"
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(Annotated[list[bytes], msgspec.Meta(max_length=MOST_FRAMES)])
+_DECODER = msgspec.msgpack.Decoder(Annotated[list[bytes], msgspec.Meta(min_length=2, max_length=MOST_FRAMES)])
 
 
 def batches(outbox: deque[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
@@ -51,5 +51,5 @@ def frames_in(batch: bytes) -> list[bytes]:
         return [batch]
     try:
         return _DECODER.decode(memoryview(batch)[1:])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"malformed batch: {error}") from None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import zmq
@@ -16,7 +16,16 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.batches import batches, frames_in
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.loop import (
+    ANSWER_SECONDS,
+    BATCH,
+    BATCH_BYTES,
+    HIGH_WATER_MARK,
+    READ_AHEAD,
+    TURN_SECONDS,
+    guarded,
+    milliseconds_until,
+)
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.errors import ProtocolError
 
@@ -124,13 +133,14 @@ class ControlClient:
                 poller.register(link.socket, zmq.POLLIN)
                 poller.register(link.monitor, zmq.POLLIN)
             while not self._stopping and links == list(self._links.values()):
-                ready = {item for item, _ in poller.poll(milliseconds_until(next_tick))}
+                # Work of this thread's own finalizers rings nobody.
+                ready = {item for item, _ in poller.poll(0 if self._work else milliseconds_until(next_tick))}
                 if self._wakeup.fileno() in ready:
                     self._wakeup.clear()
                     self._run_work()
                 for key, link in list(self._links.items()):
                     if link.socket in ready:
-                        self._receive(key, link)
+                        guarded(partial(self._receive, key, link))
                     if link.monitor in ready:
                         self._watch(key, link)
                 if time.monotonic() >= next_tick:
@@ -161,12 +171,15 @@ class ControlClient:
         for key, batch in batches(self._outbox):
             link = self._links.get(key)
             if link is not None:
-                with contextlib.suppress(zmq.ZMQError):  # down, or does not read: noticed by its silence
+                try:
                     link.socket.send(batch, zmq.NOBLOCK)
+                except zmq.ZMQError as error:  # EAGAIN: down, or does not read. Noticed by its silence.
+                    logger.debug("Control messages to %s dropped: %s", key, error)
 
     def _receive(self, key: str, link: _Link) -> None:
         count = nbytes = 0
-        while count < BATCH and nbytes < BATCH_BYTES:
+        until = time.monotonic() + TURN_SECONDS
+        while count < BATCH and nbytes < BATCH_BYTES and time.monotonic() < until:
             try:
                 batch = link.socket.recv(zmq.NOBLOCK)
                 more = link.socket.getsockopt(zmq.RCVMORE)
@@ -189,9 +202,13 @@ class ControlClient:
         except ProtocolError as error:
             self._complaints.log(key, logging.WARNING, "Control message from %s dropped: %s", key, error)
             return 1
+        answer_at = time.monotonic() + ANSWER_SECONDS
         for frame in frames:
             guarded(lambda frame=frame: self._on_frame(key, frame))  # type: ignore[misc]
-        return len(frames) or 1
+            if time.monotonic() > answer_at:
+                self._flush()
+                answer_at = time.monotonic() + ANSWER_SECONDS
+        return len(frames)
 
     def _watch(self, key: str, link: _Link) -> None:
         while True:

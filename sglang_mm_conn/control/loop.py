@@ -9,15 +9,18 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-# Frames that may wait for one peer. One that does not read loses what is beyond; nobody waits for it, and it is
-# dropped for its silence.
+# Messages (a frame, or a batch of them) that may wait for one peer. One that does not read loses what is beyond; nobody
+# waits for it, and it is dropped for its silence.
 HIGH_WATER_MARK = 10_000
-# Frames of one peer that are read ahead; the rest waits at the peer, or is lost there. Few, because libzmq counts
-# frames, and one may be as long as all metadata of a part.
+# Messages of one peer that are read ahead; the rest waits at the peer, or is lost there. Few, because libzmq counts
+# messages, and one may be as long as all metadata of a part.
 READ_AHEAD = 16
 # Frames, and bytes of them, that are read from one socket before others get their turn.
 BATCH = 64
 BATCH_BYTES = 1 << 20
+# Handling a frame may copy an embedding: others, and peers that wait for an answer, get their turn all the same.
+TURN_SECONDS = 0.005
+ANSWER_SECONDS = 0.001
 
 
 def milliseconds_until(moment: float) -> int:

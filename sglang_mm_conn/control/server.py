@@ -17,7 +17,16 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
 from sglang_mm_conn.control.batches import batches, frames_in
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import BATCH, BATCH_BYTES, HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.loop import (
+    ANSWER_SECONDS,
+    BATCH,
+    BATCH_BYTES,
+    HIGH_WATER_MARK,
+    READ_AHEAD,
+    TURN_SECONDS,
+    guarded,
+    milliseconds_until,
+)
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.errors import ProtocolError
 
@@ -120,7 +129,7 @@ class ControlServer:
             if self._monitor in ready:
                 self._watch()
             if self._socket in ready:
-                self._receive()
+                guarded(self._receive)
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_seconds
                 guarded(self._on_tick)
@@ -136,7 +145,8 @@ class ControlServer:
 
     def _receive(self) -> None:
         count = nbytes = 0
-        while count < BATCH and nbytes < BATCH_BYTES:
+        until = time.monotonic() + TURN_SECONDS
+        while count < BATCH and nbytes < BATCH_BYTES and time.monotonic() < until:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -154,9 +164,13 @@ class ControlServer:
         except ProtocolError as error:
             self._complaints.log(peer, logging.WARNING, "Control message from %s dropped: %s", peer, error)
             return 1
+        answer_at = time.monotonic() + ANSWER_SECONDS
         for frame in frames:
             guarded(lambda frame=frame: self._on_frame(peer, frame))  # type: ignore[misc]
-        return len(frames) or 1
+            if time.monotonic() > answer_at:
+                self._flush()
+                answer_at = time.monotonic() + ANSWER_SECONDS
+        return len(frames)
 
     def _watch(self) -> None:
         """Handshakes that failed before a key was shown: a peer without one, or no ZeroMQ at all."""

@@ -229,11 +229,10 @@ def connector_threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("mm-conn"))
 
 
-class WorkersWrite(Runtime):
-    """Every write is a worker's: one that is held at a gate must not hold the control thread."""
+class WorkersMove(Runtime):
+    """Every write is a worker's, every move a mover's: one that is held at a gate must not hold the control thread."""
 
     at_once_bytes = 0
-    view_least_bytes = 1
 
 
 class EncoderRole:
@@ -266,7 +265,7 @@ class EncoderRole:
             widest_row_bytes=config["row_bytes"],
             send_timeout=config["send_timeout"],
             data_paths=paths,
-            runtime=Runtime() if config["at_once"] else WorkersWrite(),
+            runtime=Runtime() if config["at_once"] else WorkersMove(),
         )
 
     def restart(self) -> dict[str, Any]:
@@ -454,6 +453,7 @@ class LanguageRole(RankRole):
             rank=config["rank"],
             size=config["size"],
             make_result=partial(SharedResult, host_index=config["rank"]) if config["leads"] else PrivateResult,
+            runtime=Runtime() if config["at_once"] else WorkersMove(),
         )
         super().__init__(config, self._endpoint)
         self._history: dict[str, list[int]] = {}

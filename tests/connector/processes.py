@@ -424,13 +424,14 @@ class World:
         rank: int = 0,
         size: int = 1,
         leads: bool = False,
+        at_once: bool = True,
         host: str = HOST,
         network: str = "",
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> Language:
         """A language process that is registered with ``encoders``. ``network``: as for ``Zygote.fork``. ``leads``: it
-        shares what it receives with followers."""
+        shares what it receives with followers. ``at_once``: it moves small windows without a mover, as a real one."""
         config = {
             "host": host,
             "settings": self.settings(**settings),
@@ -440,6 +441,7 @@ class World:
             "rank": rank,
             "size": size,
             "leads": leads,
+            "at_once": at_once,
         }
         language = self._add(Language(self._zygote, "language", config, env or {}, self._log("language"), network))
         for encoder in encoders:

@@ -259,12 +259,16 @@ def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_
     assert movers.given == moves
 
 
-@pytest.mark.parametrize(("at_once_rows", "moves"), [(32, 0), (31, 3)])
-def test_no_mover_is_woken_for_a_small_window_however_large_the_embedding(at_once_rows: int, moves: int) -> None:
+@pytest.mark.parametrize(
+    ("checksum", "at_once_rows", "moves"), [(False, 32, 0), (False, 31, 3), (True, 32, 1), (True, 31, 4)]
+)
+def test_no_mover_is_woken_for_a_small_window_unless_the_whole_embedding_is_read_after_it(
+    checksum: bool, at_once_rows: int, moves: int
+) -> None:
     """The pool holds 32 rows: three windows, and one of four rows."""
     runtime = WatchedRuntime()
     runtime.at_once_bytes = at_once_rows * WIDTH * 4
-    with both_ends(runtime) as ends:
+    with both_ends(runtime, checksum=checksum) as ends:
         transfer(ends, 1, 100)
     (movers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-mover"]
     assert movers.given == moves

@@ -29,7 +29,7 @@ def receive_all(language: Language, parts: list[Part]) -> None:
 @pytest.mark.parametrize("at_once", [False, True], ids=["by workers", "at once"])
 def test_rooms_of_mixed_sizes_at_once_keep_their_bytes_apart(world: World, at_once: bool) -> None:
     encoder = world.encoder(at_once=at_once)
-    language = world.language(encoder)
+    language = world.language(encoder, at_once=at_once)
     sizes = random.Random(1)
     parts = [
         world.part(language, sizes.choice([1, 7, 100, 333, POOL_TOKENS, POOL_TOKENS + 1]), sizes.choice([8, 96, WIDTH]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from sglang_mm_conn.control.batches import MOST_BYTES, MOST_FRAMES, batches, frames_in
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.complaints import LINES
+from sglang_mm_conn.control.loop import BATCH
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
@@ -28,6 +31,8 @@ FRAMES = st.one_of(
 ).map(lambda body: VERSION + body)  # fmt: skip
 GARBAGE = (
     b"\xff",
+    b"\xff" + msgspec.msgpack.encode([]),
+    b"\xff" + msgspec.msgpack.encode([b"alone"]),
     b"\xff" + msgspec.msgpack.encode([b"frame"] * (MOST_FRAMES + 1)),
     b"\xff" + msgspec.msgpack.encode([b"frame", "text"]),
     b"\xff" + msgspec.msgpack.encode([b"frame", b"frame"])[:-1],
@@ -66,6 +71,83 @@ def context() -> Iterator[zmq.Context[Any]]:
     context: zmq.Context[Any] = zmq.Context()
     yield context
     context.destroy(linger=0)
+
+
+class Ends:
+    """Our two ends and a bare socket opposite each; nothing runs yet."""
+
+    def __init__(self, context: zmq.Context[Any], tick_seconds: float = 1.0) -> None:
+        self.heard: list[bytes] = []  # frames, and b"" for every tick
+        self.server = ControlServer(
+            "127.0.0.1", key=None, max_frame_bytes=1 << 16, on_frame=lambda peer, frame: self.heard.append(frame),
+            on_tick=self._tick, tick_seconds=tick_seconds,
+        )  # fmt: skip
+        self.dealer = context.socket(zmq.DEALER)
+        self.dealer.connect(f"tcp://127.0.0.1:{self.server.port}")
+        self.dealer.send(VERSION)  # so that its routing id is known here
+        peer, _ = self.server._socket.recv_multipart()
+        self.peer = peer.hex()
+        self.router = context.socket(zmq.ROUTER)
+        port = self.router.bind_to_random_port("tcp://127.0.0.1")
+        self.client = ControlClient(
+            key=None, max_frame_bytes=1 << 16, on_frame=lambda key, frame: self.heard.append(frame),
+            on_connected=lambda key: None, on_disconnected=lambda key: None, on_tick=self._tick,
+            tick_seconds=tick_seconds,
+        )  # fmt: skip
+        self.client._connect("encoder", f"tcp://127.0.0.1:{port}")
+        link = self.client._links["encoder"].socket
+        assert link.poll(10_000, zmq.POLLOUT)
+        link.send(VERSION)
+        self.name, _ = self.router.recv_multipart()
+
+    def _tick(self) -> None:
+        self.heard.append(b"")
+
+    @staticmethod
+    def run_until(end: ControlServer | ControlClient, condition: Callable[[], bool]) -> None:
+        thread = threading.Thread(target=end.run, daemon=True)
+        thread.start()
+        until = time.monotonic() + 10
+        while not condition() and time.monotonic() < until:
+            time.sleep(0.01)
+        end.stop()
+        thread.join(10)
+        assert condition() and not thread.is_alive()
+
+
+def test_what_waits_at_either_end_leaves_in_as_few_messages_as_there_may_be(context: zmq.Context[Any]) -> None:
+    ends = Ends(context)
+    for number in range(2 * MOST_FRAMES + 1):
+        ends.server.send(ends.peer, VERSION + bytes([number]))
+        ends.client.send("encoder", VERSION + bytes([number]))
+    ends.run_until(ends.server, lambda: bool(ends.dealer.poll(0)))
+    ends.run_until(ends.client, lambda: bool(ends.router.poll(0)))
+    of_server, of_client = [], []
+    while ends.dealer.poll(200):
+        of_server.append(frames_in(ends.dealer.recv()))
+    while ends.router.poll(200):
+        of_client.append(frames_in(ends.router.recv_multipart()[1]))
+    for messages in (of_server, of_client):
+        assert [len(frames) for frames in messages] == [MOST_FRAMES, MOST_FRAMES, 1]
+        assert [frame[1] for frames in messages for frame in frames] == list(range(2 * MOST_FRAMES + 1))
+
+
+@pytest.mark.parametrize("side", ["encoder", "language rank"])
+def test_the_frames_of_batches_count_when_others_get_their_turn(context: zmq.Context[Any], side: str) -> None:
+    ends = Ends(context, tick_seconds=0.0)
+    batch = b"\xff" + msgspec.msgpack.encode([VERSION] * MOST_FRAMES)
+    count = 12
+    for _ in range(count):
+        if side == "encoder":
+            ends.dealer.send(batch)
+        else:
+            ends.router.send_multipart([ends.name, batch])
+    end, other = (ends.server, ends.client) if side == "encoder" else (ends.client, ends.server)
+    ends.run_until(end, lambda: ends.heard.count(VERSION) == count * MOST_FRAMES)
+    turns = [len(list(group)) for is_frame, group in itertools.groupby(ends.heard, bool) if is_frame]
+    assert max(turns) < BATCH + MOST_FRAMES, turns
+    other.stop()
+    other.run()
 
 
 def test_an_encoder_drops_what_is_no_batch_says_so_a_few_times_and_goes_on(

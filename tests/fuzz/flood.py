@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from sglang_mm_conn.control.batches import MOST_FRAMES
 from sglang_mm_conn.control.loop import READ_AHEAD
 from sglang_mm_conn.core.messages import (
     Abort,
@@ -28,6 +29,7 @@ from sglang_mm_conn.core.rooms import new_room_base
 from tests.connector.processes import wait_for
 from tests.faults.baseline import RSS_MARGIN_KB, Holdings
 from tests.faults.traffic import one_room
+from tests.fuzz.frames import BATCH_MARK
 from tests.fuzz.rogues import RogueEncoder, RogueLanguage, Stuck
 from tests.fuzz.run import DEADLINE, LIMIT, TOMBSTONE_BYTES, Ground
 
@@ -101,11 +103,22 @@ def _registered(rogue: RogueEncoder) -> Iterator[bytes]:
         )
 
 
+def _batched(frames: Callable[[Any], Iterator[bytes]]) -> Callable[[Any], Iterator[bytes]]:
+    def batches(rogue: Any) -> Iterator[bytes]:
+        single = frames(rogue)
+        while True:
+            yield BATCH_MARK + msgspec.msgpack.encode(list(itertools.islice(single, MOST_FRAMES)))
+
+    return batches
+
+
 HEARTBEAT = Heartbeat(incarnation="flood")
 FLOODS = (
     Flood("encoder", "heartbeats", _same(HEARTBEAT)),
     Flood("encoder", "offers of unknown rooms", _init),
     Flood("encoder", "offers of unknown rooms, answers not read", _init, reads=False),
+    Flood("encoder", "batches of offers of unknown rooms", _batched(_init)),
+    Flood("encoder", "batches of offers of unknown rooms, answers not read", _batched(_init), reads=False),
     Flood("encoder", "aborts with long reasons", _abort),
     Flood("encoder", "registrations", _register),
     Flood("encoder", "registrations of ever more sessions", _register_more),
@@ -113,6 +126,7 @@ FLOODS = (
     Flood("encoder", "nonsense of 1 MiB", _same(bytes(1 << 20))),
     Flood("language", "heartbeats", _same(HEARTBEAT)),
     Flood("language", "announcements of unknown rooms", _announce),
+    Flood("language", "batches of announcements of unknown rooms", _batched(_announce)),
     Flood("language", "grants of registrations", _registered),
     Flood("language", "refusals", _same(Refused(reason="no", kind="register_first"))),
     Flood("language", "ends of unknown rooms", lambda rogue: _drained()),

@@ -100,8 +100,9 @@ class Ground:
         self._to_forget: deque[str] = deque()
         self.answers = 0
         try:
-            self.encoder = self.world.encoder(send_timeout=DEADLINE, at_once=True, **settings)
-            self.language = self.world.language(self.encoder, **settings)
+            # Healthy embeddings are small: with a key workers and movers move them, without one the control threads.
+            self.encoder = self.world.encoder(send_timeout=DEADLINE, at_once=not with_key, **settings)
+            self.language = self.world.language(self.encoder, at_once=not with_key, **settings)
         except BaseException:
             self.world.close()
             raise
