@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ examples:
   python -m sglang_mm_conn bench --quick
   python -m sglang_mm_conn bench --ways memcpy,shm,shm+windows --sizes 16M,128M --rounds 9
   python -m sglang_mm_conn bench --fragmented --windows --json figures.json --plots pictures
+  python -m sglang_mm_conn bench --quick --stream-above 512K
   python -m sglang_mm_conn bench --write          put the tables into docs/performance.md
   python -m sglang_mm_conn bench servers --write  requests to whole sglang servers instead: three to five minutes
 """
@@ -81,6 +83,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--no-special", action="store_true", help="leave the special cases (parked rooms, first use) out"
     )
+    parser.add_argument(
+        "--stream-above", metavar="SIZE",
+        help="let the C library copy pieces of more than SIZE past the caches, as "
+        "GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=SIZE does for a server (glibc on x86; its own default is "
+        "beyond 100 MiB on many machines). memcpy, the limit, is torch's copy, which knows nothing of it",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures into DIR")
     parser.add_argument(
@@ -158,8 +166,13 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
     from sglang_mm_conn.bench.pairs import BenchError
 
     plan = plan_of(args)
+    block = document.TRANSFERS
+    if args.stream_above is not None:
+        block = document.STREAMED
+        _stream_above(args.stream_above)
     if args.write is not None:
-        document.insert(args.write.read_text(), "")  # a file that cannot take the tables is noticed before the run
+        # A file that cannot take the tables is noticed before the run.
+        document.insert(args.write.read_text(), "", block)
     facts = machine.describe()
     console.print(machine.line(facts), style="dim", highlight=False)
     if ways.STOCK_CANNOT_PICKLE and not any(way.base in ways.STOCK for way in plan.ways):
@@ -202,9 +215,21 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
         if stopped:
             raise ValueError(f"{args.write} is left as it is: the run did not come to its end")
         note = f"{machine.line(facts)}; {plan.rounds} rounds. Options: {_options(args) or 'none'}."
-        document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}")
+        document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}", block)
         console.print(f"tables: {args.write}", highlight=False)
     return {"": 0, "interrupted": 130}.get(stopped, 1)
+
+
+def _stream_above(size: str) -> None:
+    """For the processes of all ways, which begin later: the C library reads it when a process begins."""
+    from sglang_mm_conn.bench.sizes import parse_size
+
+    try:
+        nbytes = parse_size(size, 1)
+    except ValueError as error:
+        raise ValueError(f"--stream-above: {error}") from None
+    others = [one for one in os.environ.get("GLIBC_TUNABLES", "").split(":") if one]
+    os.environ["GLIBC_TUNABLES"] = ":".join([*others, f"glibc.cpu.x86_non_temporal_threshold={nbytes:#x}"])
 
 
 def _options(args: argparse.Namespace) -> str:
@@ -215,6 +240,8 @@ def _options(args: argparse.Namespace) -> str:
         flags.append(f"--ways {args.ways}")
     if args.sizes:
         flags.append(f"--sizes {args.sizes}")
+    if args.stream_above:
+        flags.append(f"--stream-above {args.stream_above}")
     return " ".join(flags)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TRANSFERS, SERVERS = "bench", "bench servers"
+TRANSFERS, STREAMED, SERVERS = "bench", "bench streamed", "bench servers"
 
 
 def markers(name: str) -> tuple[str, str]:

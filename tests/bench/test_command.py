@@ -12,7 +12,7 @@ import pytest
 
 from sglang_mm_conn.__main__ import main, parser
 from sglang_mm_conn.bench import document, ways
-from sglang_mm_conn.bench.command import plan_of
+from sglang_mm_conn.bench.command import _stream_above, plan_of
 from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
 
 BEGIN, END = document.markers(document.TRANSFERS)
@@ -65,6 +65,15 @@ def test_every_size_has_rooms_to_measure() -> None:
             work = effort(nbytes, quick=quick)
             assert work.singles >= 1
             assert all(count >= flow for flow, count in work.flows)
+
+
+def test_the_size_to_stream_above_reaches_the_processes_beside_other_tunables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    _stream_above("512K")
+    wanted = "glibc.malloc.check=0:glibc.cpu.x86_non_temporal_threshold=0x80000"
+    assert os.environ["GLIBC_TUNABLES"] == wanted
+    with pytest.raises(ValueError, match="--stream-above: 'much'"):
+        _stream_above("much")
 
 
 def test_tables_go_between_the_markers_and_nothing_else_changes() -> None:
