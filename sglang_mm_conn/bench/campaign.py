@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_mm_conn.bench.logic import seconds_per_room
-from sglang_mm_conn.bench.measurement import LIMIT, quantile, rooms_per_second
+from sglang_mm_conn.bench.logic import seconds_per_room, seconds_per_wake
+from sglang_mm_conn.bench.measurement import LIMIT, quantile, rooms_per_second, rows
 from sglang_mm_conn.bench.pairs import Pair, warm_up
 from sglang_mm_conn.bench.payload import PayloadFile
 from sglang_mm_conn.bench.runs import Result
@@ -23,6 +23,9 @@ from sglang_mm_conn.bench.ways.base import Config
 Say = Callable[[str, float], None]  # what is done now, and which part of the whole is done already
 
 FEW_PARKED, MANY_PARKED = 10, 1000
+# A room's last message: control thread, a thread of libzmq at each end, control thread, whoever waits for the room. A
+# write at once by the caller is before all of them; memcpy has the last one too.
+WAKES = 4
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> Non
 
 def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
     """How close flows of small rooms come to an estimate of what their logic leaves time for: what a room takes in
-    memcpy's flow (to be made, named, copied and compared), and the logic of the side that has more of it.
+    memcpy's flow (to be made, named, copied and compared), and the logic of the side that has more of it. And one alone
+    to memcpy's time with the threads woken that pass its last message on, of which memcpy has one.
     """
     nbytes, row_bytes = 64 * KIB, plan.width * 2
     bare, whole = (rooms_per_second(outcome.results, nbytes, way) for way in (LIMIT, "shm"))
@@ -135,7 +139,11 @@ def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
         return []
     estimate = 1 / (1 / bare + max(seconds_per_room(2000, max(1, nbytes // row_bytes), row_bytes)))
     what = "64 KiB rooms/s, estimate for memcpy's flow with the cores and the codec in it, compared with those reached"
-    return [Special(what, "shm", "rooms/s", estimate, whole)]
+    specials = [Special(what, "shm", "rooms/s", estimate, whole)]
+    alone = {row.way: row.median_ms for row in rows(outcome.results) if row.nbytes == nbytes}
+    what = f"64 KiB room alone, estimate for memcpy's time and {WAKES} more threads to wake, compared with its own: p50"
+    waking = WAKES * seconds_per_wake(300) * 1e3
+    return [*specials, Special(what, "shm", "ms", alone[LIMIT] + waking, alone["shm"])]
 
 
 def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:

@@ -1,13 +1,17 @@
-"""What a room costs in Python before anything moves: both cores and the codec, joined on one thread.
+"""What a room costs before anything moves: both cores and the codec, joined on one thread, and the waking of threads.
 
-No socket, thread, lock, log line or copy takes part.
+No socket, lock, log line or copy takes part.
 """
 
 from __future__ import annotations
 
 import itertools
+import select
+import statistics
+import threading
 import time
 
+from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.layout import Geometry
@@ -19,6 +23,7 @@ from sglang_mm_conn.core.sender import SenderCore, Session
 _SESSION = "10.0.0.1:17001"
 _ENCODER, _LANGUAGE = "encoder process", "language process"
 _LIMIT = 1 << 20  # bytes of a frame
+_REST_SECONDS = 0.002
 
 
 def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, float]:
@@ -64,6 +69,31 @@ def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, fl
             spent[:] = 0.0, 0.0
         room(f"{server}-{number:016x}")
     return spent[0] / rooms, spent[1] / rooms
+
+
+def seconds_per_wake(wakes: int) -> float:
+    """Wall time until a thread that waits knows of a ring by another; both were at rest before. A median."""
+    wakeup = Wakeup()
+    rung: list[float] = []
+    heard: list[float] = []
+
+    def wait() -> None:
+        poller = select.poll()
+        poller.register(wakeup, select.POLLIN)
+        for _ in range(wakes):
+            poller.poll()
+            heard.append(time.monotonic())
+            wakeup.clear()
+
+    thread = threading.Thread(target=wait, name="bench-wakes", daemon=True)
+    thread.start()
+    for _ in range(wakes):
+        time.sleep(_REST_SECONDS)
+        rung.append(time.monotonic())
+        wakeup.ring()
+    thread.join()
+    wakeup.close()
+    return statistics.median(end - begin for begin, end in zip(rung, heard, strict=True))
 
 
 def _frame(actions: list[Action]) -> bytes:

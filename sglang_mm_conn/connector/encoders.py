@@ -17,7 +17,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
-from sglang_mm_conn.core.messages import Heartbeat, Message, Refused, Registered, encode
+from sglang_mm_conn.core.messages import Heartbeat, Message, Refused, Registered, Retire, encode
 from sglang_mm_conn.core.receiver import Peer
 
 logger = logging.getLogger(__name__)
@@ -262,6 +262,11 @@ class Encoders:
             encoder.delay = _LOOK_UP_AGAIN_SECONDS
             logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
         process.ready = process.known = True
+        retired = self._sessions.retired_epoch(process.path)
+        if retired is not None:  # it was not among those to be told
+            self.control.send(
+                incarnation, encode(Retire(mooncake_session_id=message.mooncake_session_id, epoch=retired))
+            )
         self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path, message.epoch))
 
     @staticmethod

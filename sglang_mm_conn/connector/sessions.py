@@ -43,7 +43,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._slots = itertools.count()
         self._engines: dict[int, Any] = {}  # by epoch; the newest is offered
-        self._newest_epoch = 0
+        self._newest_epoch = self._oldest_epoch = 0
         self._make_engine = lambda: runtime.mooncake_engine(settings, host)
         self.mooncake_session = ""
         # A session id is host:port, and the shard rule sums ports.
@@ -86,6 +86,10 @@ class Sessions:
     def is_newest(self, path: str, epoch: int) -> bool:
         """Whether ``epoch`` is the way in to offer over ``path``. Never waits."""
         return epoch == (0 if path == "shm" else self._newest_epoch)
+
+    def retired_epoch(self, path: str) -> int | None:
+        """The newest way in over ``path`` that does not exist any more; None where all do. Never waits."""
+        return self._oldest_epoch - 1 if path == "mooncake" and self._oldest_epoch > 0 else None
 
     def session(self, path: str) -> str:
         """The id of the session over ``path``."""
@@ -150,6 +154,7 @@ class Sessions:
         """Take the way in of ``epoch`` down. When this returns, no write through it lands any more; takes a second."""
         with self._lock:
             engine = self._engines.pop(epoch)
+            self._oldest_epoch = min(self._engines)
         del engine  # the last reference: its destructor closes every connection and joins its threads
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang_mm_conn.bench.logic import seconds_per_room
+from sglang_mm_conn.bench.logic import seconds_per_room, seconds_per_wake
 from sglang_mm_conn.bench.measurement import comparisons, quantile, ratio_by_round, rooms_per_second, rows
 from sglang_mm_conn.bench.runs import Result
 
@@ -77,6 +77,10 @@ def test_rooms_per_second_are_those_of_the_largest_flow() -> None:
     ]
     assert rooms_per_second(results, MIB, "shm") == 4.0
     assert rooms_per_second(results[:1], MIB, "shm") is None and rooms_per_second(results, MIB, "memcpy") is None
+
+
+def test_waking_a_thread_takes_time() -> None:
+    assert 0 < seconds_per_wake(20) < 1
 
 
 def test_the_logic_of_a_room_takes_time_on_both_sides() -> None:

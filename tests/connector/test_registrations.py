@@ -22,6 +22,7 @@ from sglang_mm_conn.core.messages import (
     Refused,
     Register,
     Registered,
+    Retire,
     decode_from_encoder,
     decode_from_language,
     encode,
@@ -195,6 +196,7 @@ class FakeSessions:
     def __init__(self) -> None:
         self.slots = 0
         self.locked: set[int] = set()  # by writers
+        self.retired: int | None = None
 
     def new_slot(self) -> int:
         self.slots += 1
@@ -208,6 +210,9 @@ class FakeSessions:
 
     def is_newest(self, path: str, epoch: int) -> bool:
         return epoch == 0
+
+    def retired_epoch(self, path: str) -> int | None:
+        return self.retired
 
     def session(self, path: str) -> str:
         return REGISTER.mooncake_session_id
@@ -280,6 +285,16 @@ def test_grants_of_a_way_in_that_is_not_the_newest_are_answered_at_the_next_tick
     rank.encoders.tick()
     rank.runtime.later.run()
     assert rank.registrations() == 2
+
+
+def test_a_process_that_was_registering_while_a_way_in_was_taken_down_is_told_when_it_is_ready() -> None:
+    """Those that were ready are told at that moment; this one would keep its old link for ever."""
+    rank = Rank()
+    rank.sessions.retired = 3
+    rank.encoders.on_registered("encoder", GRANT)
+    frames = [frame for _, frame in rank.runtime.control.sent]
+    told = [message for frame in frames if isinstance(message := decode_from_language(frame, 1 << 20), Retire)]
+    assert told == [Retire(mooncake_session_id=REGISTER.mooncake_session_id, epoch=3)] and len(rank.ready) == 1
 
 
 def test_a_process_whose_writer_slot_was_taken_from_it_registers_with_another() -> None:
