@@ -140,7 +140,7 @@ def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
     estimate = 1 / (1 / bare + max(seconds_per_room(2000, max(1, nbytes // row_bytes), row_bytes)))
     what = "64 KiB rooms/s, estimate for memcpy's flow with the cores and the codec in it, compared with those reached"
     specials = [Special(what, "shm", "rooms/s", estimate, whole)]
-    alone = {row.way: row.median_ms for row in rows(outcome.results) if row.nbytes == nbytes}
+    alone = {row.way: row.median_ms for row in rows(one for one in outcome.results if one.nbytes == nbytes)}
     what = f"64 KiB room alone, estimate for memcpy's time and {WAKES} more threads to wake, compared with its own: p50"
     waking = WAKES * seconds_per_wake(300) * 1e3
     return [*specials, Special(what, "shm", "ms", alone[LIMIT] + waking, alone["shm"])]

@@ -87,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
         "--stream-above", metavar="SIZE",
         help="let the C library copy pieces of more than SIZE past the caches, as "
         "GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=SIZE does for a server (glibc on x86; its own default is "
-        "beyond 100 MiB on many machines). memcpy, the limit, is torch's copy, which knows nothing of it",
+        "far larger). memcpy, the limit, is torch's copy, which knows nothing of it",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures into DIR")

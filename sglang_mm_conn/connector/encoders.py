@@ -17,7 +17,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
-from sglang_mm_conn.core.messages import Heartbeat, Message, Refused, Registered, Retire, encode
+from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, encode
 from sglang_mm_conn.core.receiver import Peer
 
 logger = logging.getLogger(__name__)
@@ -126,11 +126,17 @@ class Encoders:
             if process.path == path and process.ready:
                 self._register(process)
 
-    def tell(self, path: str, message: Message) -> None:
-        """Send ``message`` to every registered process that writes over ``path`` (control thread)."""
+    def tell_retired(self, path: str) -> None:
+        """Tell every registered process that writes over ``path`` which ways in are gone (control thread)."""
         for process in self._processes.values():
             if process.path == path and process.ready:
-                self.control.send(process.worker.incarnation, encode(message))
+                self._tell_retired(process)
+
+    def _tell_retired(self, process: _Process) -> None:
+        epoch = self._sessions.retired_epoch(process.path)
+        if epoch is not None:
+            message = Retire(mooncake_session_id=self._sessions.session(process.path), epoch=epoch)
+            self.control.send(process.worker.incarnation, encode(message))
 
     def _use(self, url: str) -> None:
         now = self._clock()
@@ -262,11 +268,7 @@ class Encoders:
             encoder.delay = _LOOK_UP_AGAIN_SECONDS
             logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
         process.ready = process.known = True
-        retired = self._sessions.retired_epoch(process.path)
-        if retired is not None:  # it was not among those to be told
-            self.control.send(
-                incarnation, encode(Retire(mooncake_session_id=message.mooncake_session_id, epoch=retired))
-            )
+        self._tell_retired(process)  # it may not have been among those that were told
         self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path, message.epoch))
 
     @staticmethod

@@ -27,7 +27,7 @@ from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable, ProtocolError
-from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, decode_from_encoder, encode
+from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, decode_from_encoder, encode
 from sglang_mm_conn.core.receiver import Peer, ReceiverCore, ReceiverRoom
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
@@ -287,7 +287,7 @@ class LanguageEndpoint:
     def _on_way_in_gone(self, session: str, epoch: int) -> None:
         """Under the lock, from the revocation's tick."""
         self._perform(self.core.way_in_gone(session, epoch, self._clock()))
-        self._encoders.tell("mooncake", Retire(mooncake_session_id=session, epoch=epoch))
+        self._encoders.tell_retired("mooncake")
 
     # -- movers --------------------------------------------------------------------------------------------------
 

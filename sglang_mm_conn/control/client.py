@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,20 +14,10 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.batches import batches, frames_in
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import (
-    ANSWER_SECONDS,
-    BATCH,
-    BATCH_BYTES,
-    HIGH_WATER_MARK,
-    READ_AHEAD,
-    TURN_SECONDS,
-    guarded,
-    milliseconds_until,
-)
+from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.traffic import Received, Traffic
 from sglang_mm_conn.control.wakeup import Wakeup
-from sglang_mm_conn.core.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +72,14 @@ class ControlClient:
         self._context: zmq.Context[Any] = zmq.Context()
         self._key = key
         self._max_frame_bytes = max_frame_bytes
-        self._on_frame = on_frame
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
         self._on_tick = on_tick
         self._tick_seconds = tick_seconds
         self._links: dict[str, _Link] = {}
         self._work: deque[Callable[[], None]] = deque()
-        self._outbox: deque[tuple[str, bytes]] = deque()
         self._complaints = Complaints(logger)
+        self._traffic = Traffic(self._send, on_frame, self._complaints)
         self._wakeup = Wakeup()
         self._stopping = False
         self._thread = 0  # of ``run``
@@ -104,7 +93,7 @@ class ControlClient:
 
     def send(self, key: str, frame: bytes) -> None:
         """Queue ``frame`` for link ``key``, in the order of the calls. Dropped where the link is down."""
-        self._outbox.append((key, frame))
+        self._traffic.put(key, frame)
         self._ring()
 
     def call(self, work: Callable[[], None]) -> None:
@@ -140,7 +129,8 @@ class ControlClient:
                     self._run_work()
                 for key, link in list(self._links.items()):
                     if link.socket in ready:
-                        guarded(partial(self._receive, key, link))
+                        received = self._receive(key, link)
+                        guarded(partial(self._traffic.turn, received))
                     if link.monitor in ready:
                         self._watch(key, link)
                 if time.monotonic() >= next_tick:
@@ -156,7 +146,7 @@ class ControlClient:
     def _run_work(self) -> None:
         while self._work:
             guarded(self._work.popleft())
-        self._flush()
+        self._traffic.flush()
 
     def _connect(self, key: str, address: str) -> None:
         self._disconnect(key)
@@ -167,19 +157,13 @@ class ControlClient:
         if link is not None:
             link.close()
 
-    def _flush(self) -> None:
-        for key, batch in batches(self._outbox):
-            link = self._links.get(key)
-            if link is not None:
-                try:
-                    link.socket.send(batch, zmq.NOBLOCK)
-                except zmq.ZMQError as error:  # EAGAIN: down, or does not read. Noticed by its silence.
-                    logger.debug("Control messages to %s dropped: %s", key, error)
+    def _send(self, key: str, batch: bytes) -> None:
+        link = self._links.get(key)
+        if link is not None:
+            link.socket.send(batch, zmq.NOBLOCK)
 
-    def _receive(self, key: str, link: _Link) -> None:
-        count = nbytes = 0
-        until = time.monotonic() + TURN_SECONDS
-        while count < BATCH and nbytes < BATCH_BYTES and time.monotonic() < until:
+    def _receive(self, key: str, link: _Link) -> Iterator[Received]:
+        while True:
             try:
                 batch = link.socket.recv(zmq.NOBLOCK)
                 more = link.socket.getsockopt(zmq.RCVMORE)
@@ -191,24 +175,7 @@ class ControlClient:
                 self._complaints.log(key, logging.WARNING, "Control message of several frames: connecting anew")
                 self.connect(key, link.address)  # at the end of this turn, where a failure is logged and no more
                 return
-            nbytes += len(batch)
-            count += self._take(key, batch)
-            self._flush()  # the peer works on the answers while the next are made
-
-    def _take(self, key: str, batch: bytes) -> int:
-        """Returns how many frames it was."""
-        try:
-            frames = frames_in(batch)
-        except ProtocolError as error:
-            self._complaints.log(key, logging.WARNING, "Control message from %s dropped: %s", key, error)
-            return 1
-        answer_at = time.monotonic() + ANSWER_SECONDS
-        for frame in frames:
-            guarded(lambda frame=frame: self._on_frame(key, frame))  # type: ignore[misc]
-            if time.monotonic() > answer_at:
-                self._flush()
-                answer_at = time.monotonic() + ANSWER_SECONDS
-        return len(frames)
+            yield key, [batch], len(batch)
 
     def _watch(self, key: str, link: _Link) -> None:
         while True:

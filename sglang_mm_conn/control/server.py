@@ -8,27 +8,17 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
-from sglang_mm_conn.control.batches import batches, frames_in
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import (
-    ANSWER_SECONDS,
-    BATCH,
-    BATCH_BYTES,
-    HIGH_WATER_MARK,
-    READ_AHEAD,
-    TURN_SECONDS,
-    guarded,
-    milliseconds_until,
-)
+from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.traffic import Received, Traffic
 from sglang_mm_conn.control.wakeup import Wakeup
-from sglang_mm_conn.core.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +61,6 @@ class ControlServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._zap: ZapHandler | None = None
         self._refusals = RefusalLog()
-        self._complaints = Complaints(logger)
         if key is not None:
             self._zap = ZapHandler(self._context, key, self._refusals)
             key.secure_server(self._socket)
@@ -91,17 +80,16 @@ class ControlServer:
         bound = f"[{host}]" if ":" in host else host
         self._socket.bind(f"tcp://{bound}:*")
         self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
-        self._on_frame = on_frame
+        self._traffic = Traffic(self._send, on_frame, Complaints(logger))
         self._on_tick = on_tick
         self._tick_seconds = tick_seconds
-        self._outbox: deque[tuple[str, bytes]] = deque()
         self._wakeup = Wakeup()
         self._stopping = False
         self._thread = 0  # of ``run``
 
     def send(self, peer: str, frame: bytes) -> None:
         """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
-        self._outbox.append((peer, frame))
+        self._traffic.put(peer, frame)
         if threading.get_ident() != self._thread:  # which sends what its callbacks left here
             self._wakeup.ring()
 
@@ -129,12 +117,12 @@ class ControlServer:
             if self._monitor in ready:
                 self._watch()
             if self._socket in ready:
-                guarded(self._receive)
+                guarded(lambda: self._traffic.turn(self._receive()))
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_seconds
                 guarded(self._on_tick)
-            self._flush()
-        self._flush()
+            self._traffic.flush()
+        self._traffic.flush()
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close()
@@ -143,34 +131,16 @@ class ControlServer:
         self._context.term()
         self._wakeup.close()
 
-    def _receive(self) -> None:
-        count = nbytes = 0
-        until = time.monotonic() + TURN_SECONDS
-        while count < BATCH and nbytes < BATCH_BYTES and time.monotonic() < until:
+    def _receive(self) -> Iterator[Received]:
+        while True:
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                name, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            nbytes += sum(map(len, parts))
-            count += self._take(parts[0].hex(), parts[1:])
-            self._flush()  # the peer works on the answers while the next are made
+            yield name.hex(), parts, len(name) + sum(map(len, parts))
 
-    def _take(self, peer: str, parts: list[bytes]) -> int:
-        """Returns how many frames it was."""
-        try:
-            if len(parts) != 1:
-                raise ProtocolError(f"a message of {len(parts)} parts")
-            frames = frames_in(parts[0])
-        except ProtocolError as error:
-            self._complaints.log(peer, logging.WARNING, "Control message from %s dropped: %s", peer, error)
-            return 1
-        answer_at = time.monotonic() + ANSWER_SECONDS
-        for frame in frames:
-            guarded(lambda frame=frame: self._on_frame(peer, frame))  # type: ignore[misc]
-            if time.monotonic() > answer_at:
-                self._flush()
-                answer_at = time.monotonic() + ANSWER_SECONDS
-        return len(frames)
+    def _send(self, peer: str, batch: bytes) -> None:
+        self._socket.send_multipart([bytes.fromhex(peer), batch], zmq.NOBLOCK)
 
     def _watch(self) -> None:
         """Handshakes that failed before a key was shown: a peer without one, or no ZeroMQ at all."""
@@ -185,11 +155,3 @@ class ControlServer:
             address = self._shaking_hands.popleft() if self._shaking_hands else UNKNOWN_ADDRESS
             if event["event"] & _HANDSHAKE_FAILED:
                 self._refusals.refused(address, "it has another key or none, or speaks another protocol")
-
-    def _flush(self) -> None:
-        for peer, batch in batches(self._outbox):
-            try:
-                self._socket.send_multipart([bytes.fromhex(peer), batch], zmq.NOBLOCK)
-            except zmq.ZMQError as error:
-                # EHOSTUNREACH: gone. EAGAIN: does not read. Both are noticed by the peer's silence.
-                logger.debug("Control messages to %s dropped: %s", peer, error)

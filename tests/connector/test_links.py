@@ -71,8 +71,10 @@ def links(path: FakePath) -> Links:
 @contextmanager
 def using(links: Links, epoch: int) -> Iterator[WriteLink]:
     use = links.use(SESSION, epoch)
-    yield use.link
-    use.over()
+    try:
+        yield use.link
+    finally:
+        use.over()
 
 
 def changed(**change: object) -> Register:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import threading
 import time
 from collections import deque
@@ -77,7 +76,7 @@ class Ends:
     """Our two ends and a bare socket opposite each; nothing runs yet."""
 
     def __init__(self, context: zmq.Context[Any], tick_seconds: float = 1.0) -> None:
-        self.heard: list[bytes] = []  # frames, and b"" for every tick
+        self.heard: list[bytes | None] = []  # frames, and None for every tick
         self.server = ControlServer(
             "127.0.0.1", key=None, max_frame_bytes=1 << 16, on_frame=lambda peer, frame: self.heard.append(frame),
             on_tick=self._tick, tick_seconds=tick_seconds,
@@ -99,12 +98,30 @@ class Ends:
         assert link.poll(10_000, zmq.POLLOUT)
         link.send(VERSION)
         self.name, _ = self.router.recv_multipart()
+        self._idle: dict[str, ControlServer | ControlClient] = {"encoder": self.server, "language rank": self.client}
+
+    def __enter__(self) -> Ends:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in self._idle.values():  # an end closes its sockets when it ends to run
+            end.stop()
+            end.run()
 
     def _tick(self) -> None:
-        self.heard.append(b"")
+        self.heard.append(None)
 
-    @staticmethod
-    def run_until(end: ControlServer | ControlClient, condition: Callable[[], bool]) -> None:
+    def frames(self) -> list[bytes]:
+        return [frame for frame in self.heard if frame is not None]
+
+    def say_to(self, side: str, batch: bytes) -> None:
+        if side == "encoder":
+            self.dealer.send(batch)
+        else:
+            self.router.send_multipart([self.name, batch])
+
+    def run_until(self, side: str, condition: Callable[[], bool]) -> None:
+        end = self._idle.pop(side)
         thread = threading.Thread(target=end.run, daemon=True)
         thread.start()
         until = time.monotonic() + 10
@@ -116,12 +133,12 @@ class Ends:
 
 
 def test_what_waits_at_either_end_leaves_in_as_few_messages_as_there_may_be(context: zmq.Context[Any]) -> None:
-    ends = Ends(context)
-    for number in range(2 * MOST_FRAMES + 1):
-        ends.server.send(ends.peer, VERSION + bytes([number]))
-        ends.client.send("encoder", VERSION + bytes([number]))
-    ends.run_until(ends.server, lambda: bool(ends.dealer.poll(0)))
-    ends.run_until(ends.client, lambda: bool(ends.router.poll(0)))
+    with Ends(context) as ends:
+        for number in range(2 * MOST_FRAMES + 1):
+            ends.server.send(ends.peer, VERSION + bytes([number]))
+            ends.client.send("encoder", VERSION + bytes([number]))
+        ends.run_until("encoder", lambda: bool(ends.dealer.poll(0)))
+        ends.run_until("language rank", lambda: bool(ends.router.poll(0)))
     of_server, of_client = [], []
     while ends.dealer.poll(200):
         of_server.append(frames_in(ends.dealer.recv()))
@@ -134,70 +151,23 @@ def test_what_waits_at_either_end_leaves_in_as_few_messages_as_there_may_be(cont
 
 @pytest.mark.parametrize("side", ["encoder", "language rank"])
 def test_the_frames_of_batches_count_when_others_get_their_turn(context: zmq.Context[Any], side: str) -> None:
-    ends = Ends(context, tick_seconds=0.0)
     batch = b"\xff" + msgspec.msgpack.encode([VERSION] * MOST_FRAMES)
     count = 12
-    for _ in range(count):
-        if side == "encoder":
-            ends.dealer.send(batch)
-        else:
-            ends.router.send_multipart([ends.name, batch])
-    end, other = (ends.server, ends.client) if side == "encoder" else (ends.client, ends.server)
-    ends.run_until(end, lambda: ends.heard.count(VERSION) == count * MOST_FRAMES)
+    with Ends(context, tick_seconds=0.0) as ends:
+        for _ in range(count):
+            ends.say_to(side, batch)
+        ends.run_until(side, lambda: ends.heard.count(VERSION) == count * MOST_FRAMES)
     turns = [len(list(group)) for is_frame, group in itertools.groupby(ends.heard, bool) if is_frame]
     assert max(turns) < BATCH + MOST_FRAMES, turns
-    other.stop()
-    other.run()
 
 
-def test_an_encoder_drops_what_is_no_batch_says_so_a_few_times_and_goes_on(
-    context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("side", ["encoder", "language rank"])
+def test_what_is_no_batch_is_dropped_and_complained_of_a_few_times_and_the_loop_goes_on(
+    context: zmq.Context[Any], caplog: pytest.LogCaptureFixture, side: str
 ) -> None:
-    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    server = ControlServer(
-        "127.0.0.1", key=None, max_frame_bytes=1 << 16, on_frame=lambda peer, frame: heard.put(frame),
-        on_tick=lambda: None, tick_seconds=1.0,
-    )  # fmt: skip
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    rogue = context.socket(zmq.DEALER)
-    rogue.connect(f"tcp://127.0.0.1:{server.port}")
-    try:
+    with Ends(context) as ends:
         for batch in (*GARBAGE, *GARBAGE, VERSION + b"ask", b"\xff" + msgspec.msgpack.encode([b"one", b"two"])):
-            rogue.send(batch)
-        assert [heard.get(timeout=10) for _ in range(3)] == [VERSION + b"ask", b"one", b"two"]
-    finally:
-        server.stop()
-        thread.join(10)
-    assert not thread.is_alive()
-    assert caplog.text.count("malformed batch") == LINES
-
-
-def test_a_language_rank_drops_what_is_no_batch_says_so_a_few_times_and_goes_on(
-    context: zmq.Context[Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    rogue = context.socket(zmq.ROUTER)
-    rogue.setsockopt(zmq.RCVTIMEO, 10_000)
-    port = rogue.bind_to_random_port("tcp://127.0.0.1")
-    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    connected = threading.Event()
-    client = ControlClient(
-        key=None, max_frame_bytes=1 << 16, on_frame=lambda key, frame: heard.put(frame),
-        on_connected=lambda key: connected.set(), on_disconnected=lambda key: None, on_tick=lambda: None,
-        tick_seconds=1.0,
-    )  # fmt: skip
-    thread = threading.Thread(target=client.run, daemon=True)
-    thread.start()
-    client.connect("encoder", f"tcp://127.0.0.1:{port}")
-    try:
-        assert connected.wait(10)
-        client.send("encoder", VERSION + b"hello")
-        peer, _ = rogue.recv_multipart()
-        for batch in (*GARBAGE, *GARBAGE, VERSION + b"answer", b"\xff" + msgspec.msgpack.encode([b"one", b"two"])):
-            rogue.send_multipart([peer, batch])
-        assert [heard.get(timeout=10) for _ in range(3)] == [VERSION + b"answer", b"one", b"two"]
-    finally:
-        client.stop()
-        thread.join(10)
-    assert not thread.is_alive()
+            ends.say_to(side, batch)
+        ends.run_until(side, lambda: len(ends.frames()) >= 3)
+    assert ends.frames() == [VERSION + b"ask", b"one", b"two"]
     assert caplog.text.count("malformed batch") == LINES

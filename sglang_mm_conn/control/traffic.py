@@ -1,0 +1,74 @@
+"""What both control loops do with frames: send those that wait, and handle those of a socket, turn by turn."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import zmq
+
+from sglang_mm_conn.control.batches import batches, frames_in
+from sglang_mm_conn.control.complaints import Complaints
+from sglang_mm_conn.control.loop import ANSWER_SECONDS, BATCH, BATCH_BYTES, TURN_SECONDS, guarded
+from sglang_mm_conn.core.errors import ProtocolError
+
+logger = logging.getLogger(__name__)
+
+Received = tuple[str, list[bytes], int]  # from whom, the parts of a message, and how many bytes it took
+
+
+class Traffic:
+    """``put`` may be called from any thread; the rest is the loop's own."""
+
+    def __init__(
+        self, send: Callable[[str, bytes], None], on_frame: Callable[[str, bytes], None], complaints: Complaints
+    ) -> None:
+        """``send(peer, batch)`` never waits; it may raise ZMQError."""
+        self._send = send
+        self._on_frame = on_frame
+        self._complaints = complaints
+        self._outbox: deque[tuple[str, bytes]] = deque()
+
+    def put(self, peer: str, frame: bytes) -> None:
+        """Queue ``frame`` for ``peer``, in the order of the calls."""
+        self._outbox.append((peer, frame))
+
+    def flush(self) -> None:
+        """Send what is queued. Frames for a peer that is gone are dropped."""
+        for peer, batch in batches(self._outbox):
+            try:
+                self._send(peer, batch)
+            except zmq.ZMQError as error:
+                # EHOSTUNREACH: gone. EAGAIN: down, or does not read. Both are noticed by the peer's silence.
+                logger.debug("Control messages to %s dropped: %s", peer, error)
+
+    def turn(self, received: Iterable[Received]) -> None:
+        """Handle messages of one socket until there are no more, or others are to get their turn."""
+        count = nbytes = 0
+        until = time.monotonic() + TURN_SECONDS
+        for peer, parts, size in received:
+            nbytes += size
+            count += self._take(peer, parts)
+            self.flush()  # the peer works on the answers while the next are made
+            if count >= BATCH or nbytes >= BATCH_BYTES or time.monotonic() >= until:
+                return
+
+    def _take(self, peer: str, parts: list[bytes]) -> int:
+        """Returns how many frames it was."""
+        try:
+            if len(parts) != 1:
+                raise ProtocolError(f"a message of {len(parts)} parts")
+            frames = frames_in(parts[0])
+        except ProtocolError as error:
+            self._complaints.log(peer, logging.WARNING, "Control message from %s dropped: %s", peer, error)
+            return 1
+        answer_at = time.monotonic() + ANSWER_SECONDS
+        for frame in frames:
+            guarded(partial(self._on_frame, peer, frame))
+            if time.monotonic() > answer_at:
+                self.flush()
+                answer_at = time.monotonic() + ANSWER_SECONDS
+        return len(frames)
