@@ -17,7 +17,7 @@ from sglang_mm_conn.bench.pairs import Pair, warm_up
 from sglang_mm_conn.bench.payload import PayloadFile
 from sglang_mm_conn.bench.runs import Result
 from sglang_mm_conn.bench.sizes import KIB, MIB, effort, show_size
-from sglang_mm_conn.bench.ways import STOCK, Way
+from sglang_mm_conn.bench.ways import CONNECTOR, STOCK, Way
 from sglang_mm_conn.bench.ways.base import Config
 
 Say = Callable[[str, float], None]  # what is done now, and which part of the whole is done already
@@ -118,12 +118,13 @@ def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: Outcome, say: Say
 
 
 def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> None:
-    """Of this connector's ways that are measured at all, without variations."""
-    ways = [way for way in plan.ways if way.base in ("shm", "mooncake") and not way.variations]
+    """Of this connector's ways that are measured at all, without variations; of memcpy the first use of its memory."""
+    ways = [way for way in plan.ways if way.base in (LIMIT, *CONNECTOR) and not way.variations]
     outcome.specials.extend(_small_rooms(plan, outcome))
     for number, way in enumerate(ways):
-        say(f"{way.name}: one room among parked rooms", number / len(ways))
-        outcome.specials.extend(_among_parked(plan, way, key_file))
+        if way.base in CONNECTOR:
+            say(f"{way.name}: one room among parked rooms", number / len(ways))
+            outcome.specials.extend(_among_parked(plan, way, key_file))
         say(f"{way.name}: first use of a pool", (number + 0.5) / len(ways))
         outcome.specials.extend(_first_use(plan, way, key_file))
 

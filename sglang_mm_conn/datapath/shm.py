@@ -21,23 +21,24 @@ class ShmLink:
     def __init__(self, register: Register, device: Device) -> None:
         self.synchronous = device.synchronous
         self._device = device
-        length = register.blocks_per_region * register.block_bytes
-        payload = length * len(register.regions)
+        self._region_bytes = register.blocks_per_region * register.block_bytes
+        payload = self._region_bytes * len(register.regions)
         self._segment = AttachedSegment(register.segment, register.nonce, payload, register.writer_slot)
         try:
-            whole = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
-            self._unpin = device.pin(whole)
-            self._regions = list(whole.split(length))
+            self._pool = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
+            self._unpin = device.pin(self._pool)
         except BaseException:
             self._segment.close()  # it holds the writer's lock
             raise
 
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
-        self._device.copy((self._regions[run.region], run.offset, source, run.start, run.length) for run in runs)
+        self._device.copy(
+            (self._pool, run.region * self._region_bytes + run.offset, source, run.start, run.length) for run in runs
+        )
 
     def close(self) -> None:
         self._unpin()
-        self._regions = []
+        del self._pool
         self._segment.close()
 
 

@@ -29,7 +29,7 @@ import torch
 
 from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.memory.copying import copy_bytes
+from sglang_mm_conn.memory.copying import Piece, copy_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +44,20 @@ class Event(Protocol):
         """Return when everything before it has happened."""
 
 
-# Target and where in it, source and where in it, how many bytes; both are uint8 and have one dimension.
-Piece = tuple[torch.Tensor, int, torch.Tensor, int, int]
-
-
 class Queue(Protocol):
     """Copies of one thread, done in order."""
 
-    def copy(self, target: torch.Tensor, at: int, source: torch.Tensor, start: int, nbytes: int) -> None:
-        """Done at any moment up to the end of ``synchronize``; nobody may change either meanwhile."""
+    def copy(self, pieces: Iterable[Piece]) -> None:
+        """Done at any moment up to the end of ``synchronize``; nobody may change either side meanwhile."""
 
     def synchronize(self) -> None:
         """Return when every copy is in place."""
 
 
 class _Happened:
-    """Host memory: a copy is in place when it returns."""
+    """Host memory: copies are in place when it returns."""
 
-    copy = staticmethod(copy_bytes)
+    copy = staticmethod(copy_pieces)
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""
@@ -106,8 +102,7 @@ class Device:
         """Every byte is in place when this returns. May wait."""
         queue = self._queue()
         try:
-            for piece in pieces:
-                queue.copy(*piece)
+            queue.copy(pieces)
         finally:
             queue.synchronize()  # after an error too: the caller will give both memories back
 
@@ -215,13 +210,17 @@ class _CudaQueue:
         self._stream = stream
         self._used = False
 
-    def copy(self, target: torch.Tensor, at: int, source: torch.Tensor, start: int, nbytes: int) -> None:
-        if not (target.is_cuda or source.is_cuda):
-            copy_bytes(target, at, source, start, nbytes)
-            return
-        self._used = True
-        with torch.cuda.stream(self._stream):
-            target[at : at + nbytes].copy_(source[start : start + nbytes], non_blocking=True)
+    def copy(self, pieces: Iterable[Piece]) -> None:
+        within_host = []
+        for piece in pieces:
+            target, at, source, start, nbytes = piece
+            if not (target.is_cuda or source.is_cuda):
+                within_host.append(piece)
+                continue
+            self._used = True
+            with torch.cuda.stream(self._stream):
+                target[at : at + nbytes].copy_(source[start : start + nbytes], non_blocking=True)
+        copy_pieces(within_host)
 
     def synchronize(self) -> None:
         if self._used:

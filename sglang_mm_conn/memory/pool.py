@@ -76,8 +76,9 @@ class BlockPool:
 
         When this returns, nobody reads the blocks any more.
         """
+        region_bytes = self.geometry.region_bytes
         self._device.copy(
-            (target, run.start, self.regions[run.region], run.offset, run.length)
+            (target, run.start, self._whole, run.region * region_bytes + run.offset, run.length)
             for run in window_runs(self.geometry, blocks, target.numel())
         )
 

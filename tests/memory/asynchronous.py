@@ -10,13 +10,12 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 
-from sglang_mm_conn.memory.copying import copy_bytes
-from sglang_mm_conn.memory.device import Device, Event, Piece, Queue, checksum_in_pieces
+from sglang_mm_conn.memory.copying import Piece, copy_pieces
+from sglang_mm_conn.memory.device import Device, Event, Queue, checksum_in_pieces
 
 GARBAGE = 0xA5
 
@@ -37,10 +36,11 @@ class _Copies:
         self._device = device
         self._queued: deque[Piece] = deque()
 
-    def copy(self, *piece: Any) -> None:
-        self._queued.append(piece)  # type: ignore[arg-type]
-        if self._device.happens_early():
-            self._next()
+    def copy(self, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            self._queued.append(piece)
+            if self._device.happens_early():
+                self._next()
 
     def synchronize(self) -> None:
         if self._queued:
@@ -49,7 +49,7 @@ class _Copies:
             self._next()
 
     def _next(self) -> None:
-        copy_bytes(*self._queued.popleft())
+        copy_pieces([self._queued.popleft()])
 
 
 class AsynchronousDevice(Device):

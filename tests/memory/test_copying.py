@@ -1,28 +1,38 @@
-"""Copies: every byte in its place, nothing beside it, nothing beyond the end of either side."""
+"""Copies: every byte in its place, nothing beside it, nothing beyond the end of either side; and one wait for the GIL,
+however many pieces there are."""
 
 from __future__ import annotations
 
 import os
+import random
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW, copy_bytes
+from sglang_mm_conn.memory import copying
+from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW, LARGE, UNIT, Piece, Span, copy_pieces, unit_of
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 1000, HOLD_GIL_BELOW, HOLD_GIL_BELOW + 1])
+def bytes_of(nbytes: int) -> torch.Tensor:
+    return torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1000, HOLD_GIL_BELOW, HOLD_GIL_BELOW + 1, LARGE, LARGE + 3 * UNIT + 1])
 def test_every_byte_gets_to_its_place_and_nothing_beside_it_changes(nbytes: int) -> None:
-    source = torch.randint(0, 255, (nbytes + 20,), dtype=torch.uint8)
+    source = bytes_of(nbytes + 20)
     target = torch.full((nbytes + 30,), 0xEE, dtype=torch.uint8)
-    copy_bytes(target, 7, source, 3, nbytes)
+    copy_pieces([(target, 7, source, 3, nbytes)])
     assert torch.equal(target[7 : 7 + nbytes], source[3 : 3 + nbytes])
     assert bool((target[:7] == 0xEE).all()) and bool((target[7 + nbytes :] == 0xEE).all())
 
 
 def test_a_part_of_a_tensor_is_counted_from_where_the_part_begins() -> None:
     whole, target = torch.arange(100, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)
-    copy_bytes(target[50:60], 2, whole[20:40], 5, 8)
+    copy_pieces([(target[50:60], 2, whole[20:40], 5, 8)])
     assert target.nonzero().flatten().tolist() == list(range(52, 60)) and target[52:60].tolist() == list(range(25, 33))
 
 
@@ -32,21 +42,157 @@ def test_a_part_of_a_tensor_is_counted_from_where_the_part_begins() -> None:
 def test_a_copy_beyond_the_end_is_refused_and_moves_nothing(at: int, start: int, nbytes: int) -> None:
     source, target = torch.ones(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
     with pytest.raises(ValueError, match="do not go"):
-        copy_bytes(target, at, source, start, nbytes)
+        copy_pieces([(target, 0, source, 0, 1), (target, at, source, start, nbytes)])
     assert not target.any()
 
 
-def test_copying_makes_no_threads() -> None:
+def test_memory_that_is_not_the_hosts_is_refused_and_nothing_moves() -> None:
+    target = torch.zeros(10, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="from meta to cpu"):
+        copy_pieces([(target, 0, torch.empty(10, dtype=torch.uint8, device="meta"), 0, 10)])
+
+
+# -- many pieces -----------------------------------------------------------------------------------------------------
+
+WINDOWS = {
+    "scattered": lambda pool, window, at, start, nbytes: (pool, at, window, start, nbytes),
+    "gathered": lambda pool, window, at, start, nbytes: (window, start, pool, at, nbytes),
+}
+
+
+def pieces_of(way: str, pool: torch.Tensor, window: torch.Tensor, blocks: list[int], block_bytes: int) -> list[Piece]:
+    return [
+        WINDOWS[way](
+            pool, window, block * block_bytes, at := number * block_bytes, min(block_bytes, window.numel() - at)
+        )
+        for number, block in enumerate(blocks)
+    ]
+
+
+@given(
+    way=st.sampled_from(sorted(WINDOWS)),
+    block_bytes=st.sampled_from([1, 100, 4096, 5000, 3 << 14, 1 << 18, 1 << 20, (1 << 20) + 1, 7 << 17]),
+    count=st.integers(1, 12),
+    missing=st.integers(0, 2 << 20),
+    ascending=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+def test_a_window_in_blocks_anywhere_is_copied_to_the_byte(
+    way: str, block_bytes: int, count: int, missing: int, ascending: bool, seed: int
+) -> None:
+    chance = random.Random(seed)
+    blocks = chance.sample(range(2 * count), count)
+    blocks = sorted(blocks) if ascending else blocks
+    nbytes = max(1, count * block_bytes - missing % block_bytes)
+    pool, window = bytes_of(2 * count * block_bytes), bytes_of(nbytes)
+    pieces = pieces_of(way, pool, window, blocks, block_bytes)
+    targets = {"scattered": pool, "gathered": window}
+    expected = targets[way].clone()
+    for _, at, source, start, length in pieces:
+        expected[at : at + length] = source[start : start + length]
+    copy_pieces(pieces)
+    assert torch.equal(targets[way], expected)
+
+
+@pytest.mark.parametrize("way", sorted(WINDOWS))
+def test_a_large_window_is_copied_to_the_byte(way: str) -> None:
+    block_bytes = 1 << 20
+    count = 3 + LARGE // block_bytes
+    pool, window = bytes_of(2 * count * block_bytes), bytes_of(count * block_bytes - 12345)
+    blocks = random.Random(0).sample(range(2 * count), count)
+    copy_pieces(pieces_of(way, pool, window, blocks, block_bytes))
+    arrived = torch.cat([pool[block * block_bytes :][:block_bytes] for block in blocks])[: window.numel()]
+    assert torch.equal(arrived, window)
+
+
+@given(seed=st.integers(0, 1 << 30), unit=st.sampled_from([1, 4096, 1 << 16]))
+def test_pieces_that_are_whole_on_neither_side_are_copied_to_the_byte(seed: int, unit: int) -> None:
+    chance = random.Random(seed)
+    count = 16
+    source, target = bytes_of(2 * count * unit), bytes_of(2 * count * unit)
+    ats, starts = chance.sample(range(2 * count), count), chance.sample(range(2 * count), count)
+    expected = target.clone()
+    for at, start in zip(ats, starts, strict=True):
+        expected[at * unit : (at + 1) * unit] = source[start * unit : (start + 1) * unit]
+    copy_pieces((target, at * unit, source, start * unit, unit) for at, start in zip(ats, starts, strict=True))
+    assert torch.equal(target, expected)
+
+
+def test_pieces_of_several_memories_each_get_to_their_own() -> None:
+    sources, targets = [bytes_of(HOLD_GIL_BELOW) for _ in range(3)], [bytes_of(HOLD_GIL_BELOW) for _ in range(3)]
+    half = HOLD_GIL_BELOW // 2
+    copy_pieces(
+        (target, at, source, half - at, half)
+        for target, source in zip(targets, sources, strict=True) for at in (half, 0)
+    )  # fmt: skip
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target, torch.cat([source[half:], source[:half]]))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the copies for which the GIL was let go one by one."""
+    lengths: list[int] = []
+
+    def counted(move: Callable[[int, int, int], int]) -> Callable[[int, int, int], int]:
+        def call(target: int, source: int, nbytes: int) -> int:
+            lengths.append(nbytes)
+            return move(target, source, nbytes)
+
+        return call
+
+    monkeypatch.setattr(copying, "_move", counted(copying._move))
+    return lengths
+
+
+@pytest.mark.parametrize("way", sorted(WINDOWS))
+@pytest.mark.parametrize("block_bytes", [1 << 17, 7 << 17, 1 << 20])
+def test_a_fragmented_window_lets_go_of_the_gil_once_and_not_for_every_block(
+    way: str, block_bytes: int, calls: list[int]
+) -> None:
+    pool, window = torch.zeros(32 * block_bytes, dtype=torch.uint8), bytes_of(16 * block_bytes - 5000)
+    copy_pieces(pieces_of(way, pool, window, list(range(31, 0, -2)), block_bytes))
+    # The end of the window is not a whole unit: it is copied on its own.
+    assert len(calls) <= 1 and sum(calls) < block_bytes
+
+
+def test_blocks_side_by_side_are_one_copy(calls: list[int]) -> None:
+    pool, window = torch.zeros(8 << 18, dtype=torch.uint8), bytes_of(8 << 18)
+    copy_pieces(pieces_of("scattered", pool, window, list(range(8)), 1 << 18))
+    assert calls == [8 << 18] and torch.equal(pool, window)
+
+
+def test_units_of_a_large_copy_are_parts_of_a_block_that_are_not_much_smaller_than_wanted() -> None:
+    def unit(block_bytes: int, total: int = LARGE) -> int:
+        return unit_of([Span(0, block_bytes, block_bytes), Span(3 * block_bytes, 5 * block_bytes, 10)], total)
+
+    assert unit(1 << 20) == UNIT
+    assert unit(UNIT) == UNIT
+    assert unit(7 << 17) == 7 << 16
+    assert unit(3 << 10) == 3 << 10
+    assert unit(1 << 20, LARGE - 1) == 1 << 20  # small enough for the caches as it is
+    prime = (1 << 20) + 7
+    assert unit(prime) == prime
+    assert unit_of([Span(3, 5, LARGE)], LARGE) == UNIT
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_copying_makes_no_threads(count: int) -> None:
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
 
-    source = torch.zeros(64 << 20, dtype=torch.uint8)  # torch's own threads are made here
+    half = 32 << 20
+    source = torch.zeros(2 * half, dtype=torch.uint8)  # torch's own threads are made here
     target = torch.empty_like(source)
+    pieces: dict[int, list[Piece]] = {
+        1: [(target, 0, source, 0, 2 * half)],
+        2: [(target, 0, source, half, half), (target, half, source, 0, half)],
+    }
     seen: list[int] = []
 
     def work() -> None:
         before = threads()
-        copy_bytes(target, 0, source, 0, source.numel())
+        copy_pieces(pieces[count])
         seen.extend([before, threads()])
 
     thread = threading.Thread(target=work)

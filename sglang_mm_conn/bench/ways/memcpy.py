@@ -22,8 +22,6 @@ class MemcpySender(SlotSender):
         self._segment = AttachedSegment(peer["segment"], peer["nonce"], nbytes, 0)
         whole = torch.frombuffer(self._segment.data, dtype=torch.uint8)
         self._targets = list(whole[HEADER_BYTES : HEADER_BYTES + nbytes].split(self._config.nbytes))
-        for target in self._targets:
-            target.fill_(1)  # mapped here, too, before the clock runs
         super().connect(peer)
 
     def write(self, slot: int, source: torch.Tensor) -> None:
