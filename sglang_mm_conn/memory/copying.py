@@ -12,10 +12,9 @@ therefore rows of a matrix, and NumPy copies them in one call.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,10 +24,11 @@ Piece = tuple[torch.Tensor, int, torch.Tensor, int, int]
 
 # Shorter copies take less time than getting the GIL back may.
 HOLD_GIL_BELOW = 256 << 10
-# A copy that no cache holds is made in units that a core's own cache does: glibc copies those with another instruction,
-# which is faster on some processors (seen on AMD's Zen 5) and much the same on others (glibc's bug 30994).
-LARGE = 32 << 20
+# Copies are made in units that a core's own caches hold: glibc copies those with another instruction, which is faster
+# on some processors (seen on AMD's Zen 5) and much the same on others (glibc's bug 30994). One that they hold as a whole
+# gains nothing by it.
 UNIT = 512 << 10
+LARGE = 8 << 20
 # Smaller units are not worth an index each.
 _SMALLEST_UNIT = 4 << 10
 
@@ -38,12 +38,28 @@ _move = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctyp
 _move_holding_gil = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
 
 
-class Span(NamedTuple):
-    """``nbytes`` bytes from ``start`` of a source go to ``at`` of a target."""
+@dataclass(slots=True)
+class _Spans:
+    """What goes from one memory to another: (where in the target, where in the source, how many bytes)."""
 
-    at: int
-    start: int
-    nbytes: int
+    target: torch.Tensor
+    source: torch.Tensor
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    nbytes: int = 0
+    target_whole: bool = True  # each span begins there where the one before it ends
+    source_whole: bool = True
+
+    def add(self, at: int, start: int, nbytes: int) -> None:
+        self.nbytes += nbytes
+        if self.spans:
+            last_at, last_start, last_nbytes = self.spans[-1]
+            follows = last_at + last_nbytes == at, last_start + last_nbytes == start
+            if all(follows):
+                self.spans[-1] = last_at, last_start, last_nbytes + nbytes
+                return
+            self.target_whole &= follows[0]
+            self.source_whole &= follows[1]
+        self.spans.append((at, start, nbytes))
 
 
 def copy_pieces(pieces: Iterable[Piece]) -> None:
@@ -51,18 +67,14 @@ def copy_pieces(pieces: Iterable[Piece]) -> None:
 
     Raises ValueError, before a byte moves, where one is beyond the end of either side or not in host memory.
     """
-    groups: list[tuple[torch.Tensor, torch.Tensor, list[Span]]] = []
+    groups: list[_Spans] = []
     for target, at, source, start, nbytes in pieces:
         _check(target, at, source, start, nbytes)
-        if not groups or groups[-1][0] is not target or groups[-1][1] is not source:
-            groups.append((target, source, []))
-        spans = groups[-1][2]
-        if spans and spans[-1].at + spans[-1].nbytes == at and spans[-1].start + spans[-1].nbytes == start:
-            spans[-1] = Span(spans[-1].at, spans[-1].start, spans[-1].nbytes + nbytes)
-        else:
-            spans.append(Span(at, start, nbytes))
-    for target, source, spans in groups:
-        _copy(target, source, spans)
+        if not groups or groups[-1].target is not target or groups[-1].source is not source:
+            groups.append(_Spans(target, source))
+        groups[-1].add(at, start, nbytes)
+    for group in groups:
+        _copy(group)
 
 
 def _check(target: torch.Tensor, at: int, source: torch.Tensor, start: int, nbytes: int) -> None:
@@ -72,64 +84,52 @@ def _check(target: torch.Tensor, at: int, source: torch.Tensor, start: int, nbyt
         raise ValueError(f"{nbytes} bytes from {start} of {source.numel()} do not go to {at} of {target.numel()}")
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor, spans: Sequence[Span]) -> None:
-    total = sum(span.nbytes for span in spans)
-    if total >= (LARGE if len(spans) == 1 else HOLD_GIL_BELOW):
-        spans = _copy_rows(target, source, spans, total)
+def _copy(group: _Spans) -> None:
+    spans = group.spans
+    if group.nbytes >= (LARGE if len(spans) == 1 else HOLD_GIL_BELOW):
+        spans = _copy_rows(group)
     for at, start, nbytes in spans:
         move = _move_holding_gil if nbytes < HOLD_GIL_BELOW else _move
-        move(target.data_ptr() + at, source.data_ptr() + start, nbytes)
+        move(group.target.data_ptr() + at, group.source.data_ptr() + start, nbytes)
 
 
-def _copy_rows(
-    target: torch.Tensor, source: torch.Tensor, spans: Sequence[Span], total: int
-) -> Sequence[Span]:
+def _copy_rows(group: _Spans) -> list[tuple[int, int, int]]:
     """Copy the spans as rows of a matrix, which NumPy can where one side is whole. Returns what is left to be done."""
-    unit = unit_of(spans, total)
-    if unit < _SMALLEST_UNIT:
+    spans = group.spans
+    unit = unit_of(spans)
+    if unit < _SMALLEST_UNIT or not (group.target_whole or group.source_whole):
         return spans
-    *others, (at, start, nbytes) = spans
-    body = nbytes // unit * unit
-    whole = [*others, Span(at, start, body)] if body else others
-    end = [Span(at + body, start + body, nbytes - body)] if nbytes > body else []
-    to, into = _rows(target, [(span.at, span.nbytes) for span in whole], unit)
-    of, out_of = _rows(source, [(span.start, span.nbytes) for span in whole], unit)
-    if into is None:
-        # mode: the default would copy to a buffer first. No index is beyond the end.
-        np.take(of, np.arange(len(of)) if out_of is None else out_of, axis=0, out=to, mode="clip")
-    elif out_of is None:
-        to[into] = of
+    side = 1 if group.target_whole else 0  # whose rows are anywhere: the source's, or the target's
+    low = min(span[side] for span in spans)
+    rows = [(span[side] - low) // unit + number for span in spans for number in range(span[2] // unit)]
+    high = low + (max(rows) + 1) * unit
+    first_at, first_start, _ = spans[0]
+    if group.target_whole:
+        target = _rows(group.target, first_at, first_at + len(rows) * unit, unit)
+        # mode: the default would copy to a buffer first. No row is beyond the end.
+        np.take(_rows(group.source, low, high, unit), rows, axis=0, out=target, mode="clip")
     else:
-        return spans
-    return end
+        source = _rows(group.source, first_start, first_start + len(rows) * unit, unit)
+        _rows(group.target, low, high, unit)[rows] = source
+    at, start, nbytes = spans[-1]
+    done = nbytes // unit * unit
+    return [(at + done, start + done, nbytes - done)] if done < nbytes else []
 
 
-def unit_of(spans: Sequence[Span], total: int) -> int:
-    """The size of which every span has its distance from the first one, on both sides, and (but for the last one) its
-    length; of a large copy a part of it, if there is one that is not much smaller than ``UNIT``."""
-    first = spans[0]
+def _rows(memory: torch.Tensor, begin: int, end: int, unit: int) -> np.ndarray:
+    return memory.numpy()[begin:end].reshape(-1, unit)
+
+
+def unit_of(spans: Sequence[tuple[int, int, int]]) -> int:
+    """The size in whose multiples every span lies from the first one, on both sides, and is long, but for the last one;
+    or a part of that, if there is one that is not much smaller than ``UNIT``."""
+    first_at, first_start, _ = spans[0]
     unit = math.gcd(
-        *(span.at - first.at for span in spans),
-        *(span.start - first.start for span in spans),
-        *(span.nbytes for span in spans[:-1]),
+        *(at - first_at for at, _, _ in spans),
+        *(start - first_start for _, start, _ in spans),
+        *(nbytes for _, _, nbytes in spans[:-1]),
     )
     if unit == 0:
         return UNIT  # one span
-    if total < LARGE:
-        return unit
     least = -(-unit // UNIT)
     return next((unit // parts for parts in range(least, 2 * least + 1) if unit % parts == 0), unit)
-
-
-def _rows(
-    memory: torch.Tensor, places: Sequence[tuple[int, int]], unit: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The part of ``memory`` that holds ``places`` (where, how many bytes) as rows of ``unit`` bytes, and which rows
-    they are; None: all of them, in this order."""
-    low = min(at for at, _ in places)
-    high = max(at + nbytes for at, nbytes in places)
-    matrix = memory.numpy()[low:high].reshape(-1, unit)
-    if all(at + nbytes == following for (at, nbytes), (following, _) in itertools.pairwise(places)):
-        return matrix, None
-    numbers = [np.arange((at - low) // unit, (at + nbytes - low) // unit) for at, nbytes in places]
-    return matrix, np.concatenate(numbers)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_mm_conn.memory import copying
-from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW, LARGE, UNIT, Piece, Span, copy_pieces, unit_of
+from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW, LARGE, UNIT, Piece, copy_pieces, unit_of
 
 
 def bytes_of(nbytes: int) -> torch.Tensor:
@@ -162,18 +162,17 @@ def test_blocks_side_by_side_are_one_copy(calls: list[int]) -> None:
     assert calls == [8 << 18] and torch.equal(pool, window)
 
 
-def test_units_of_a_large_copy_are_parts_of_a_block_that_are_not_much_smaller_than_wanted() -> None:
-    def unit(block_bytes: int, total: int = LARGE) -> int:
-        return unit_of([Span(0, block_bytes, block_bytes), Span(3 * block_bytes, 5 * block_bytes, 10)], total)
+def test_units_are_blocks_or_parts_of_them_that_are_not_much_smaller_than_wanted() -> None:
+    def unit(block_bytes: int) -> int:
+        return unit_of([(0, block_bytes, block_bytes), (3 * block_bytes, 5 * block_bytes, 10)])
 
     assert unit(1 << 20) == UNIT
     assert unit(UNIT) == UNIT
     assert unit(7 << 17) == 7 << 16
     assert unit(3 << 10) == 3 << 10
-    assert unit(1 << 20, LARGE - 1) == 1 << 20  # small enough for the caches as it is
     prime = (1 << 20) + 7
     assert unit(prime) == prime
-    assert unit_of([Span(3, 5, LARGE)], LARGE) == UNIT
+    assert unit_of([(3, 5, LARGE)]) == UNIT
 
 
 @pytest.mark.parametrize("count", [1, 2])
