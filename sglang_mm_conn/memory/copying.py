@@ -25,8 +25,8 @@ Piece = tuple[torch.Tensor, int, torch.Tensor, int, int]
 # Shorter copies take less time than getting the GIL back may.
 HOLD_GIL_BELOW = 256 << 10
 # Copies are made in units that a core's own caches hold: glibc copies those with another instruction, which is faster
-# on some processors (seen on AMD's Zen 5) and much the same on others (glibc's bug 30994). One that they hold as a whole
-# gains nothing by it.
+# on some processors (seen on AMD's Zen 5) and much the same on others (glibc's bug 30994). A copy that they hold as a
+# whole gains nothing by it.
 UNIT = 512 << 10
 LARGE = 8 << 20
 # Smaller units are not worth an index each.
