@@ -1,8 +1,9 @@
 """The encoder's end: announces rooms, writes windows, answers language ranks.
 
 Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
-data calls, but for those that take no longer than waking a worker; one registrar attaches memory. All state is in
-the core and a few tables, under one lock that is never held during a data call, an attachment, or a socket operation.
+data calls, but for those that take no longer than waking a worker and overtake nothing; one registrar attaches memory.
+All state is in the core and a few tables, under one lock that is never held during a data call, an attachment, or a
+socket operation.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.sender import SenderCore, SenderRoom, Session, WindowWrite
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.sharding import session_port
-from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.core.states import Poll, WindowState
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
 from sglang_mm_conn.memory.device import Event
 
@@ -201,7 +202,8 @@ class EncoderEndpoint:
             actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
             if not entry.machine.final:
                 self._sources[room] = source  # before the chunk is queued, and never in place of another
-            ended = self._perform(actions, at_once)
+            # The caller has other things to do: it writes no window of a large embedding.
+            ended = self._perform(actions, at_once if rows.numel() <= self._at_once_bytes else None)
         self._tell(ended)
         for chunk in at_once:
             self._serve(chunk)
@@ -456,13 +458,16 @@ class EncoderEndpoint:
             logger.exception("Transfer worker: room %s failed", chunk.room)
             self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
 
-    def _at_once(self, room: str) -> bool:
-        """Under the lock. Whether ``room`` is so small that waking a worker takes as long as writing it, and its write
-        is a copy in memory, which waits for nobody. One that needs resumes takes its turn in its queue."""
-        entry = self.core.rooms[room]
-        return entry.total_tokens * entry.row_bytes <= self._at_once_bytes and all(
-            info.allocated_tokens == entry.total_tokens and self._links.synchronous(session, info.epoch)
+    def _at_once(self, chunk: TransferEmbeddingChunk) -> bool:
+        """Under the lock. Whether the windows to be written are so small that waking a worker takes as long as writing
+        them, their writes are copies in memory, which wait for nobody, and no chunk waits in the room's queue: none is
+        overtaken, and the workers have their share where there is more to do."""
+        entry = self.core.rooms[chunk.room]
+        return self.transfer_queues[chunk.queue_idx].empty() and all(
+            info.allocated_tokens * entry.row_bytes <= self._at_once_bytes
+            and self._links.synchronous(session, info.epoch)
             for session, info in entry.transfer_infos.items()
+            if info.state is WindowState.OFFERED
         )
 
     def _write_window(self, room: str) -> bool:
@@ -542,7 +547,7 @@ class EncoderEndpoint:
             if isinstance(action, Send):
                 self._send(action.peer, action.message)
             elif isinstance(action, TransferEmbeddingChunk):
-                if at_once is not None and self._at_once(action.room):
+                if at_once is not None and self._at_once(action):
                     at_once.append(action)
                 else:
                     self.transfer_queues[action.queue_idx].put(action)

@@ -96,8 +96,7 @@ def _copy(group: _Spans) -> None:
 def _copy_rows(group: _Spans) -> list[tuple[int, int, int]]:
     """Copy the spans as rows of a matrix, which NumPy can where one side is whole. Returns what is left to be done."""
     spans = group.spans
-    unit = unit_of(spans)
-    if unit < _SMALLEST_UNIT or not (group.target_whole or group.source_whole):
+    if not (group.target_whole or group.source_whole) or (unit := unit_of(spans)) < _SMALLEST_UNIT:
         return spans
     side = 1 if group.target_whole else 0  # whose rows are anywhere: the source's, or the target's
     low = min(span[side] for span in spans)
@@ -121,14 +120,10 @@ def _rows(memory: torch.Tensor, begin: int, end: int, unit: int) -> np.ndarray:
 
 
 def unit_of(spans: Sequence[tuple[int, int, int]]) -> int:
-    """The size in whose multiples every span lies from the first one, on both sides, and is long, but for the last one;
-    or a part of that, if there is one that is not much smaller than ``UNIT``."""
+    """The size in whose multiples every span lies from the first one, on both sides, and so (one side being whole) is
+    long, but for the last one; or a part of that, if there is one that is not much smaller than ``UNIT``."""
     first_at, first_start, _ = spans[0]
-    unit = math.gcd(
-        *(at - first_at for at, _, _ in spans),
-        *(start - first_start for _, start, _ in spans),
-        *(nbytes for _, _, nbytes in spans[:-1]),
-    )
+    unit = math.gcd(*(at - first_at for at, _, _ in spans), *(start - first_start for _, start, _ in spans))
     if unit == 0:
         return UNIT  # one span
     least = -(-unit // UNIT)

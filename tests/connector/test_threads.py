@@ -222,13 +222,9 @@ class NotedPath:
         return link
 
 
-@pytest.mark.parametrize("tokens", [20, 33])
-@pytest.mark.parametrize("at_once_bytes", [33 * WIDTH * 4, 19 * WIDTH * 4])
-@pytest.mark.parametrize("synchronous", [True, False])
-def test_no_worker_is_woken_for_a_small_embedding_unless_it_needs_a_resume_or_its_write_may_wait_for_others(
-    synchronous: bool, at_once_bytes: int, tokens: int
-) -> None:
-    """A control thread that waited would leave every other room's messages unread."""
+@contextmanager
+def noting_ends(at_once_rows: int, *, synchronous: bool = True) -> Iterator[tuple[Ends, NotedPath]]:
+    """Both ends that move as many rows at once, and what notes who writes."""
     noted: list[NotedPath] = []
 
     def data_paths(settings: Settings, host: str) -> Mapping[str, DataPath]:
@@ -236,14 +232,76 @@ def test_no_worker_is_woken_for_a_small_embedding_unless_it_needs_a_resume_or_it
         return {"shm": noted[0]}
 
     runtime = WatchedRuntime()
-    runtime.at_once_bytes = at_once_bytes
+    runtime.at_once_bytes = at_once_rows * WIDTH * 4
     with both_ends(runtime, data_paths) as ends:
+        yield ends, noted[0]
+
+
+@pytest.mark.parametrize(
+    ("at_once_rows", "windows"),
+    [(40, {20: "c", 40: "cc"}), (31, {20: "c", 40: "wc"}), (19, {20: "w", 40: "wc"}), (7, {20: "w", 40: "ww"})],
+)
+@pytest.mark.parametrize("tokens", [20, 40])
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_no_worker_is_woken_for_a_small_window_unless_its_write_may_wait_for_others(
+    synchronous: bool, tokens: int, at_once_rows: int, windows: dict[int, str]
+) -> None:
+    """The pool holds 32 rows. Expected is who writes each window: a worker, or whoever hears that it can be written. A
+    control thread that waited would leave every other room's messages unread."""
+    with noting_ends(at_once_rows, synchronous=synchronous) as (ends, path):
         transfer(ends, 1, tokens)
-    (path,) = noted
-    fits, small = tokens <= 32, tokens * WIDTH * 4 <= at_once_bytes
-    assert len(path.threads) == (1 if fits else 2)
-    by_worker = [name.startswith("mm-conn-transfer-") for name in path.threads]
-    assert not any(by_worker) if fits and small and synchronous else all(by_worker), path.threads
+    by = "".join("w" if name.startswith("mm-conn-transfer-") else "c" for name in path.threads)
+    assert by == (windows[tokens] if synchronous else "w" * len(windows[tokens]))
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(20, "MainThread"), (40, "mm-conn-transfer-")])
+def test_who_hands_over_an_embedding_that_is_not_small_writes_none_of_its_windows(tokens: int, first: str) -> None:
+    with noting_ends(33) as (ends, path):
+        encoder, language, url, _ = ends
+        room = new_room_base(language.server)
+        encoder.announce(room, tokens, WIDTH * 4, "float32", lambda ended: None)
+        language.expect(room, url, 60.0, "")
+        wait_for(lambda: encoder.core.rooms[room].transfer_infos, "the offer of the first window")
+        encoder.add_transfer_request(room, torch.ones(tokens, WIDTH), encode_metadata({}, 1 << 20))
+        wait_for(lambda: language.poll(room) is Poll.Success, "the embedding")
+    assert path.threads[0].startswith(first)
+
+
+class LateWorkers(WatchedRuntime):
+    """Transfer workers begin when the test lets them."""
+
+    at_once_bytes = 4 * WIDTH * 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers: list[threading.Thread] = []
+
+    def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
+        if not name.startswith("mm-conn-transfer-"):
+            return super().start_thread(target, name)
+        self.workers.append(threading.Thread(target=target, name=name, daemon=True))
+        return self.workers[-1]
+
+
+def test_a_small_embedding_does_not_overtake_what_waits_in_its_queue() -> None:
+    runtime = LateWorkers()
+    arrived: list[str] = []
+    with both_ends(runtime) as (encoder, language, url, _):
+        language.use_encoder(url)
+        wait_for(lambda: encoder.core.sessions, "the language rank registers")
+        rooms = {kind: new_room_base(language.server) for kind in ("small one before", "large one", "small one after")}
+        for kind, room in rooms.items():
+            tokens = 12 if kind == "large one" else 4
+            encoder.announce(room, tokens, WIDTH * 4, "float32", lambda ended, kind=kind: arrived.append(kind))
+            language.expect(room, url, 60.0, kind)
+            wait_for(lambda room=room: encoder.core.rooms[room].transfer_infos, "the offer")
+            encoder.add_transfer_request(room, torch.ones(tokens, WIDTH), b"")
+        assert arrived == ["small one before"]
+        assert sum(queue.qsize() for queue in encoder.transfer_queues) == 2
+        for worker in runtime.workers:
+            worker.start()
+        wait_for(lambda: len(arrived) == 3, "all of them")
+    assert arrived == ["small one before", "large one", "small one after"]
 
 
 @pytest.mark.parametrize(("checksum", "tokens", "moves"), [(False, 16, 0), (True, 16, 1), (False, 20, 1)])

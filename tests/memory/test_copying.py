@@ -164,7 +164,7 @@ def test_blocks_side_by_side_are_one_copy(calls: list[int]) -> None:
 
 def test_units_are_blocks_or_parts_of_them_that_are_not_much_smaller_than_wanted() -> None:
     def unit(block_bytes: int) -> int:
-        return unit_of([(0, block_bytes, block_bytes), (3 * block_bytes, 5 * block_bytes, 10)])
+        return unit_of([(0, 5 * block_bytes, block_bytes), (block_bytes, 2 * block_bytes, 10)])
 
     assert unit(1 << 20) == UNIT
     assert unit(UNIT) == UNIT
