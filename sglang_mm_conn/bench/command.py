@@ -46,7 +46,7 @@ examples:
   python -m sglang_mm_conn bench --quick
   python -m sglang_mm_conn bench --ways memcpy,shm,shm+windows --sizes 16M,128M --rounds 9
   python -m sglang_mm_conn bench --fragmented --windows --json figures.json --plots pictures
-  python -m sglang_mm_conn bench --quick --stream-above 512K
+  python -m sglang_mm_conn bench --quick --stream-above 256K
   python -m sglang_mm_conn bench --write          put the tables into docs/performance.md
   python -m sglang_mm_conn bench servers --write  requests to whole sglang servers instead: three to five minutes
 """
