@@ -1,9 +1,8 @@
 """The encoder's end: announces rooms, writes windows, answers language ranks.
 
 Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
-data calls, but for those that take no longer than waking a worker and overtake nothing; one registrar attaches memory.
-All state is in the core and a few tables, under one lock that is never held during a data call, an attachment, or a
-socket operation.
+data calls, but for those that take no longer than waking a worker; one registrar attaches memory. All state is in
+the core and a few tables, under one lock that is never held during a data call, an attachment, or a socket operation.
 """
 
 from __future__ import annotations
@@ -455,16 +454,18 @@ class EncoderEndpoint:
             while self._write_window(chunk.room):
                 pass
         except Exception as error:
-            logger.exception("Transfer worker: room %s failed", chunk.room)
+            logger.exception("Writing windows of room %s failed", chunk.room)
             self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
 
     def _at_once(self, chunk: TransferEmbeddingChunk) -> bool:
-        """Under the lock. Whether the windows to be written are so small that waking a worker takes as long as writing
-        them, their writes are copies in memory, which wait for nobody, and no chunk waits in the room's queue: none is
-        overtaken, and the workers have their share where there is more to do."""
+        """Under the lock. Whether waking a worker would take as long as the writes do, and these wait for nobody, being
+        copies in memory: of small embeddings that fit as a whole, and of small windows if no other embedding is here
+        (the workers write those of several in parallel)."""
         entry = self.core.rooms[chunk.room]
-        return self.transfer_queues[chunk.queue_idx].empty() and all(
+        alone = len(self._sources) == 1
+        return all(
             info.allocated_tokens * entry.row_bytes <= self._at_once_bytes
+            and (alone or info.allocated_tokens == entry.total_tokens)
             and self._links.synchronous(session, info.epoch)
             for session, info in entry.transfer_infos.items()
             if info.state is WindowState.OFFERED

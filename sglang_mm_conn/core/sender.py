@@ -114,7 +114,7 @@ class SenderRoom:
     metadata: bytes = b""
     checksum: int | None = None
     unheard_since: float | None = None  # no session of its server is registered since then
-    busy: bool = False  # a worker serves this room; windows of one room are written in order
+    busy: bool = False  # a thread serves this room; windows of one room are written in order
     verdict: Verdict | None = None
 
     @property
@@ -352,7 +352,7 @@ class SenderCore:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def begin_write(self, room: str) -> WindowWrite | None:
-        """What a worker shall write now; None where another worker serves the room or nothing is offered.
+        """What the caller shall write now; None where another thread serves the room or nothing is offered.
 
         The caller reports the write with ``on_written`` and calls ``begin_write`` again, until it answers None: so
         the windows of one room are written in order, and one offered in the meantime is not forgotten.

@@ -1,4 +1,4 @@
-"""Copies of bytes in host memory: on the calling thread alone, the GIL released only where that pays, and then once.
+"""Copies of bytes in host memory: on the calling thread alone, the GIL let go only where that pays, and once for many.
 
 Why not ``Tensor.copy_``: torch shares a large copy out over a team of OpenMP threads, one team for *each* calling
 thread, and the team's barrier waits for the slowest: measured 20 ms and more for a copy of 2 ms where the cores are
@@ -6,7 +6,7 @@ busy, and threads that are made in the middle of a request. One thread's memmove
 
 Why not one memmove after the other: the GIL would be let go for each, and a thread that has let it go waits up to the
 switch interval (5 ms) to get it back from a busy one, such as a scheduler's. Pieces that lie in units of one size are
-therefore rows of a matrix, and NumPy copies them in one call.
+therefore rows of a matrix, and NumPy copies them in one call (but for an end that is no whole unit).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ HOLD_GIL_BELOW = 256 << 10
 # whole gains nothing by it.
 UNIT = 512 << 10
 LARGE = 8 << 20
-# Smaller units are not worth an index each.
-_SMALLEST_UNIT = 4 << 10
+# Smaller units are worth an index each only where few of them lie side by side.
+_SMALL_UNIT = 64 << 10
+_FEW = 4
 
 _ADDRESS = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value
 assert _ADDRESS is not None
@@ -70,6 +71,8 @@ def copy_pieces(pieces: Iterable[Piece]) -> None:
     groups: list[_Spans] = []
     for target, at, source, start, nbytes in pieces:
         _check(target, at, source, start, nbytes)
+        if nbytes == 0:
+            continue
         if not groups or groups[-1].target is not target or groups[-1].source is not source:
             groups.append(_Spans(target, source))
         groups[-1].add(at, start, nbytes)
@@ -96,7 +99,10 @@ def _copy(group: _Spans) -> None:
 def _copy_rows(group: _Spans) -> list[tuple[int, int, int]]:
     """Copy the spans as rows of a matrix, which NumPy can where one side is whole. Returns what is left to be done."""
     spans = group.spans
-    if not (group.target_whole or group.source_whole) or (unit := unit_of(spans)) < _SMALLEST_UNIT:
+    if not (group.target_whole or group.source_whole):
+        return spans
+    unit = unit_of(spans)
+    if unit < _SMALL_UNIT and group.nbytes > _FEW * unit * len(spans):
         return spans
     side = 1 if group.target_whole else 0  # whose rows are anywhere: the source's, or the target's
     low = min(span[side] for span in spans)

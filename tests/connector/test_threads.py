@@ -267,41 +267,17 @@ def test_who_hands_over_an_embedding_that_is_not_small_writes_none_of_its_window
     assert path.threads[0].startswith(first)
 
 
-class LateWorkers(WatchedRuntime):
-    """Transfer workers begin when the test lets them."""
-
-    at_once_bytes = 4 * WIDTH * 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.workers: list[threading.Thread] = []
-
-    def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
-        if not name.startswith("mm-conn-transfer-"):
-            return super().start_thread(target, name)
-        self.workers.append(threading.Thread(target=target, name=name, daemon=True))
-        return self.workers[-1]
-
-
-def test_a_small_embedding_does_not_overtake_what_waits_in_its_queue() -> None:
-    runtime = LateWorkers()
-    arrived: list[str] = []
-    with both_ends(runtime) as (encoder, language, url, _):
-        language.use_encoder(url)
-        wait_for(lambda: encoder.core.sessions, "the language rank registers")
-        rooms = {kind: new_room_base(language.server) for kind in ("small one before", "large one", "small one after")}
-        for kind, room in rooms.items():
-            tokens = 12 if kind == "large one" else 4
-            encoder.announce(room, tokens, WIDTH * 4, "float32", lambda ended, kind=kind: arrived.append(kind))
-            language.expect(room, url, 60.0, kind)
-            wait_for(lambda room=room: encoder.core.rooms[room].transfer_infos, "the offer")
-            encoder.add_transfer_request(room, torch.ones(tokens, WIDTH), b"")
-        assert arrived == ["small one before"]
-        assert sum(queue.qsize() for queue in encoder.transfer_queues) == 2
-        for worker in runtime.workers:
-            worker.start()
-        wait_for(lambda: len(arrived) == 3, "all of them")
-    assert arrived == ["small one before", "large one", "small one after"]
+def test_small_windows_of_a_large_embedding_are_left_to_the_workers_beside_another_embedding() -> None:
+    """They write several embeddings in parallel."""
+    with noting_ends(33) as (ends, path):
+        encoder, language, *_ = ends
+        other = new_room_base(language.server)
+        encoder.announce(other, 1, WIDTH * 4, "float32", lambda ended: None)
+        encoder.add_transfer_request(other, torch.ones(1, WIDTH), encode_metadata({}, 1 << 20))
+        transfer(ends, 1, 40)
+        assert all(name.startswith("mm-conn-transfer-") for name in path.threads) and len(path.threads) == 2
+        transfer(ends, 2, 20)
+        assert not path.threads[-1].startswith("mm-conn-transfer-"), "a small embedding is written at once all the same"
 
 
 @pytest.mark.parametrize(("checksum", "tokens", "moves"), [(False, 16, 0), (True, 16, 1), (False, 20, 1)])

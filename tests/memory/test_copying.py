@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_mm_conn.memory import copying
@@ -69,6 +71,7 @@ def pieces_of(way: str, pool: torch.Tensor, window: torch.Tensor, blocks: list[i
     ]
 
 
+@settings(deadline=None)
 @given(
     way=st.sampled_from(sorted(WINDOWS)),
     block_bytes=st.sampled_from([1, 100, 4096, 5000, 3 << 14, 1 << 18, 1 << 20, (1 << 20) + 1, 7 << 17]),
@@ -105,6 +108,7 @@ def test_a_large_window_is_copied_to_the_byte(way: str) -> None:
     assert torch.equal(arrived, window)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1 << 30), unit=st.sampled_from([1, 4096, 1 << 16]))
 def test_pieces_that_are_whole_on_neither_side_are_copied_to_the_byte(seed: int, unit: int) -> None:
     chance = random.Random(seed)
@@ -131,7 +135,7 @@ def test_pieces_of_several_memories_each_get_to_their_own() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the copies for which the GIL was let go one by one."""
+    """The lengths of the copies that were made one by one."""
     lengths: list[int] = []
 
     def counted(move: Callable[[int, int, int], int]) -> Callable[[int, int, int], int]:
@@ -141,19 +145,67 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return call
 
-    monkeypatch.setattr(copying, "_move", counted(copying._move))
+    for name in ("_move", "_move_holding_gil"):
+        monkeypatch.setattr(copying, name, counted(getattr(copying, name)))
     return lengths
 
 
 @pytest.mark.parametrize("way", sorted(WINDOWS))
-@pytest.mark.parametrize("block_bytes", [1 << 17, 7 << 17, 1 << 20])
-def test_a_fragmented_window_lets_go_of_the_gil_once_and_not_for_every_block(
+@pytest.mark.parametrize("block_bytes", [1 << 14, 1 << 17, 7 << 17, 1 << 20])
+def test_a_fragmented_window_is_one_copy_and_its_end_and_not_one_for_every_block(
     way: str, block_bytes: int, calls: list[int]
 ) -> None:
-    pool, window = torch.zeros(32 * block_bytes, dtype=torch.uint8), bytes_of(16 * block_bytes - 5000)
-    copy_pieces(pieces_of(way, pool, window, list(range(31, 0, -2)), block_bytes))
-    # The end of the window is not a whole unit: it is copied on its own.
+    pool, window = torch.zeros(128 * block_bytes, dtype=torch.uint8), bytes_of(64 * block_bytes - 5000)
+    copy_pieces(pieces_of(way, pool, window, list(range(127, 0, -2)), block_bytes))
     assert len(calls) <= 1 and sum(calls) < block_bytes
+
+
+@pytest.mark.parametrize("way", sorted(WINDOWS))
+def test_others_run_while_a_fragmented_window_is_copied_and_no_copy_of_it_is_made_on_the_way(way: str) -> None:
+    block_bytes = 1 << 20
+    pool, window = bytes_of(128 * block_bytes), bytes_of(64 * block_bytes)
+    pieces = pieces_of(way, pool, window, list(range(127, 0, -2)), block_bytes)
+    ticks: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(0.0001)
+
+    def ran_meanwhile() -> bool:
+        """Another thread, in the middle of the copy: not only before it, or when the GIL was given up after it."""
+        begin = time.monotonic()
+        copy_pieces(pieces)
+        quarter = (time.monotonic() - begin) / 4
+        return any(begin + quarter < moment < begin + 3 * quarter for moment in list(ticks))
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        assert any(ran_meanwhile() for _ in range(20))
+    finally:
+        over.set()
+        thread.join()
+    tracemalloc.start()
+    try:
+        copy_pieces(pieces)
+        assert tracemalloc.get_traced_memory()[1] < block_bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_runs_of_small_blocks_are_copied_one_by_one(calls: list[int]) -> None:
+    run = 1 << 20
+    pool, window = torch.zeros(4 * run, dtype=torch.uint8), bytes_of(2 * run)
+    copy_pieces([(pool, 4096, window, 0, run), (pool, 2 * run, window, run, run)])
+    assert calls == [run, run]
+
+
+def test_pieces_of_no_bytes_are_none() -> None:
+    target, source = torch.zeros(2 << 20, dtype=torch.uint8), bytes_of(2 << 20)
+    copy_pieces([(target, 0, source, 0, 0), (target, 0, source, 1 << 20, 300 << 10), (target, 1 << 20, source, 7, 0)])
+    assert torch.equal(target[: 300 << 10], source[1 << 20 :][: 300 << 10]) and not target[300 << 10 :].any()
 
 
 def test_blocks_side_by_side_are_one_copy(calls: list[int]) -> None:

@@ -55,9 +55,10 @@ class SimulatedRuntime(Runtime):
         self._world = world
         self._process = process
         self._kernel = world.kernel
-        # An encoder that writes all of them at once is frozen and killed between writes only: one in four.
-        rarely = isinstance(process, EncoderProcess)
-        self.at_once_bytes = world.kernel.chance.choice([0, 0, 0, 1 << 20] if rarely else [0, 1 << 20])
+        # None, some (up to three rows), or all windows. An encoder that writes them at once is frozen and killed only
+        # between its writes: half of them write none so.
+        sizes = [0, 0, 24, 1 << 20] if isinstance(process, EncoderProcess) else [0, 24, 1 << 20]
+        self.at_once_bytes = world.kernel.chance.choice(sizes)
         self.view_least_bytes = world.kernel.chance.choice([1, 1 << 20])
 
     def clock(self) -> float:
@@ -174,6 +175,8 @@ class EncoderProcess(Process):
         self._only_one(call.write.room)
         if not call.link.synchronous:
             raise Violation(f"{call.write.room} is written at once over {call.link.name}, which may wait for others")
+        if call.write.tokens * call.entry.row_bytes > self.endpoint._at_once_bytes:
+            raise Violation(f"{call.write.room}: a window of {call.write.tokens} rows is written at once")
         write = Write(call, self, -1)
         while write.pieces:
             write.land()
