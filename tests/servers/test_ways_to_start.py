@@ -17,6 +17,7 @@ from sglang_mm_conn.demo.launch import Launch
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.servers import Server, free_port
 from sglang_mm_conn.demo.timeline import received
+from tests.servers.watch import wait_until
 
 ENV = {
     "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
@@ -123,7 +124,8 @@ def test_several_tokenizer_workers_and_batches_on_the_encoder(
         for answer, expected in zip(answers, right, strict=True):
             assert answer.same_as(expected), (answer, expected)
         assert "requests completed in" in encoder.log(), "the encoder made no batches"
-        assert language.log().count("Start multi-tokenizer worker process") == 2
+        started = "Start multi-tokenizer worker process"  # the server answers as soon as one has
+        wait_until(lambda: language.log().count(started) == 2, "two tokenizer workers", 60)
 
         encoder.signal(signal.SIGKILL)
         for _ in range(4):  # whichever worker has the request

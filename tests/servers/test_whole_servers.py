@@ -85,7 +85,8 @@ def frozen(group: ServerGroup) -> Iterator[None]:
 @contextmanager
 def frozen_in_transfer(group: ServerGroup) -> Iterator[None]:
     """The encoder frozen while blocks are offered to it. A request must be on its way."""
-    for _ in range(1000):
+    until = time.monotonic() + DEADLINE  # of the request, which a busy machine encodes slowly
+    while time.monotonic() < until:
         if UNDER_WAY & report(group.language)["rooms"].keys():
             with frozen(group):
                 time.sleep(0.2)  # what was confirmed before is moved out by now
