@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
 from collections import deque
@@ -14,6 +12,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from sglang_mm_conn.control.addresses import UNKNOWN_ADDRESS, peer_address
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
@@ -22,22 +21,9 @@ from sglang_mm_conn.control.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_ADDRESS = "an address that was gone too soon"
 _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-
-
-def _peer_address(fd: int) -> str:
-    """The remote host of an accepted connection, for logs.
-
-    libzmq tells only the descriptor, and may have closed it by now: on one host a handshake fails in microseconds.
-    """
-    try:
-        with socket.socket(fileno=os.dup(fd)) as connection:
-            return str(connection.getpeername()[0])
-    except OSError:
-        return UNKNOWN_ADDRESS
 
 
 class ControlServer:
@@ -115,7 +101,7 @@ class ControlServer:
             if self._zap is not None and self._zap.socket in ready:
                 guarded(self._zap.serve)
             if self._monitor in ready:
-                self._watch()
+                guarded(self._watch)
             if self._socket in ready:
                 guarded(lambda: self._traffic.turn(self._receive()))
             if time.monotonic() >= next_tick:
@@ -150,7 +136,7 @@ class ControlServer:
             except zmq.ZMQError:
                 return
             if event["event"] == zmq.EVENT_ACCEPTED:
-                self._shaking_hands.append(_peer_address(event["value"]))
+                self._shaking_hands.append(peer_address(event["value"]))  # libzmq tells only the descriptor
                 continue
             address = self._shaking_hands.popleft() if self._shaking_hands else UNKNOWN_ADDRESS
             if event["event"] & _HANDSHAKE_FAILED:

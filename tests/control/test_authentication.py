@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import requests
 
+from sglang_mm_conn.control.addresses import UNKNOWN_ADDRESS
 from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, generate, is_loopback
 from sglang_mm_conn.control.bootstrap import NONCE, ROUTE, SIGNATURE, BootstrapInfo, Worker, look_up
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.control.client import ControlClient
-from sglang_mm_conn.control.server import UNKNOWN_ADDRESS, ControlServer
+from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.errors import SettingError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
