@@ -121,6 +121,7 @@ class EncoderEndpoint:
         self._clock = runtime.clock
         self._device = runtime.device
         self._at_once_bytes = runtime.at_once_bytes if self._device.synchronous else 0
+        self._alone_bytes = runtime.alone_bytes if self._device.synchronous else 0
         self._lock = threading.Lock()
         self.core = SenderCore(
             queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
@@ -201,11 +202,13 @@ class EncoderEndpoint:
             actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
             if not entry.machine.final:
                 self._sources[room] = source  # before the chunk is queued, and never in place of another
-            # The caller has other things to do: it writes no window of a large embedding.
-            ended = self._perform(actions, at_once if rows.numel() <= self._at_once_bytes else None)
+            ended = self._perform(actions, at_once)
         self._tell(ended)
         for chunk in at_once:
-            self._serve(chunk)
+            if rows.numel() <= self._at_once_bytes:
+                self._serve(chunk)
+            else:  # the caller has other things to do: it writes no window of a large embedding
+                self._control.call(partial(self._serve, chunk))
 
     def _checksum(self, source: Source) -> int:
         """This waits for a GPU: a checksum is for tests, and for finding faults."""
@@ -458,17 +461,21 @@ class EncoderEndpoint:
             self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
 
     def _at_once(self, chunk: TransferEmbeddingChunk) -> bool:
-        """Under the lock. Whether waking a worker would take as long as the writes do, and these wait for nobody, being
-        copies in memory: of small embeddings that fit as a whole, and of small windows if no other embedding is here
-        (the workers write those of several in parallel)."""
+        """Under the lock. Whether no worker need be woken, since the writes wait for nobody, being copies in memory,
+        and are short: those of small embeddings that fit as a whole, and of windows that are not large if no other
+        embedding is here (the workers write those of several in parallel)."""
         entry = self.core.rooms[chunk.room]
-        alone = len(self._sources) == 1
-        return all(
-            info.allocated_tokens * entry.row_bytes <= self._at_once_bytes
-            and (alone or info.allocated_tokens == entry.total_tokens)
-            and self._links.synchronous(session, info.epoch)
+        offers = [
+            (session, info)
             for session, info in entry.transfer_infos.items()
             if info.state is WindowState.OFFERED
+        ]
+        if not all(self._links.synchronous(session, info.epoch) for session, info in offers):
+            return False
+        if len(self._sources) == 1:
+            return sum(info.allocated_tokens for _, info in offers) * entry.row_bytes <= self._alone_bytes
+        return entry.total_tokens * entry.row_bytes <= self._at_once_bytes and all(
+            info.allocated_tokens == entry.total_tokens for _, info in offers
         )
 
     def _write_window(self, room: str) -> bool:
@@ -541,7 +548,7 @@ class EncoderEndpoint:
     ) -> list[Ended]:
         """Under the lock, so that messages leave in the order of the decisions. Returns the ends, to be told after.
 
-        Chunks that the calling thread shall serve itself are left in ``at_once``, where there is one.
+        Chunks that no worker need serve are left in ``at_once``, where there is one.
         """
         ended = []
         for action in actions:

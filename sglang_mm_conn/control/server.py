@@ -66,6 +66,7 @@ class ControlServer:
         bound = f"[{host}]" if ":" in host else host
         self._socket.bind(f"tcp://{bound}:*")
         self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
+        self._work: deque[Callable[[], None]] = deque()
         self._traffic = Traffic(self._send, on_frame, Complaints(logger))
         self._on_tick = on_tick
         self._tick_seconds = tick_seconds
@@ -76,7 +77,15 @@ class ControlServer:
     def send(self, peer: str, frame: bytes) -> None:
         """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
         self._traffic.put(peer, frame)
-        if threading.get_ident() != self._thread:  # which sends what its callbacks left here
+        self._ring()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the thread of ``run``."""
+        self._work.append(work)
+        self._ring()
+
+    def _ring(self) -> None:
+        if threading.get_ident() != self._thread:  # which looks after every callback
             self._wakeup.ring()
 
     def stop(self) -> None:
@@ -107,8 +116,8 @@ class ControlServer:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_seconds
                 guarded(self._on_tick)
-            self._traffic.flush()
-        self._traffic.flush()
+            self._run_work()
+        self._run_work()
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close()
@@ -116,6 +125,11 @@ class ControlServer:
             self._zap.close()
         self._context.term()
         self._wakeup.close()
+
+    def _run_work(self) -> None:
+        while self._work:
+            guarded(self._work.popleft())
+        self._traffic.flush()
 
     def _receive(self) -> Iterator[Received]:
         while True:

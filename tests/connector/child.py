@@ -232,7 +232,7 @@ def connector_threads() -> list[str]:
 class WorkersMove(Runtime):
     """Every write is a worker's, every move a mover's: one that is held at a gate must not hold the control thread."""
 
-    at_once_bytes = 0
+    at_once_bytes = alone_bytes = 0
 
 
 class EncoderRole:

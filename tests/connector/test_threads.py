@@ -66,7 +66,7 @@ class CountedExecutor(ThreadPoolExecutor):
 class WatchedRuntime(Runtime):
     """The real one; it notes what an endpoint had when its first thread started, and then watches lock and core."""
 
-    at_once_bytes = 0  # these embeddings are small, and movers shall move them
+    at_once_bytes = alone_bytes = 0  # these embeddings are small, and movers shall move them
     view_least_bytes = 1
 
     def __init__(self) -> None:
@@ -223,8 +223,10 @@ class NotedPath:
 
 
 @contextmanager
-def noting_ends(at_once_rows: int, *, synchronous: bool = True) -> Iterator[tuple[Ends, NotedPath]]:
-    """Both ends that move as many rows at once, and what notes who writes."""
+def noting_ends(
+    at_once_rows: int, alone_rows: int, *, synchronous: bool = True
+) -> Iterator[tuple[Ends, NotedPath]]:
+    """Both ends that move as many rows at once, and of an embedding that is alone, and what notes who writes."""
     noted: list[NotedPath] = []
 
     def data_paths(settings: Settings, host: str) -> Mapping[str, DataPath]:
@@ -233,30 +235,41 @@ def noting_ends(at_once_rows: int, *, synchronous: bool = True) -> Iterator[tupl
 
     runtime = WatchedRuntime()
     runtime.at_once_bytes = at_once_rows * WIDTH * 4
+    runtime.alone_bytes = alone_rows * WIDTH * 4
     with both_ends(runtime, data_paths) as ends:
         yield ends, noted[0]
 
 
 @pytest.mark.parametrize(
-    ("at_once_rows", "windows"),
+    ("alone_rows", "windows"),
     [(40, {20: "c", 40: "cc"}), (31, {20: "c", 40: "wc"}), (19, {20: "w", 40: "wc"}), (7, {20: "w", 40: "ww"})],
 )
 @pytest.mark.parametrize("tokens", [20, 40])
 @pytest.mark.parametrize("synchronous", [True, False])
 def test_no_worker_is_woken_for_a_small_window_unless_its_write_may_wait_for_others(
-    synchronous: bool, tokens: int, at_once_rows: int, windows: dict[int, str]
+    synchronous: bool, tokens: int, alone_rows: int, windows: dict[int, str]
 ) -> None:
     """The pool holds 32 rows. Expected is who writes each window: a worker, or whoever hears that it can be written. A
     control thread that waited would leave every other room's messages unread."""
-    with noting_ends(at_once_rows, synchronous=synchronous) as (ends, path):
+    with noting_ends(7, alone_rows, synchronous=synchronous) as (ends, path):
         transfer(ends, 1, tokens)
     by = "".join("w" if name.startswith("mm-conn-transfer-") else "c" for name in path.threads)
     assert by == (windows[tokens] if synchronous else "w" * len(windows[tokens]))
 
 
-@pytest.mark.parametrize(("tokens", "first"), [(20, "MainThread"), (40, "mm-conn-transfer-")])
-def test_who_hands_over_an_embedding_that_is_not_small_writes_none_of_its_windows(tokens: int, first: str) -> None:
-    with noting_ends(33) as (ends, path):
+@pytest.mark.parametrize(
+    ("tokens", "at_once_rows", "alone_rows", "first"),
+    [
+        (20, 20, 33, "MainThread"),
+        (20, 19, 33, "mm-conn-embedding"),
+        (40, 33, 33, "mm-conn-embedding"),
+        (40, 33, 31, "mm-conn-transfer-"),
+    ],
+)
+def test_who_hands_over_an_embedding_that_is_not_small_writes_none_of_its_windows(
+    tokens: int, at_once_rows: int, alone_rows: int, first: str
+) -> None:
+    with noting_ends(at_once_rows, alone_rows) as (ends, path):
         encoder, language, url, _ = ends
         room = new_room_base(language.server)
         encoder.announce(room, tokens, WIDTH * 4, "float32", lambda ended: None)
@@ -267,9 +280,9 @@ def test_who_hands_over_an_embedding_that_is_not_small_writes_none_of_its_window
     assert path.threads[0].startswith(first)
 
 
-def test_small_windows_of_a_large_embedding_are_left_to_the_workers_beside_another_embedding() -> None:
+def test_windows_are_left_to_the_workers_beside_another_embedding_unless_it_is_small_as_a_whole() -> None:
     """They write several embeddings in parallel."""
-    with noting_ends(33) as (ends, path):
+    with noting_ends(33, 100) as (ends, path):
         encoder, language, *_ = ends
         other = new_room_base(language.server)
         encoder.announce(other, 1, WIDTH * 4, "float32", lambda ended: None)

@@ -204,7 +204,7 @@ class SimulatedClient:
 
 
 class SimulatedServer:
-    """A ControlServer whose thread is the kernel."""
+    """A ControlServer whose thread is a lane, for what it is called to do."""
 
     def __init__(
         self,
@@ -221,7 +221,11 @@ class SimulatedServer:
         self.on_frame = on_frame
         self.on_tick = on_tick
         self.peers: dict[str, Connection] = {}
+        self._thread = network.kernel.lane(process)
         network.servers[f"tcp://encoder:{port}"] = self
+
+    def call(self, work: Callable[[], None]) -> None:
+        self.network.kernel.put(self._thread, work)
 
     def send(self, peer: str, frame: bytes) -> None:
         connection = self.peers.get(peer)

@@ -56,9 +56,10 @@ class SimulatedRuntime(Runtime):
         self._process = process
         self._kernel = world.kernel
         # None, some (up to three rows), or all windows. An encoder that writes them at once is frozen and killed only
-        # between its writes: half of them write none so.
+        # between its writes: many of them write none so.
         sizes = [0, 0, 24, 1 << 20] if isinstance(process, EncoderProcess) else [0, 24, 1 << 20]
         self.at_once_bytes = world.kernel.chance.choice(sizes)
+        self.alone_bytes = max(self.at_once_bytes, world.kernel.chance.choice(sizes))
         self.view_least_bytes = world.kernel.chance.choice([1, 1 << 20])
 
     def clock(self) -> float:
@@ -169,13 +170,14 @@ class EncoderProcess(Process):
             raise Violation(f"two data calls for {room} at once")
 
     def write_at_once(self, call: DataCall) -> tuple[str, bool]:
-        """The thread that heard of the window makes its data call, which is over before anything else happens."""
+        """The control thread, or whoever handed the embedding over, makes the data call, which is over before anything
+        else happens."""
         if call.link is None:
             return call.refusal, False
         self._only_one(call.write.room)
         if not call.link.synchronous:
             raise Violation(f"{call.write.room} is written at once over {call.link.name}, which may wait for others")
-        if call.write.tokens * call.entry.row_bytes > self.endpoint._at_once_bytes:
+        if call.write.tokens * call.entry.row_bytes > self.endpoint._alone_bytes:
             raise Violation(f"{call.write.room}: a window of {call.write.tokens} rows is written at once")
         write = Write(call, self, -1)
         while write.pieces:
