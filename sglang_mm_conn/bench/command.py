@@ -32,10 +32,12 @@ ways:
   zmq_to_scheduler   sglang's own
   mooncake_stock     sglang's own (its GPU buffers are host memory here)
   tcp                raw TCP into a preallocated buffer
+  bare               the same copies and bare ZeroMQ messages: the limit of a connector that talks ZeroMQ
   memcpy             one copy into warm shared memory: the limit on one host
   engine             the Mooncake engine's own write, at its best piece size
 shm and mooncake take variations, joined by +: key (secured by a deployment key), fragmented (no two free blocks lie
-side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks)
+side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks); bare
+takes windows and copied
 
 A room's time begins when its tensor is ready in the encoder process, its size having been announced before, and ends
 when its tensor is ready in the language process. rooms/s counts everything that a room costs, from its announcement.

@@ -131,10 +131,14 @@ def comparisons(results: Iterable[Result]) -> list[Comparison]:
     found = []
     for nbytes in dict.fromkeys(size for size, _ in cells):
         for way, parts, what in (
-            ("mooncake", ("engine", "memcpy"), "mooncake: its time in parts of the engine's own and one copy"),
-            ("mooncake+key", ("engine", "memcpy"), "mooncake+key: its time in parts of the engine's own and one copy"),
-            ("shm+windows", ("shm",), "shm+windows: its time in parts of shm's"),
-            ("shm+windows", ("shm+copied",), "shm+windows: its time in parts of shm+copied's"),
+            ("mooncake", ("engine", "memcpy"), "the engine's own and one copy"),
+            ("mooncake+key", ("engine", "memcpy"), "the engine's own and one copy"),
+            ("shm+windows", ("shm",), "shm's"),
+            ("shm+windows", ("shm+copied",), "shm+copied's"),
+            ("bare+windows", ("bare+copied",), "bare+copied's"),
+            ("shm", ("bare",), "bare's"),
+            ("shm+copied", ("bare+copied",), "bare+copied's"),
+            ("shm+windows", ("bare+windows",), "bare+windows's"),
         ):
             compared = [cells.get((nbytes, name), []) for name in (way, *parts)]
             if not all(compared):
@@ -145,7 +149,7 @@ def comparisons(results: Iterable[Result]) -> list[Comparison]:
                 continue
             rounds = [mine[number] / sum(other[number] for other in others) for number in common]
             ratio = best(compared[0]) / sum(best(cell) for cell in compared[1:])
-            found.append(Comparison(what, nbytes, statistics.median(rounds), ratio))
+            found.append(Comparison(f"{way}: its time in parts of {what}", nbytes, statistics.median(rounds), ratio))
     return found
 
 

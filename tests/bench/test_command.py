@@ -16,7 +16,7 @@ from sglang_mm_conn.bench.command import _stream_above, plan_of
 from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
 
 BEGIN, END = document.markers(document.TRANSFERS)
-WAYS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,tcp"
+WAYS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,bare,bare+copied,bare+windows,tcp"
 ROW_FIELDS = {
     "way", "nbytes", "rooms", "rounds", "median_ms", "p99_ms", "best_ms", "gbytes_per_s", "cpu_s_per_gbyte",
     "of_limit", "of_limit_best", "times_built_in", "rooms_per_s", "per_room",
@@ -31,7 +31,8 @@ def plan(*arguments: str):  # type: ignore[no-untyped-def]
     ("arguments", "words"),
     [
         (["--ways", "shm,ftp"], "--ways: 'ftp': no way is called 'ftp'"),
-        (["--ways", "tcp+key"], "--ways: 'tcp+key': only shm and mooncake have variations"),
+        (["--ways", "tcp+key"], "--ways: 'tcp+key': only shm, mooncake and bare have variations"),
+        (["--ways", "bare+key"], "--ways: 'bare+key': of bare there are only the variations windows and copied"),
         (["--ways", "shm+fast"], "--ways: 'shm+fast': 'fast' is none of the variations"),
         (["--sizes", "16M,big"], "--sizes: 'big' is no size"),
         (["--sizes", "10K"], "--sizes: '10K' is not whole rows of 8192 bytes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 
@@ -14,6 +15,7 @@ STOCK = ("zmq_to_scheduler", "mooncake_stock")
 STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 CONNECTOR = ("shm", "mooncake")
 VARIATIONS = ("key", "fragmented", "windows", "copied")
+_BARE_VARIATIONS = ("windows", "copied")
 
 TITLES = {
     "shm": "this connector, shared memory",
@@ -21,6 +23,7 @@ TITLES = {
     "zmq_to_scheduler": "sglang's own zmq_to_scheduler",
     "mooncake_stock": "sglang's own mooncake (over TCP, host memory)",
     "tcp": "raw TCP into a preallocated buffer",
+    "bare": "the same copies and bare ZeroMQ messages",
     "memcpy": "one copy into warm shared memory",
     "engine": "the Mooncake engine's own write, best piece size",
 }
@@ -60,8 +63,10 @@ def parse(name: str) -> Way:
     for variation in variations:
         if variation not in VARIATIONS:
             raise ValueError(f"{name!r}: {variation!r} is none of the variations {', '.join(VARIATIONS)}")
-        if base not in CONNECTOR:
-            raise ValueError(f"{name!r}: only {' and '.join(CONNECTOR)} have variations")
+        if base == "bare" and variation not in _BARE_VARIATIONS:
+            raise ValueError(f"{name!r}: of bare there are only the variations {' and '.join(_BARE_VARIATIONS)}")
+        if base not in (*CONNECTOR, "bare"):
+            raise ValueError(f"{name!r}: only {', '.join(CONNECTOR)} and bare have variations")
     if {"fragmented", "windows"} <= set(variations):
         raise ValueError(f"{name!r}: a pool of an eighth of one embedding cannot be fragmented as well")
     return Way(base, tuple(item for item in VARIATIONS if item in variations))
@@ -77,9 +82,11 @@ def make_sender(way: str, config: Config) -> Sender:
         from sglang_mm_conn.bench.stock import StockSender
 
         return StockSender(config, way.removesuffix("_stock"))
-    from sglang_mm_conn.bench.ways import engine, memcpy, tcp
+    from sglang_mm_conn.bench.ways import bare, engine, memcpy, tcp
 
-    plain = {"tcp": tcp.TcpSender, "memcpy": memcpy.MemcpySender, "engine": engine.EngineSender}
+    plain: dict[str, Callable[[Config], Sender]] = {
+        "bare": bare.BareSender, "tcp": tcp.TcpSender, "memcpy": memcpy.MemcpySender, "engine": engine.EngineSender,
+    }  # fmt: skip
     return plain[way](config)
 
 
@@ -93,7 +100,10 @@ def make_receiver(way: str, config: Config) -> Receiver:
         from sglang_mm_conn.bench.stock import StockReceiver
 
         return StockReceiver(config, way.removesuffix("_stock"))
-    from sglang_mm_conn.bench.ways import engine, memcpy, tcp
+    from sglang_mm_conn.bench.ways import bare, engine, memcpy, tcp
 
-    plain = {"tcp": tcp.TcpReceiver, "memcpy": memcpy.MemcpyReceiver, "engine": engine.EngineReceiver}
+    plain: dict[str, Callable[[Config], Receiver]] = {
+        "bare": bare.BareReceiver, "tcp": tcp.TcpReceiver, "memcpy": memcpy.MemcpyReceiver,
+        "engine": engine.EngineReceiver,
+    }  # fmt: skip
     return plain[way](config)
