@@ -120,12 +120,13 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
         if pool.segment is not None:
             link = ShmPath(device).open(_register(pool))
             write = partial(link.write, sent, runs)
-            add("encoder: into the pool, shared memory", out, write, partial(pool.read, blocks))
+            read_all = partial(pool.read, blocks, nbytes=nbytes)
+            add("encoder: into the pool, shared memory", out, write, read_all)
             link.close()
         else:  # an engine would have written it
             device.copy((pool.regions[run.region], run.offset, sent, run.start, run.length) for run in runs)
         result.zero_()
-        read = partial(pool.read, blocks, result)
+        read = partial(pool.read, blocks, result, nbytes)
         add(f"language: out of the pool, {place}", within if place == near else into, read, partial(copy, result))
         pool.close()
     return rates

@@ -82,14 +82,11 @@ class DataCall:
     def link(self) -> WriteLink | None:
         return None if self.use is None else self.use.link
 
-    def rows(self) -> tuple[torch.Tensor, list[Run]]:
-        """The window's bytes and where they go."""
-        nbytes = self.write.tokens * self.entry.row_bytes
-        runs = window_runs(self.write.session.geometry, self.write.blocks, nbytes)
-        if self.write.tokens == self.entry.total_tokens:
-            return self.source.rows, runs
-        first = self.write.first_token * self.entry.row_bytes
-        return self.source.rows[first : first + nbytes], runs
+    def runs(self) -> list[Run]:
+        """Where the bytes of the window go."""
+        write, row_bytes = self.write, self.entry.row_bytes
+        first, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
+        return window_runs(write.session.geometry, write.blocks, nbytes, first)
 
 
 @dataclass
@@ -529,7 +526,7 @@ class EncoderEndpoint:
         except Exception as failure:
             return f"the embedding was not computed: {failure}", False
         try:
-            link.write(*call.rows())
+            link.write(call.source.rows, call.runs())
         except DataPathError as failure:
             return str(failure), failure.in_doubt
         except Exception as failure:

@@ -300,8 +300,7 @@ class LanguageEndpoint:
             view = move.view
             if not view:
                 first, nbytes = move.first_token * move.row_bytes, move.tokens * move.row_bytes
-                # A slice lets go of the GIL, and may wait for it.
-                self.pool.read(move.blocks, flat if move.tokens == move.total_tokens else flat[first : first + nbytes])
+                self.pool.read(move.blocks, flat, nbytes, first)
             if move.last and self.settings.checksum:
                 error = self._checksum_error(flat, move.checksum)
         except Exception as failure:

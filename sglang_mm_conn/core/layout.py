@@ -36,7 +36,7 @@ class Geometry:
 
 
 class Run(msgspec.Struct, frozen=True):
-    """``length`` bytes at ``offset`` in region ``region``, which are bytes ``start``... of the window."""
+    """``length`` bytes at ``offset`` in region ``region``, which are bytes ``start``... of the embedding."""
 
     region: int
     offset: int
@@ -44,8 +44,9 @@ class Run(msgspec.Struct, frozen=True):
     start: int
 
 
-def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int) -> list[Run]:
-    """The runs that bytes 0...``nbytes`` of a window occupy, neighbouring blocks merged within a region.
+def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int, first_byte: int = 0) -> list[Run]:
+    """The runs that a window of ``nbytes`` occupies, neighbouring blocks merged within a region. ``first_byte``: where
+    in the embedding it begins.
 
     Token order is the order of ``blocks`` (allocation order), whatever their numbers are. Raises ProtocolError where
     a block does not exist, occurs twice, or the blocks hold less than ``nbytes``.
@@ -69,6 +70,7 @@ def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int) -> list[
         while end < most and blocks[end] == block + end - first:
             end += 1
         start = first * block_bytes
-        runs.append(Run(region, number * block_bytes, min(end * block_bytes, nbytes) - start, start))
+        length = min(end * block_bytes, nbytes) - start
+        runs.append(Run(region, number * block_bytes, length, first_byte + start))
         first = end
     return runs

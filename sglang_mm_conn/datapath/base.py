@@ -18,7 +18,8 @@ class WriteLink(Protocol):
     synchronous: bool  # whether nothing more lands once ``write`` has ended, however it ended
 
     def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
-        """Write the bytes ``source`` (uint8, one dimension) to ``runs``; returns when all of them are in place.
+        """Write bytes of ``source``, an embedding (uint8, one dimension), to ``runs``; returns when all of them are in
+        place.
 
         The runs were checked against the session's geometry. Raises DataPathError; where it is ``in_doubt``, bytes
         may still land, and the link has taken care that its own source memory is not reused.

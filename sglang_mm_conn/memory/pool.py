@@ -71,15 +71,15 @@ class BlockPool:
         """The regions as they are presented to an encoder."""
         return [Region(address=region.data_ptr(), length=region.numel()) for region in self.regions]
 
-    def read(self, blocks: Sequence[int], target: torch.Tensor) -> None:
-        """Copy the first ``target.numel()`` bytes of a window in ``blocks`` to ``target`` (uint8, one dimension).
+    def read(self, blocks: Sequence[int], target: torch.Tensor, nbytes: int, first_byte: int = 0) -> None:
+        """Copy a window of ``nbytes`` in ``blocks`` to ``target`` (uint8, one dimension), from ``first_byte`` there.
 
         When this returns, nobody reads the blocks any more.
         """
         region_bytes = self.geometry.region_bytes
         self._device.copy(
             (target, run.start, self._whole, run.region * region_bytes + run.offset, run.length)
-            for run in window_runs(self.geometry, blocks, target.numel())
+            for run in window_runs(self.geometry, blocks, nbytes, first_byte)
         )
 
     def view(self, blocks: Sequence[int], nbytes: int, over: Callable[[], None]) -> torch.Tensor:

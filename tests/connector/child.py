@@ -101,7 +101,7 @@ class Gates:
         with self._lock:
             return self._gates[room, window]
 
-    def _enter(self, source: torch.Tensor, register: Register) -> Gate | None:
+    def _enter(self, source: torch.Tensor, runs: Sequence[Run], register: Register) -> Gate | None:
         at = source.data_ptr()
         with self._lock:
             rooms = [
@@ -119,7 +119,7 @@ class Gates:
                     "room": room,
                     "window": window,
                     "rank": register.rank,
-                    "bytes": source.numel(),
+                    "bytes": sum(run.length for run in runs),
                     "thread": threading.current_thread().name,
                     "path": register.data_path,
                 }
@@ -128,11 +128,11 @@ class Gates:
             return gate if gate is not None and gate.rank in (None, register.rank) else None
 
     def write(self, link: WriteLink, register: Register, source: torch.Tensor, runs: Sequence[Run]) -> None:
-        gate = self._enter(source, register)
+        gate = self._enter(source, runs, register)
         if gate is None:
             link.write(source, runs)
             return
-        first, second = cut(runs, source.numel() // 2)
+        first, second = cut(runs)
         link.write(source, first)
         if gate.action == "hold_written":
             link.write(source, second)
@@ -148,12 +148,13 @@ class Gates:
         link.write(source, second)
 
 
-def cut(runs: Sequence[Run], nbytes: int) -> tuple[list[Run], list[Run]]:
-    """``runs`` up to ``nbytes`` of the window, and the rest."""
+def cut(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Both halves of a window."""
     first: list[Run] = []
     second: list[Run] = []
+    middle = runs[0].start + sum(run.length for run in runs) // 2
     for run in runs:
-        head = min(max(nbytes - run.start, 0), run.length)
+        head = min(max(middle - run.start, 0), run.length)
         if head:
             first.append(Run(run.region, run.offset, head, run.start))
         if head < run.length:

@@ -49,6 +49,11 @@ def test_neighbours_are_merged_within_a_region_and_never_across_regions() -> Non
     assert window_runs(geometry, [2, 3, 4, 5, 0], 43) == [Run(0, 20, 20, 0), Run(1, 0, 20, 20), Run(0, 0, 3, 40)]
 
 
+def test_a_later_window_begins_where_the_one_before_it_ended() -> None:
+    runs = window_runs(Geometry(10, 8, 1), [5, 1], 15, 20)
+    assert runs == [Run(0, 50, 10, 20), Run(0, 10, 5, 30)]
+
+
 def test_blocks_out_of_order_keep_the_order_of_allocation() -> None:
     assert window_runs(Geometry(10, 8, 1), [5, 1, 0], 30) == [Run(0, 50, 10, 0), Run(0, 10, 10, 10), Run(0, 0, 10, 20)]
 

@@ -94,7 +94,7 @@ def test_a_pool_gives_blocks_back_only_when_their_rows_have_left(place: str) -> 
     pool.regions[1][96:120] = bytes_of(24)
     pool.regions[0][48:72] = bytes_of(24, 24)
     target = device.empty(40, place)
-    pool.read([9, 2], target)
+    pool.read([9, 2], target, 40)
     for region in pool.regions:
         region.fill_(0xEE)  # the next room's rows
     assert torch.equal(target, bytes_of(40))
@@ -105,7 +105,7 @@ def test_the_same_with_a_device_that_does_not_wait_would_give_other_bytes() -> N
     device = CarelessDevice()
     pool = BlockPool(GEOMETRY, shared=False, device=device, place="cuda")
     target = device.empty(40, "cuda")
-    pool.read([9, 2], target)
+    pool.read([9, 2], target, 40)
     assert bool((target == GARBAGE).all())
     pool.close()
 

@@ -72,7 +72,7 @@ def test_what_is_read_is_what_was_written_for_scattered_blocks(
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
     link.write(source, window_runs(GEOMETRY, blocks, nbytes))
     target = torch.zeros(nbytes, dtype=torch.uint8)
-    pool.read(blocks, target)
+    pool.read(blocks, target, nbytes)
     assert torch.equal(target, source)
     # Nothing was written beside it.
     touched = torch.cat([region.reshape(GEOMETRY.blocks_per_region, -1) for region in pool.regions])
@@ -85,8 +85,15 @@ def test_a_window_is_read_into_the_middle_of_a_result(pool: BlockPool, link: Shm
     result = torch.zeros(100, dtype=torch.uint8)
     source = torch.arange(40, dtype=torch.uint8)
     link.write(source, window_runs(GEOMETRY, [9, 2], 40))
-    pool.read([9, 2], result[30:70])
+    pool.read([9, 2], result, 40, 30)
     assert torch.equal(result[30:70], source) and not result[:30].any() and not result[70:].any()
+
+
+def test_a_window_is_written_from_the_middle_of_an_embedding(pool: BlockPool, link: ShmLink) -> None:
+    embedding, result = torch.arange(100, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
+    link.write(embedding, window_runs(GEOMETRY, [9, 2], 40, 30))
+    pool.read([9, 2], result, 40)
+    assert torch.equal(result, embedding[30:70])
 
 
 def test_rows_that_were_moved_out_are_no_view_of_blocks_that_the_next_room_is_written_to(
@@ -94,7 +101,7 @@ def test_rows_that_were_moved_out_are_no_view_of_blocks_that_the_next_room_is_wr
 ) -> None:
     result = PrivateResult("room", Contents(5, "float32", 40, b"")).rows
     link.write(torch.full((40,), 1, dtype=torch.uint8), window_runs(GEOMETRY, [9, 2], 40))
-    pool.read([9, 2], result)
+    pool.read([9, 2], result, 40)
     link.write(torch.full((40,), 2, dtype=torch.uint8), window_runs(GEOMETRY, [9, 2], 40))
     assert bool((result == 1).all())
 
@@ -106,9 +113,16 @@ def test_a_writer_that_comes_and_goes_changes_no_byte_of_the_pool(pool: BlockPoo
     assert all(bool((region == 0xEE).all()) for region in pool.regions)
 
 
+def test_more_than_the_result_holds_is_not_read(pool: BlockPool) -> None:
+    result = torch.zeros(60, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="do not go to 54 of 60"):
+        pool.read([9, 2], result, 40, 30)
+    assert not result.any()
+
+
 def test_more_than_the_blocks_hold_is_not_read(pool: BlockPool) -> None:
     with pytest.raises(ProtocolError):
-        pool.read([1], torch.zeros(25, dtype=torch.uint8))
+        pool.read([1], torch.zeros(25, dtype=torch.uint8), 25)
 
 
 def test_a_private_pool_has_its_regions_side_by_side_and_no_segment() -> None:

@@ -121,7 +121,7 @@ class Write:
         self.room = call.write.room
         self.window = call.write.window
         self.over = False  # the data call has returned; bytes that land now are late
-        source, runs = call.rows()
+        source, runs = call.source.rows, call.runs()
         # Mooncake: rows leave through staging memory, which is filled before the engine is called.
         self._source = source if self.link.synchronous else source.clone()
         self.pieces: deque[Run] = deque()
