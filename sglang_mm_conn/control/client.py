@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,8 +15,8 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
-from sglang_mm_conn.control.traffic import Received, Traffic
-from sglang_mm_conn.control.wakeup import Wakeup
+from sglang_mm_conn.control.thread import ControlThread
+from sglang_mm_conn.control.traffic import Received
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class _Link:
         self.socket.close(0)
 
 
-class ControlClient:
+class ControlClient(ControlThread):
     """Owns the DEALERs. ``run`` is the only place that touches them; the rest may be called from any thread.
 
     ``key`` names a link; the callbacks run on the thread of ``run``.
@@ -69,20 +68,14 @@ class ControlClient:
         on_tick: Callable[[], None],
         tick_seconds: float,
     ) -> None:
+        self._complaints = Complaints(logger)
+        super().__init__(self._send, on_frame, on_tick, tick_seconds, self._complaints)
         self._context: zmq.Context[Any] = zmq.Context()
         self._key = key
         self._max_frame_bytes = max_frame_bytes
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
-        self._on_tick = on_tick
-        self._tick_seconds = tick_seconds
         self._links: dict[str, _Link] = {}
-        self._work: deque[Callable[[], None]] = deque()
-        self._complaints = Complaints(logger)
-        self._traffic = Traffic(self._send, on_frame, self._complaints)
-        self._wakeup = Wakeup()
-        self._stopping = False
-        self._thread = 0  # of ``run``
 
     def connect(self, key: str, address: str) -> None:
         """Open link ``key`` to ``address`` (``tcp://host:port``); it reconnects by itself until it is closed."""
@@ -90,25 +83,6 @@ class ControlClient:
 
     def disconnect(self, key: str) -> None:
         self.call(lambda: self._disconnect(key))
-
-    def send(self, key: str, frame: bytes) -> None:
-        """Queue ``frame`` for link ``key``, in the order of the calls. Dropped where the link is down."""
-        self._traffic.put(key, frame)
-        self._ring()
-
-    def call(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on the thread of ``run``."""
-        self._work.append(work)
-        self._ring()
-
-    def _ring(self) -> None:
-        if threading.get_ident() != self._thread:  # which looks after every callback
-            self._wakeup.ring()
-
-    def stop(self) -> None:
-        """Make ``run`` return."""
-        self._stopping = True
-        self._wakeup.ring()
 
     def run(self) -> None:
         """Serve until ``stop``. Whatever one event raises is logged and hurts nobody else."""
@@ -142,11 +116,6 @@ class ControlClient:
             link.close()
         self._context.term()
         self._wakeup.close()
-
-    def _run_work(self) -> None:
-        while self._work:
-            guarded(self._work.popleft())
-        self._traffic.flush()
 
     def _connect(self, key: str, address: str) -> None:
         self._disconnect(key)

@@ -16,8 +16,8 @@ from sglang_mm_conn.control.addresses import UNKNOWN_ADDRESS, peer_address
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
-from sglang_mm_conn.control.traffic import Received, Traffic
-from sglang_mm_conn.control.wakeup import Wakeup
+from sglang_mm_conn.control.thread import ControlThread
+from sglang_mm_conn.control.traffic import Received
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ _HANDSHAKE_FAILED = (
 )
 
 
-class ControlServer:
-    """Owns the ROUTER. ``run`` is the only place that touches it; ``send`` may be called from any thread."""
+class ControlServer(ControlThread):
+    """Owns the ROUTER. ``run`` is the only place that touches it."""
 
     def __init__(
         self,
@@ -66,32 +66,7 @@ class ControlServer:
         bound = f"[{host}]" if ":" in host else host
         self._socket.bind(f"tcp://{bound}:*")
         self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
-        self._work: deque[Callable[[], None]] = deque()
-        self._traffic = Traffic(self._send, on_frame, Complaints(logger))
-        self._on_tick = on_tick
-        self._tick_seconds = tick_seconds
-        self._wakeup = Wakeup()
-        self._stopping = False
-        self._thread = 0  # of ``run``
-
-    def send(self, peer: str, frame: bytes) -> None:
-        """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
-        self._traffic.put(peer, frame)
-        self._ring()
-
-    def call(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on the thread of ``run``."""
-        self._work.append(work)
-        self._ring()
-
-    def _ring(self) -> None:
-        if threading.get_ident() != self._thread:  # which looks after every callback
-            self._wakeup.ring()
-
-    def stop(self) -> None:
-        """Make ``run`` return."""
-        self._stopping = True
-        self._wakeup.ring()
+        super().__init__(self._send, on_frame, on_tick, tick_seconds, Complaints(logger))
 
     def run(self) -> None:
         """Serve until ``stop``. Whatever one frame or tick raises is logged and hurts nobody else."""
@@ -104,7 +79,7 @@ class ControlServer:
             poller.register(self._zap.socket, zmq.POLLIN)
         next_tick = time.monotonic() + self._tick_seconds
         while not self._stopping:
-            ready = {item for item, _ in poller.poll(milliseconds_until(next_tick))}
+            ready = {item for item, _ in poller.poll(0 if self._work else milliseconds_until(next_tick))}
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             if self._zap is not None and self._zap.socket in ready:
@@ -125,11 +100,6 @@ class ControlServer:
             self._zap.close()
         self._context.term()
         self._wakeup.close()
-
-    def _run_work(self) -> None:
-        while self._work:
-            guarded(self._work.popleft())
-        self._traffic.flush()
 
     def _receive(self) -> Iterator[Received]:
         while True:

@@ -1,0 +1,57 @@
+"""What the control threads of both ends have in common: the messages and the work that other threads leave for them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from sglang_mm_conn.control.complaints import Complaints
+from sglang_mm_conn.control.loop import guarded
+from sglang_mm_conn.control.traffic import Traffic
+from sglang_mm_conn.control.wakeup import Wakeup
+
+
+class ControlThread:
+    """``send``, ``call`` and ``stop`` may be called from any thread; the rest is the thread's own."""
+
+    def __init__(
+        self,
+        send: Callable[[str, bytes], None],
+        on_frame: Callable[[str, bytes], None],
+        on_tick: Callable[[], None],
+        tick_seconds: float,
+        complaints: Complaints,
+    ) -> None:
+        """``send``: see Traffic. The callbacks run on the thread of ``run``, ``on_tick`` every ``tick_seconds``."""
+        self._traffic = Traffic(send, on_frame, complaints)
+        self._on_tick = on_tick
+        self._tick_seconds = tick_seconds
+        self._work: deque[Callable[[], None]] = deque()
+        self._wakeup = Wakeup()
+        self._stopping = False
+        self._thread = 0  # of ``run``
+
+    def send(self, peer: str, frame: bytes) -> None:
+        """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
+        self._traffic.put(peer, frame)
+        self._ring()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the thread of ``run``."""
+        self._work.append(work)
+        self._ring()
+
+    def stop(self) -> None:
+        """Make ``run`` return."""
+        self._stopping = True
+        self._wakeup.ring()
+
+    def _ring(self) -> None:
+        if threading.get_ident() != self._thread:  # which looks after every callback
+            self._wakeup.ring()
+
+    def _run_work(self) -> None:
+        while self._work:
+            guarded(self._work.popleft())
+        self._traffic.flush()
