@@ -135,10 +135,10 @@ def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
     to memcpy's time with the threads woken that pass its last message on, of which memcpy has one.
     """
     nbytes, row_bytes = 64 * KIB, plan.width * 2
-    bare, whole = (rooms_per_second(outcome.results, nbytes, way) for way in (LIMIT, "shm"))
-    if bare is None or whole is None:
+    limit, whole = (rooms_per_second(outcome.results, nbytes, way) for way in (LIMIT, "shm"))
+    if limit is None or whole is None:
         return []
-    estimate = 1 / (1 / bare + max(seconds_per_room(2000, max(1, nbytes // row_bytes), row_bytes)))
+    estimate = 1 / (1 / limit + max(seconds_per_room(2000, max(1, nbytes // row_bytes), row_bytes)))
     what = "64 KiB rooms/s, estimate for memcpy's flow with the cores and the codec in it, compared with those reached"
     specials = [Special(what, "shm", "rooms/s", estimate, whole)]
     alone = {row.way: row.median_ms for row in rows(one for one in outcome.results if one.nbytes == nbytes)}

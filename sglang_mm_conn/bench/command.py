@@ -32,7 +32,7 @@ ways:
   zmq_to_scheduler   sglang's own
   mooncake_stock     sglang's own (its GPU buffers are host memory here)
   tcp                raw TCP into a preallocated buffer
-  bare               the same copies and bare ZeroMQ messages: the limit of a connector that talks ZeroMQ
+  bare               the same copies and bare ZeroMQ messages: what bounds one room alone
   memcpy             one copy into warm shared memory: the limit on one host
   engine             the Mooncake engine's own write, at its best piece size
 shm and mooncake take variations, joined by +: key (secured by a deployment key), fragmented (no two free blocks lie
@@ -141,7 +141,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
         chosen = [way for way in chosen if way.base not in ways.STOCK]
     for variation in ("fragmented", "windows", "copied"):
         if getattr(args, variation):
-            chosen += [ways.Way(base, (variation,)) for base in ways.CONNECTOR]
+            bases = [*ways.CONNECTOR, *(["bare"] if ways.Way("bare") in chosen and variation in ways.OF_BARE else [])]
+            chosen += [ways.Way(base, (variation,)) for base in bases]
     try:
         sizes = [
             parse_size(text, 2 * args.width)

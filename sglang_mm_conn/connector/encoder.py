@@ -1,8 +1,8 @@
 """The encoder's end: announces rooms, writes windows, answers language ranks.
 
 Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
-data calls, but for those that take no longer than waking a worker; one registrar attaches memory. All state is in
-the core and a few tables, under one lock that is never held during a data call, an attachment, or a socket operation.
+data calls, but for copies in memory that are short (``_at_once``); one registrar attaches memory. All state is in the
+core and a few tables, under one lock that is never held during a data call, an attachment, or a socket operation.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.sender import SenderCore, SenderRoom, Session, WindowWrite
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.sharding import session_port
-from sglang_mm_conn.core.states import Poll, WindowState
+from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
 from sglang_mm_conn.memory.device import Event
 
@@ -117,8 +117,8 @@ class EncoderEndpoint:
         self.widest_row_bytes = widest_row_bytes
         self._clock = runtime.clock
         self._device = runtime.device
-        self._at_once_bytes = runtime.at_once_bytes if self._device.synchronous else 0
-        self._alone_bytes = runtime.alone_bytes if self._device.synchronous else 0
+        self._at_once_bytes = runtime.at_once_bytes
+        self._alone_bytes = runtime.alone_bytes
         self._lock = threading.Lock()
         self.core = SenderCore(
             queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
@@ -459,21 +459,15 @@ class EncoderEndpoint:
 
     def _at_once(self, chunk: TransferEmbeddingChunk) -> bool:
         """Under the lock. Whether no worker need be woken, since the writes wait for nobody, being copies in memory,
-        and are short: those of small embeddings that fit as a whole, and of windows that are not large if no other
-        embedding is here (the workers write those of several in parallel)."""
+        and are short: those of a small embedding that is taken as a whole, and all of an embedding beside which no
+        other is here (the workers write several in parallel), as long as they are not large together."""
         entry = self.core.rooms[chunk.room]
-        offers = [
-            (session, info)
-            for session, info in entry.transfer_infos.items()
-            if info.state is WindowState.OFFERED
-        ]
-        if not all(self._links.synchronous(session, info.epoch) for session, info in offers):
+        if not all(self._links.synchronous(session, info.epoch) for session, info in entry.offers):
             return False
-        if len(self._sources) == 1:
-            return sum(info.allocated_tokens for _, info in offers) * entry.row_bytes <= self._alone_bytes
-        return entry.total_tokens * entry.row_bytes <= self._at_once_bytes and all(
-            info.allocated_tokens == entry.total_tokens for _, info in offers
-        )
+        if len(self._sources) == 1 and entry.offered_bytes <= self._alone_bytes:
+            return True
+        whole = all(info.allocated_tokens == entry.total_tokens for _, info in entry.offers)
+        return whole and entry.total_tokens * entry.row_bytes <= self._at_once_bytes
 
     def _write_window(self, room: str) -> bool:
         call = self.begin_window(room)

@@ -28,12 +28,15 @@ from sglang_mm_conn.memory.pool import BlockPool
 class Runtime:
     """The real one."""
 
-    # Embeddings and windows up to this size are moved by the thread that heard of them: waking another takes about as
-    # long as copying as much. 1 MiB rooms took 0.8 times as long so, and a flow of them was 1.4 times as fast.
+    # Embeddings up to this size, and at a language rank windows, are moved by the thread that heard of them: waking
+    # another takes about as long as copying as much. 1 MiB rooms took 0.8 times as long so, and a flow of them was 1.4
+    # times as fast.
     at_once_bytes = 2 << 20
-    # The only embedding that is there, and windows of it, are written by the control thread up to this size: it need
-    # not be woken once more to say so. Others wait for their turn meanwhile, no longer than its loop lets them anyway
-    # (control.loop.TURN_SECONDS). 16 MiB rooms took 0.9 times as long so.
+    # Of the only embedding that is at an encoder, as much is written by the control thread: it need not be woken once
+    # more to say so. 16 MiB rooms took 0.9 times as long so, between 0.98 and 0.8 in other runs (``bench --ways
+    # memcpy,shm --sizes 16M`` with 2 MiB here and with 16). Whoever comes next waits for that one copy, beside what a
+    # turn may take anyway (control.loop.TURN_SECONDS): 0.7 ms; up to 9 where three other processes were busy on two
+    # cores.
     alone_bytes = 16 << 20
     # Smaller results are copied out, so that they do not keep a whole block each; a view would not be cheaper.
     view_least_bytes = HOLD_GIL_BELOW + 1

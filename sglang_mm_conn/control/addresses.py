@@ -12,7 +12,8 @@ def peer_address(fd: int) -> str:
     """The remote host of the connection ``fd``, for logs; UNKNOWN_ADDRESS where that is none (any more).
 
     Its owner may have closed it, and the number be anything else's by now, a segment's too: it is looked at, but never
-    duplicated, and never closed.
+    duplicated, and never closed. (With ``socket.setdefaulttimeout``, which no server here uses, looking would make it
+    non-blocking.)
     """
     try:
         borrowed = socket.socket(fileno=fd)

@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded
 from sglang_mm_conn.control.thread import ControlThread
 from sglang_mm_conn.control.traffic import Received
 
@@ -96,8 +96,7 @@ class ControlClient(ControlThread):
                 poller.register(link.socket, zmq.POLLIN)
                 poller.register(link.monitor, zmq.POLLIN)
             while not self._stopping and links == list(self._links.values()):
-                # Work of this thread's own finalizers rings nobody.
-                ready = {item for item, _ in poller.poll(0 if self._work else milliseconds_until(next_tick))}
+                ready = {item for item, _ in poller.poll(self._wait_ms(next_tick))}
                 if self._wakeup.fileno() in ready:
                     self._wakeup.clear()
                     self._run_work()

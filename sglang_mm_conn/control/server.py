@@ -15,7 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_mm_conn.control.addresses import UNKNOWN_ADDRESS, peer_address
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded, milliseconds_until
+from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded
 from sglang_mm_conn.control.thread import ControlThread
 from sglang_mm_conn.control.traffic import Received
 
@@ -79,7 +79,7 @@ class ControlServer(ControlThread):
             poller.register(self._zap.socket, zmq.POLLIN)
         next_tick = time.monotonic() + self._tick_seconds
         while not self._stopping:
-            ready = {item for item, _ in poller.poll(0 if self._work else milliseconds_until(next_tick))}
+            ready = {item for item, _ in poller.poll(self._wait_ms(next_tick))}
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             if self._zap is not None and self._zap.socket in ready:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.control.loop import guarded
+from sglang_mm_conn.control.loop import guarded, milliseconds_until
 from sglang_mm_conn.control.traffic import Traffic
 from sglang_mm_conn.control.wakeup import Wakeup
 
@@ -51,7 +51,12 @@ class ControlThread:
         if threading.get_ident() != self._thread:  # which looks after every callback
             self._wakeup.ring()
 
+    def _wait_ms(self, next_tick: float) -> int:
+        """How long a poll may wait: not at all where work is there that rang nobody, of this thread's finalizers."""
+        return 0 if self._work else milliseconds_until(next_tick)
+
     def _run_work(self) -> None:
         while self._work:
             guarded(self._work.popleft())
+            self._traffic.flush()  # the next may take long
         self._traffic.flush()

@@ -131,6 +131,16 @@ class SenderRoom:
         }[self.state]
 
     @property
+    def offers(self) -> list[tuple[str, TransferEmbeddingInfo]]:
+        """By session id, what is offered and not being written yet."""
+        return [item for item in self.transfer_infos.items() if item[1].state is WindowState.OFFERED]
+
+    @property
+    def offered_bytes(self) -> int:
+        """Of all language ranks together."""
+        return sum(info.allocated_tokens for _, info in self.offers) * self.row_bytes
+
+    @property
     def windows(self) -> int:
         return max((info.window + 1 for info in self.transfer_infos.values()), default=0)
 

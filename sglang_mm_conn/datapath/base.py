@@ -21,8 +21,8 @@ class WriteLink(Protocol):
         """Write bytes of ``source``, an embedding (uint8, one dimension), to ``runs``; returns when all of them are in
         place.
 
-        The runs were checked against the session's geometry. Raises DataPathError; where it is ``in_doubt``, bytes
-        may still land, and the link has taken care that its own source memory is not reused.
+        The runs were checked against the session's geometry, and lie within ``source``. Raises DataPathError; where it
+        is ``in_doubt``, bytes may still land, and the link has taken care that its own source memory is not reused.
         """
 
     def close(self) -> None:

@@ -70,7 +70,9 @@ def copy_pieces(pieces: Iterable[Piece]) -> None:
     """
     groups: list[_Spans] = []
     for target, at, source, start, nbytes in pieces:
-        _check(target, at, source, start, nbytes)
+        if not (target.is_cpu and source.is_cpu):
+            raise ValueError(f"a copy from {source.device} to {target.device} is not one in host memory")
+        check_within((target, at, source, start, nbytes))
         if nbytes == 0:
             continue
         if not groups or groups[-1].target is not target or groups[-1].source is not source:
@@ -80,9 +82,9 @@ def copy_pieces(pieces: Iterable[Piece]) -> None:
         _copy(group)
 
 
-def _check(target: torch.Tensor, at: int, source: torch.Tensor, start: int, nbytes: int) -> None:
-    if not (target.is_cpu and source.is_cpu):
-        raise ValueError(f"a copy from {source.device} to {target.device} is not one in host memory")
+def check_within(piece: Piece) -> None:
+    """Raises ValueError where ``piece`` is beyond the end of either side."""
+    target, at, source, start, nbytes = piece
     if not (0 <= at <= at + nbytes <= target.numel() and 0 <= start <= start + nbytes <= source.numel()):
         raise ValueError(f"{nbytes} bytes from {start} of {source.numel()} do not go to {at} of {target.numel()}")
 

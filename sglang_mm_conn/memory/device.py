@@ -29,7 +29,7 @@ import torch
 
 from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.memory.copying import Piece, copy_pieces
+from sglang_mm_conn.memory.copying import Piece, check_within, copy_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +213,7 @@ class _CudaQueue:
     def copy(self, pieces: Iterable[Piece]) -> None:
         within_host = []
         for piece in pieces:
+            check_within(piece)  # a slice would be cut short, and one element be spread over many
             target, at, source, start, nbytes = piece
             if not (target.is_cuda or source.is_cuda):
                 within_host.append(piece)

@@ -52,6 +52,10 @@ def test_a_bad_value_is_named_with_its_option(
 def test_variations_are_added_to_both_paths() -> None:
     names = [way.name for way in plan("--ways", "memcpy,shm", "--windows").ways]
     assert names == ["memcpy", "shm", "shm+windows", "mooncake+windows"]
+    names = [way.name for way in plan("--ways", "bare", "--fragmented", "--copied").ways]
+    assert names == [
+        "bare", "shm+fragmented", "mooncake+fragmented", "shm+copied", "mooncake+copied", "bare+copied",
+    ]  # fmt: skip
     assert ways.parse("shm+windows+key").name == "shm+key+windows"
 
 

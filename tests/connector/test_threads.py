@@ -289,7 +289,9 @@ def test_windows_are_left_to_the_workers_beside_another_embedding_unless_it_is_s
         encoder.add_transfer_request(other, torch.ones(1, WIDTH), encode_metadata({}, 1 << 20))
         transfer(ends, 1, 40)
         assert all(name.startswith("mm-conn-transfer-") for name in path.threads) and len(path.threads) == 2
-        transfer(ends, 2, 20)
+        transfer(ends, 2, 33)
+        assert all(name.startswith("mm-conn-transfer-") for name in path.threads) and len(path.threads) == 4
+        transfer(ends, 4, 20)
         assert not path.threads[-1].startswith("mm-conn-transfer-"), "a small embedding is written at once all the same"
 
 

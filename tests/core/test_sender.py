@@ -45,6 +45,17 @@ def at_writing(ranks: int = 1) -> tuple[Wire, str, WindowWrite]:
     return wire, room, write
 
 
+def test_what_is_offered_is_counted_over_all_ranks_and_without_what_is_being_written() -> None:
+    wire = Wire(ranks=2, first_offer=1024)
+    room = wire.start(2000)
+    wire.deliver()
+    entry = wire.encoder.rooms[room]
+    assert [info.allocated_tokens for _, info in entry.offers] == [1024, 1024]
+    assert entry.offered_bytes == 2 * 1024 * entry.row_bytes
+    assert wire.begin_write() is not None
+    assert len(entry.offers) == 1 and entry.offered_bytes == 1024 * entry.row_bytes
+
+
 def init_of(room: str, rank: Rank, **change: object) -> Init:
     values: dict[str, object] = {
         "room": room,

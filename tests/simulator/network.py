@@ -38,6 +38,7 @@ class Network:
         self.servers: dict[str, SimulatedServer] = {}  # by address
         self.connections: list[Connection] = []
         self.obstructed: set[Pair] = set()
+        self.left_to_servers = 0  # pieces of work that another thread left to a server's
         self._peers = 0
         self._waiting: list[Lane] = []
         # What becomes of a frame that is sent: (connection, frame, to_server). The schedule changes it.
@@ -225,6 +226,7 @@ class SimulatedServer:
         network.servers[f"tcp://encoder:{port}"] = self
 
     def call(self, work: Callable[[], None]) -> None:
+        self.network.left_to_servers += 1
         self.network.kernel.put(self._thread, work)
 
     def send(self, peer: str, frame: bytes) -> None:

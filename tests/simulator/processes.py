@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
+import torch
+
 from sglang_mm_conn.connector.encoder import DataCall, EncoderEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.runtime import Runtime
@@ -124,6 +126,7 @@ class EncoderProcess(Process):
         self.url = url
         self.host = host
         self.busy: Counter[int] = Counter()  # transfer queue -> workers in a data call
+        self.handing_over = False
         self.endpoint = SimulatedEncoder(
             settings, host="127.0.0.1", dtype=DTYPE, widest_row_bytes=ROW_BYTES, send_timeout=SEND_TIMEOUT,
             data_paths={"shm": SimulatedPath("shm", self), "mooncake": SimulatedPath("mooncake", self)},
@@ -138,6 +141,14 @@ class EncoderProcess(Process):
         for entry in self.endpoint.core.rooms.values():
             if not entry.machine.final and entry.deadline < self.world.kernel.now:
                 raise Violation(f"room {entry.room} outlived its deadline on {self.name}")
+
+    def hand_over(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
+        """The model has computed the embedding; its thread writes no large one."""
+        self.handing_over = True
+        try:
+            self.endpoint.add_transfer_request(room, embedding, metadata)
+        finally:
+            self.handing_over = False
 
     def idle_queues(self) -> list[int]:
         """Transfer queues with work and a worker for it."""
@@ -177,7 +188,8 @@ class EncoderProcess(Process):
         self._only_one(call.write.room)
         if not call.link.synchronous:
             raise Violation(f"{call.write.room} is written at once over {call.link.name}, which may wait for others")
-        if call.write.tokens * call.entry.row_bytes > self.endpoint._alone_bytes:
+        most = self.endpoint._at_once_bytes if self.handing_over else self.endpoint._alone_bytes
+        if call.write.tokens * call.entry.row_bytes > most:
             raise Violation(f"{call.write.room}: a window of {call.write.tokens} rows is written at once")
         write = Write(call, self, -1)
         while write.pieces:

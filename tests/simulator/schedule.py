@@ -202,7 +202,7 @@ class Schedule:
 
         def computed() -> None:
             embedding = part.payload.view(torch.float32).reshape(part.tokens, -1)
-            encoder.endpoint.add_transfer_request(part.room, embedding, part.metadata)
+            encoder.hand_over(part.room, embedding, part.metadata)
 
         slow = self.chance.choice([0.0, 0.0, 0.0, 4.0])
         if slow:
@@ -695,6 +695,7 @@ class Schedule:
         for rank in self.world.languages:
             self.seen["revocations"] += rank.endpoint.revocation.count
         self.seen["written at once"] += self.world.written_at_once
+        self.seen["left to the control thread"] += self.world.network.left_to_servers
 
 
 class _Names:

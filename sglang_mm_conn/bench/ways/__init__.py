@@ -15,7 +15,7 @@ STOCK = ("zmq_to_scheduler", "mooncake_stock")
 STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 CONNECTOR = ("shm", "mooncake")
 VARIATIONS = ("key", "fragmented", "windows", "copied")
-_BARE_VARIATIONS = ("windows", "copied")
+OF_BARE = ("windows", "copied")
 
 TITLES = {
     "shm": "this connector, shared memory",
@@ -63,8 +63,8 @@ def parse(name: str) -> Way:
     for variation in variations:
         if variation not in VARIATIONS:
             raise ValueError(f"{name!r}: {variation!r} is none of the variations {', '.join(VARIATIONS)}")
-        if base == "bare" and variation not in _BARE_VARIATIONS:
-            raise ValueError(f"{name!r}: of bare there are only the variations {' and '.join(_BARE_VARIATIONS)}")
+        if base == "bare" and variation not in OF_BARE:
+            raise ValueError(f"{name!r}: of bare there are only the variations {' and '.join(OF_BARE)}")
         if base not in (*CONNECTOR, "bare"):
             raise ValueError(f"{name!r}: only {', '.join(CONNECTOR)} and bare have variations")
     if {"fragmented", "windows"} <= set(variations):

@@ -1,8 +1,7 @@
-"""The same copies, a bare ZeroMQ message for each window and nothing else: the limit of a connector that talks ZeroMQ.
+"""The same copies, bare ZeroMQ messages and nothing else: what bounds one room at a time of whoever talks ZeroMQ.
 
-No thread, no state, no lock, no codec: at both ends whoever waits for a room does all that there is to be done for it.
-What this connector takes longer is the price of its own code and threads, and what this takes longer than ``memcpy`` is
-that of the messages.
+No thread, no state, no lock, no codec: at both ends whoever waits for a room does all that there is to be done for it,
+and rooms never overlap. What this connector takes longer for one is the price of its own code and threads.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from sglang_mm_conn.memory.copying import copy_pieces
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
 _WRITTEN = struct.Struct("<BQ?")  # slot, bytes in it, whether they are the room's last
+_PATIENCE_MS = 60_000  # no ZeroMQ socket tells that the other end is gone
 _GO_ON = b""  # the window was read; any other answer is the number of a slot that is free again
 
 
@@ -31,14 +31,21 @@ def _slots(config: Config) -> tuple[int, int]:
     return config.in_flight, config.nbytes
 
 
+def _pair() -> tuple[zmq.Context[Any], zmq.Socket[Any]]:
+    context: zmq.Context[Any] = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.RCVTIMEO, _PATIENCE_MS)
+    socket.setsockopt(zmq.SNDTIMEO, _PATIENCE_MS)
+    return context, socket
+
+
 class BareSender:
     def __init__(self, config: Config) -> None:
         count, self._slot_bytes = _slots(config)
         self._free = deque(range(count))
         self._pool_bytes = count * self._slot_bytes
         self._ended: list[str] = []
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        self._context, self._socket = _pair()
 
     def hello(self) -> dict[str, Any]:
         return {}
@@ -98,8 +105,7 @@ class BareReceiver:
         self._results = [torch.ones(config.nbytes, dtype=torch.uint8) for _ in range(results)]  # free ones, touched
         self._expected: deque[Room] = deque()
         self._used: dict[str, int | torch.Tensor] = {}  # a room's slot, or its result
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        self._context, self._socket = _pair()
         self._port = self._socket.bind_to_random_port(f"tcp://{HOST}")
 
     def hello(self) -> dict[str, Any]:
