@@ -46,7 +46,10 @@ _ENVIRONMENT = {
     # Two servers that were frozen together were not silent.
     "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS": "3600",
 }
-HEADINGS = ("transport", "alone p50 ms", "alone p99 ms", f"requests/s, {CLIENTS} clients", f"p50 ms, {CLIENTS} clients")
+HEADINGS = (
+    "transport", "alone p50 ms", "alone p99 ms", f"requests/s, {CLIENTS} clients", "worst and best round",
+    f"p50 ms, {CLIENTS} clients",
+)  # fmt: skip
 
 
 _OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plots")
@@ -75,11 +78,13 @@ class Figures:
     def cells(self) -> tuple[str, ...]:
         alone = [seconds for turn in self.turns for seconds in turn.alone]
         crowd = [seconds for turn in self.turns for seconds in turn.crowd]
+        rates = [turn.rate for turn in self.turns]
         return (
             self.backend,
             f"{statistics.median(alone) * 1e3:.0f}",
             f"{quantile(alone, 0.99) * 1e3:.0f}",
-            f"{statistics.median(turn.rate for turn in self.turns):.2f}",
+            f"{statistics.median(rates):.2f}",
+            f"{min(rates):.2f} to {max(rates):.2f}",
             f"{statistics.median(crowd) * 1e3:.0f}",
         )
 

@@ -16,6 +16,6 @@ def test_transports_are_compared_within_rounds_so_that_noise_hits_all_alike() ->
     assert comparisons([stock]) == []
 
 
-def test_a_row_shows_all_requests_alone_and_the_median_rate_of_the_rounds() -> None:
+def test_a_row_shows_all_requests_alone_and_the_median_worst_and_best_rate_of_the_rounds() -> None:
     figures = Figures("mooncake", [turn(0.1, 10), turn(0.3, 20), turn(0.2, 60)])
-    assert figures.cells() == ("mooncake", "200", "300", "20.00", "1000")
+    assert figures.cells() == ("mooncake", "200", "300", "20.00", "10.00 to 60.00", "1000")
