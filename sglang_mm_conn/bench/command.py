@@ -141,8 +141,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
         chosen = [way for way in chosen if way.base not in ways.STOCK]
     for variation in ("fragmented", "windows", "copied"):
         if getattr(args, variation):
-            bases = [*ways.CONNECTOR, *(["bare"] if ways.Way("bare") in chosen and variation in ways.OF_BARE else [])]
-            chosen += [ways.Way(base, (variation,)) for base in bases]
+            bases = [base for base, variations in ways.VARIATIONS_OF.items() if variation in variations]
+            chosen += [
+                ways.Way(base, (variation,)) for base in bases if base in ways.CONNECTOR or ways.Way(base) in chosen
+            ]
     try:
         sizes = [
             parse_size(text, 2 * args.width)

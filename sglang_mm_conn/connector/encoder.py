@@ -462,11 +462,12 @@ class EncoderEndpoint:
         and are short: those of a small embedding that is taken as a whole, and all of an embedding beside which no
         other is here (the workers write several in parallel), as long as they are not large together."""
         entry = self.core.rooms[chunk.room]
-        if not all(self._links.synchronous(session, info.epoch) for session, info in entry.offers):
+        offers = entry.offers
+        if not all(self._links.synchronous(session, info.epoch) for session, info in offers):
             return False
         if len(self._sources) == 1 and entry.offered_bytes <= self._alone_bytes:
             return True
-        whole = all(info.allocated_tokens == entry.total_tokens for _, info in entry.offers)
+        whole = all(info.allocated_tokens == entry.total_tokens for _, info in offers)
         return whole and entry.total_tokens * entry.row_bytes <= self._at_once_bytes
 
     def _write_window(self, room: str) -> bool:

@@ -36,7 +36,7 @@ class Runtime:
     # more to say so. Rooms of 4 MiB took 0.94 times as long so; of 16 MiB 0.99 on a quiet host and down to 0.8 on a
     # busy one, where waking takes longer (``bench --ways memcpy,shm --sizes 4M,16M`` with 2 MiB here and with 16).
     # Whoever comes next waits for that one copy, beside what a turn may take anyway (control.loop.TURN_SECONDS):
-    # 0.7 ms; up to 9 where three other processes were busy on two cores.
+    # memcpy's 16 MiB in docs/performance.md, and many times that where all cores are busy.
     alone_bytes = 16 << 20
     # Smaller results are copied out, so that they do not keep a whole block each; a view would not be cheaper.
     view_least_bytes = HOLD_GIL_BELOW + 1

@@ -370,9 +370,9 @@ class SenderCore:
         entry = self.rooms.get(room)
         if entry is None or entry.busy or entry.state is not SenderState.TRANSFERRING:
             return None
-        for session_id, info in entry.transfer_infos.items():
+        for session_id, info in entry.offers:
             session = self.sessions.get(session_id)
-            if info.state is not WindowState.OFFERED or session is None:
+            if session is None:
                 continue
             if self._writes[session_id] >= session.most_writes:
                 self._deferred.setdefault(session_id, deque()).append(room)

@@ -69,10 +69,11 @@ def copy_pieces(pieces: Iterable[Piece]) -> None:
     Raises ValueError, before a byte moves, where one is beyond the end of either side or not in host memory.
     """
     groups: list[_Spans] = []
-    for target, at, source, start, nbytes in pieces:
+    for piece in pieces:
+        target, at, source, start, nbytes = piece
         if not (target.is_cpu and source.is_cpu):
             raise ValueError(f"a copy from {source.device} to {target.device} is not one in host memory")
-        check_within((target, at, source, start, nbytes))
+        check_within(piece)
         if nbytes == 0:
             continue
         if not groups or groups[-1].target is not target or groups[-1].source is not source:

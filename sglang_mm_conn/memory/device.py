@@ -213,11 +213,11 @@ class _CudaQueue:
     def copy(self, pieces: Iterable[Piece]) -> None:
         within_host = []
         for piece in pieces:
-            check_within(piece)  # a slice would be cut short, and one element be spread over many
             target, at, source, start, nbytes = piece
             if not (target.is_cuda or source.is_cuda):
                 within_host.append(piece)
                 continue
+            check_within(piece)  # a slice would be cut short, and one element be spread over many
             self._used = True
             with torch.cuda.stream(self._stream):
                 target[at : at + nbytes].copy_(source[start : start + nbytes], non_blocking=True)

@@ -15,7 +15,7 @@ STOCK = ("zmq_to_scheduler", "mooncake_stock")
 STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 CONNECTOR = ("shm", "mooncake")
 VARIATIONS = ("key", "fragmented", "windows", "copied")
-OF_BARE = ("windows", "copied")
+VARIATIONS_OF = {"shm": VARIATIONS, "mooncake": VARIATIONS, "bare": ("windows", "copied")}
 
 TITLES = {
     "shm": "this connector, shared memory",
@@ -63,10 +63,10 @@ def parse(name: str) -> Way:
     for variation in variations:
         if variation not in VARIATIONS:
             raise ValueError(f"{name!r}: {variation!r} is none of the variations {', '.join(VARIATIONS)}")
-        if base == "bare" and variation not in OF_BARE:
-            raise ValueError(f"{name!r}: of bare there are only the variations {' and '.join(OF_BARE)}")
-        if base not in (*CONNECTOR, "bare"):
+        if base not in VARIATIONS_OF:
             raise ValueError(f"{name!r}: only {', '.join(CONNECTOR)} and bare have variations")
+        if variation not in VARIATIONS_OF[base]:
+            raise ValueError(f"{name!r}: of {base} there are only the variations {' and '.join(VARIATIONS_OF[base])}")
     if {"fragmented", "windows"} <= set(variations):
         raise ValueError(f"{name!r}: a pool of an eighth of one embedding cannot be fragmented as well")
     return Way(base, tuple(item for item in VARIATIONS if item in variations))
