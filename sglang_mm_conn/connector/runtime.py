@@ -20,7 +20,7 @@ from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath import mooncake
-from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW
+from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW, warm_up
 from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.pool import BlockPool
 
@@ -46,6 +46,7 @@ class Runtime:
         """``device``: what this process computes on, if not on the CPU alone."""
         if device is not None:
             self.device = device
+        warm_up()
 
     def clock(self) -> float:
         """Seconds; monotonic."""

@@ -321,24 +321,3 @@ def test_no_mover_is_woken_for_a_small_window_unless_the_whole_embedding_is_read
         transfer(ends, 1, 100)
     (movers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-mover"]
     assert movers.given == moves
-
-
-def test_the_threads_of_a_pool_are_there_before_its_first_work() -> None:
-    pool = Runtime().executor(3, "mm-conn-test")
-    wait_for(lambda: sum(one.name.startswith("mm-conn-test") for one in threading.enumerate()) == 3, "three threads")
-    pool.shutdown()
-
-
-def test_a_pool_that_gets_too_few_threads_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would keep the process from ending."""
-    start = threading.Thread.start
-
-    def started(thread: threading.Thread) -> None:
-        if thread.name.startswith("mm-conn-few_2"):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", started)
-    with pytest.raises(RuntimeError, match="can't start"):
-        Runtime().executor(4, "mm-conn-few")
-    wait_for(lambda: not any(one.name.startswith("mm-conn-few") for one in threading.enumerate()), "no thread is left")
