@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sglang_mm_conn.core.rooms import new_id
 
 START_SECONDS = 600.0  # sglang's import alone takes half a minute, and many times that on a busy machine
 ANSWER_SECONDS = 300.0
+_END_SECONDS = 0.5  # from the end of a process's pipe to its own
 _LAST_LINES = 12
 
 _context = multiprocessing.get_context("forkserver")
@@ -47,7 +49,7 @@ class _Process:
     ) -> None:
         self._what = f"{way.name}, {role} process"
         self._log = log
-        self._commands, theirs = _context.Pipe()
+        self.commands, theirs = _context.Pipe()
         self._process = _context.Process(
             target=worker.serve,
             args=(theirs, role, way.base, config, payload, peer, ENVIRONMENT, str(log)),
@@ -59,33 +61,46 @@ class _Process:
 
     def send(self, name: str, *arguments: Any) -> None:
         try:
-            self._commands.send((name, arguments))
+            self.commands.send((name, arguments))
         except OSError as error:
-            raise self._failed("has ended") from error
+            raise self.failed(self._end()) from error
 
     def answer(self, seconds: float = ANSWER_SECONDS) -> Any:
-        if not self._commands.poll(seconds):
-            raise self._failed(f"no answer within {seconds:g} s")
+        if not self.commands.poll(seconds):
+            raise self.failed(f"no answer within {seconds:g} s")
         try:
-            verdict, value = self._commands.recv()
+            verdict, value = self.commands.recv()
         except (EOFError, OSError):
-            raise self._failed("has ended") from None
+            raise self.failed(self._end()) from None
         if verdict != "ok":
-            raise self._failed(value)
+            raise self.failed(value)
         return value
 
-    def _failed(self, why: str) -> BenchError:
+    def check(self) -> None:
+        """Raises BenchError where the process has ended, or does in this moment."""
+        self._process.join(_END_SECONDS)
+        if self._process.exitcode is not None:
+            raise self.failed(self._end())
+
+    def _end(self) -> str:
+        self._process.join(_END_SECONDS)
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            return "was killed, as the kernel does where memory is short: fewer ways or a smaller size need less"
+        return "has ended" if code is None else f"has ended with exit status {code}"
+
+    def failed(self, why: str) -> BenchError:
         words = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
         return BenchError("\n".join([f"{self._what}: {why}", *words]))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self._commands.send(("close", ()))
+            self.commands.send(("close", ()))
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
             self._process.join(10)
-        self._commands.close()
+        self.commands.close()
 
 
 class Pair:
@@ -136,17 +151,7 @@ class Pair:
         self._number += count
         self._receiver.send("run", run)
         self._sender.send("run", run)
-        problems = []
-        sides: list[Side] = []
-        for process in (self._receiver, self._sender):
-            try:
-                sides.append(process.answer())
-            except BenchError as error:
-                problems.append(str(error))
-                break  # the other one waits for it
-        if problems:
-            raise BenchError("; ".join(problems))
-        language, encoder = sides
+        language, encoder = self._sides()
         seconds = [end - begin for begin, end in zip(encoder.times, language.times, strict=True)]
         return Result(
             way=self.way.name,
@@ -159,6 +164,25 @@ class Pair:
             language=_costs(language),
             round=round_number,
         )
+
+    def _sides(self) -> tuple[Side, Side]:
+        """What the language and the encoder process measured. Raises BenchError of the first one that fails, or of one
+        that has ended: the other may only miss it."""
+        both = (self._receiver, self._sender)
+        sides: dict[_Process, Side] = {}
+        until = time.monotonic() + ANSWER_SECONDS
+        while waiting := [process for process in both if process not in sides]:
+            ready = wait([process.commands for process in waiting], max(0.0, until - time.monotonic()))
+            if not ready:
+                raise waiting[0].failed(f"no answer within {ANSWER_SECONDS:g} s")
+            process = next(process for process in waiting if process.commands in ready)
+            try:
+                sides[process] = process.answer()
+            except BenchError:
+                for one in both:
+                    one.check()
+                raise
+        return sides[self._receiver], sides[self._sender]
 
     def park(self, count: int, nbytes: int) -> None:
         """Announce ``count`` rooms that no request claims."""

@@ -16,6 +16,7 @@ import zmq
 
 from sglang_mm_conn.bench.ways.base import DTYPE, HOST, Config, Room
 from sglang_mm_conn.bench.ways.connector import pool_blocks
+from sglang_mm_conn.bench.ways.plain import PlainSender
 from sglang_mm_conn.memory.copying import copy_pieces
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
@@ -39,27 +40,18 @@ def _pair() -> tuple[zmq.Context[Any], zmq.Socket[Any]]:
     return context, socket
 
 
-class BareSender:
+class BareSender(PlainSender):
     def __init__(self, config: Config) -> None:
+        super().__init__()
         count, self._slot_bytes = _slots(config)
         self._free = deque(range(count))
         self._pool_bytes = count * self._slot_bytes
-        self._ended: list[str] = []
         self._context, self._socket = _pair()
-
-    def hello(self) -> dict[str, Any]:
-        return {}
 
     def connect(self, peer: Mapping[str, Any]) -> None:
         self._segment = AttachedSegment(peer["segment"], peer["nonce"], self._pool_bytes, 0)
         self._pool = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES:]
         self._socket.connect(f"tcp://{HOST}:{peer['port']}")
-
-    def prepare(self, room: Room) -> None:
-        """Nothing can be done ahead."""
-
-    def prepared(self, room: Room) -> bool:
-        return True
 
     def go(self, room: Room, tensor: torch.Tensor) -> None:
         source = tensor.reshape(-1).view(torch.uint8)
@@ -73,7 +65,7 @@ class BareSender:
             self._socket.send(_WRITTEN.pack(slot, nbytes, last))
             while not last and self._hear():
                 pass
-        self._ended.append(room.name)
+        self.ended.append(room.name)
 
     def _hear(self) -> bool:
         """Whether a slot became free; else the window that was written has been read."""
@@ -82,10 +74,6 @@ class BareSender:
             return False
         self._free.append(answer[0])
         return True
-
-    def wait(self, timeout: float) -> list[str]:
-        ended, self._ended = self._ended, []
-        return ended
 
     def close(self) -> None:
         self._context.destroy(linger=0)

@@ -33,21 +33,14 @@ def recv_exactly(connection: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
-class SlotSender:
-    """Waits for a free slot, writes the tensor into it (``write``), then says so."""
+class PlainSender:
+    """Does nothing ahead, and has sent a room when its ``go`` returns, which names it in ``ended``."""
 
-    def __init__(self, config: Config) -> None:
-        self._slots = config.in_flight
-        self._ended: list[str] = []
-        self._free = deque(range(config.in_flight))
-        self.connection: socket.socket
+    def __init__(self) -> None:
+        self.ended: list[str] = []
 
     def hello(self) -> dict[str, Any]:
         return {}
-
-    def connect(self, peer: Mapping[str, Any]) -> None:
-        self.connection = socket.create_connection((HOST, peer["port"]))
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def prepare(self, room: Room) -> None:
         """Nothing can be done ahead."""
@@ -55,11 +48,28 @@ class SlotSender:
     def prepared(self, room: Room) -> bool:
         return True
 
+    def wait(self, timeout: float) -> list[str]:
+        ended, self.ended = self.ended, []
+        return ended
+
+
+class SlotSender(PlainSender):
+    """Waits for a free slot, writes the tensor into it (``write``), then says so."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._free = deque(range(config.in_flight))
+        self.connection: socket.socket
+
+    def connect(self, peer: Mapping[str, Any]) -> None:
+        self.connection = socket.create_connection((HOST, peer["port"]))
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
     def go(self, room: Room, tensor: torch.Tensor) -> None:
         while not self._free or select.select([self.connection], [], [], 0)[0]:
             self._free.append(recv_exactly(self.connection, 1)[0])
         self.send(self._free.popleft(), tensor.reshape(-1).view(torch.uint8))
-        self._ended.append(room.name)
+        self.ended.append(room.name)
 
     def send(self, slot: int, source: torch.Tensor) -> None:
         self.write(slot, source)
@@ -67,10 +77,6 @@ class SlotSender:
 
     def write(self, slot: int, source: torch.Tensor) -> None:
         raise NotImplementedError
-
-    def wait(self, timeout: float) -> list[str]:
-        ended, self._ended = self._ended, []
-        return ended
 
     def close(self) -> None:
         self.connection.close()
