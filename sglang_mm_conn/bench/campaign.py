@@ -3,9 +3,11 @@ the machine does hits all alike; then the special cases."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,10 +125,9 @@ def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> Non
     outcome.specials.extend(_small_rooms(plan, outcome))
     for number, way in enumerate(ways):
         if way.base in CONNECTOR:
-            say(f"{way.name}: one room among parked rooms", number / len(ways))
+            say(f"{way.name}: one room among parked rooms", 0.5 * number / len(ways))
             outcome.specials.extend(_among_parked(plan, way, key_file))
-        say(f"{way.name}: first use of a pool", (number + 0.5) / len(ways))
-        outcome.specials.extend(_first_use(plan, way, key_file))
+    outcome.specials.extend(_first_use(plan, ways, key_file, lambda text, part: say(text, 0.5 + 0.5 * part)))
 
 
 def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
@@ -171,24 +172,30 @@ def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:
     ]
 
 
-def _first_use(plan: Plan, way: Way, key_file: str) -> list[Special]:
-    """Of a pool, in processes that have moved smaller rooms before, so that their code has run; and of processes."""
+def _first_use(plan: Plan, ways: Sequence[Way], key_file: str, say: Say) -> list[Special]:
+    """Of a pool, in processes that have moved smaller rooms before, so that their code has run; and of processes. The
+    ways take turns, so that what the machine does meanwhile hits all alike."""
     nbytes = 16 * MIB
     config = Config(nbytes=nbytes, width=plan.width, in_flight=1, block_size=plan.block_size)
     payload = PayloadFile(nbytes)
-    specials = []
+    cases = {"in a new pool, after four of 4 MiB": 4, "of new processes": 0}
+    first: dict[tuple[Way, str], list[float]] = defaultdict(list)
+    later: dict[tuple[Way, str], list[float]] = defaultdict(list)
+    repeats = 9 if plan.quick else 15
     with ExitStack() as stack:
         stack.callback(payload.close)
-        for what, small_ones in (("in a new pool, after four of 4 MiB", 4), ("of new processes", 0)):
-            first: list[float] = []
-            later: list[float] = []
-            for _ in range(5 if plan.quick else 10):
+        for number in range(repeats):
+            say("first use of a pool, and of processes", number / repeats)
+            for way, (case, small_ones) in itertools.product(ways, cases.items()):
                 with Pair(way, config, (payload.path, nbytes, 1), key_file) as pair:
                     for _ in range(small_ones):
                         pair.run(1, 4 * MIB)
-                    first += pair.run(1, nbytes).seconds
-                    later += pair.run(8, nbytes).seconds
-            case = f"16 MiB room, the first one {what}, compared with the next eight: p50"
-            times = (statistics.median(later) * 1e3, statistics.median(first) * 1e3)
-            specials.append(Special(case, way.name, "ms", *times))
-    return specials
+                    first[way, case] += pair.run(1, nbytes).seconds
+                    later[way, case] += pair.run(8, nbytes).seconds
+    return [
+        Special(
+            f"16 MiB room, the first one {case}, compared with the next eight: p50", way.name, "ms",
+            statistics.median(later[way, case]) * 1e3, statistics.median(first[way, case]) * 1e3,
+        )
+        for way, case in first
+    ]  # fmt: skip
