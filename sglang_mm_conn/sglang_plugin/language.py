@@ -38,6 +38,7 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
+from sglang_mm_conn.sglang_plugin.idle import wake_on
 from sglang_mm_conn.sglang_plugin.names import BACKEND, is_ours, server_incarnation
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class SchedulerReceiver(MMReceiverHTTP):
         self.manager.language.completions.clear()  # before the rooms are looked at, so that no ring is lost
         if not self._joined_scheduler:  # it is complete now; it was not when it made this object
             self._joined_scheduler = True
-            self._wake_scheduler_on_completion()
+            wake_on(self.scheduler, self.manager.language.completions.fileno(), lambda: bool(self.waiting_list))
             self._report_in_server_info()
         received = [request for request in recv_reqs if not self._is_stale_error(request)]
         requests, aborted = self._process_waiting_requests(received, WaitingEmbeddingRequest, manager=self.manager)
@@ -216,19 +217,6 @@ class SchedulerReceiver(MMReceiverHTTP):
             return False
         waiting = self.waiting_by_rid.get(request.rid)
         return waiting is not None and _tag(waiting.room_base) not in request.error_msg
-
-    def _wake_scheduler_on_completion(self) -> None:
-        """With --sleep-on-idle the scheduler polls only its own sockets, once a second: add the end of a room.
-
-        Only rank 0 sleeps (sglang's init_idle_sleeper). The other ranks wait for its broadcast of requests at the
-        beginning of every tick (SchedulerRequestReceiver), so they tick when it does and need no wake of their own.
-        """
-        sleeper = getattr(self.scheduler, "idle_sleeper", None)
-        assert self.manager.language is not None
-        if sleeper is not None and hasattr(sleeper, "poller"):
-            import zmq
-
-            sleeper.poller.register(self.manager.language.completions.fileno(), zmq.POLLIN)
 
     def _report_in_server_info(self) -> None:
         """``GET /server_info`` says what the pool and the rooms are doing: in ``internal_states``, by our name."""

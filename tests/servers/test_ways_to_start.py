@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from sglang_mm_conn.demo.launch import Launch
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.servers import Server, free_port
 from sglang_mm_conn.demo.timeline import received
-from tests.servers.watch import wait_until
+from tests.servers.watch import cpu_seconds, report, wait_until
 
 ENV = {
     "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
@@ -79,6 +80,27 @@ def test_overlap_schedule_chunked_prefill_adaptive_dispatch_and_the_encoders_cac
             assert ask(language.url, SEVERAL).same_as(right[QUESTIONS.index(SEVERAL)])
         assert list(tmp_path.glob("**/*.trace.json*"))
         assert encoder.ready(), "its health check encodes an image"
+
+
+def test_an_idle_scheduler_sleeps_while_a_request_waits_for_its_embedding(
+    encoder: Server, reference: Callable[..., Any], tmp_path: Path
+) -> None:
+    """sglang's own would spin: a core's time for as long as the embedding takes."""
+    right = reference("qwen2_5_vl").answer(ONE_IMAGE)
+    with _language(encoder, tmp_path, overlap=True) as language, ThreadPoolExecutor(1) as client:
+        language.wait_ready()
+        assert ask(language.url, ONE_IMAGE).same_as(right)
+        encoder.signal(signal.SIGSTOP)
+        try:
+            answer = client.submit(ask, language.url, ONE_IMAGE)
+            wait_until(lambda: bool(report(language)["rooms"]), "the request waits", 30)
+            before = cpu_seconds(language)
+            time.sleep(2)
+            spent = cpu_seconds(language) - before
+        finally:
+            encoder.signal(signal.SIGCONT)
+        assert answer.result().same_as(right)
+    assert spent < 1.0, f"{spent:.2f} s of processor time in 2 s of waiting"
 
 
 def test_engine_in_a_python_program(encoder: Server, reference: Callable[..., Any], tmp_path: Path) -> None:

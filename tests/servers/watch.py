@@ -84,6 +84,15 @@ def pids_of(server: Server) -> list[int]:
     return found
 
 
+def cpu_seconds(server: Server) -> float:
+    """Processor time that its processes have spent."""
+    ticks = 0
+    for pid in pids_of(server):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def segments_of(server: Server) -> set[str]:
     """Names of the connector's segments that its processes map."""
     found: set[str] = set()
