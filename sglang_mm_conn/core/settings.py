@@ -141,6 +141,11 @@ class Settings:
         "memory of finished embeddings that a language server keeps to use again (fresh memory is several times slower "
         "to fill); 0: none",
     )
+    heap_kept_bytes: int = _setting(
+        "SGLANG_MM_CONN_HEAP_KEPT_BYTES", 256 << 20, _integer(0, (1 << 31) - 1),
+        "freed memory that stays in an encoder's or scheduler's heap for the next request, instead of going to the "
+        "kernel and coming back page by page; 0, or a MALLOC_ variable of glibc's: as glibc has it",
+    )
     movers: int = _setting(
         "SGLANG_MM_CONN_MOVERS", 2, _integer(1, 64),
         "threads of a language server that move rows out of blocks",

@@ -29,6 +29,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "staging_bytes": ("1048576", 1 << 20),
     "view_percent": ("0", 0),
     "result_cache_bytes": ("0", 0),
+    "heap_kept_bytes": ("0", 0),
     "movers": ("4", 4),
     "heartbeat": ("0.5", 0.5),
     "peer_timeout": ("20", 20.0),
@@ -47,7 +48,7 @@ CHOICES = {
     "pool_device": "cpu, cuda",
     "embedding_device": "cpu, cuda",
 }
-FROM_ZERO = {"view_percent", "result_cache_bytes"}
+FROM_ZERO = {"view_percent", "result_cache_bytes", "heap_kept_bytes"}
 SECONDS = {"heartbeat", "peer_timeout", "claim_timeout", "doubt_patience"}
 
 

@@ -1,0 +1,60 @@
+"""The heap: what one request frees is there for the next, unless somebody decided otherwise."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from sglang_mm_conn.memory.heap import keep_freed
+
+# Faults of one request's worth of memory that is freed together, after some that came before. Straight from malloc:
+# whether torch's happens to be at the very end of the heap differs from process to process.
+REQUESTS = """
+import ctypes, os, resource, sys
+from sglang_mm_conn.memory.heap import keep_freed
+print(keep_freed(int(sys.argv[1]), os.environ))
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+for number in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    memory = [libc.malloc(8 << 20) for _ in range(6)]
+    for one in memory:
+        ctypes.memset(one, 1, 8 << 20)
+    for one in memory:
+        libc.free(one)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+PAGES = 6 * (8 << 20) // 4096
+
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+
+
+def faults(nbytes: int) -> tuple[bool, int]:
+    run = subprocess.run(
+        [sys.executable, "-c", REQUESTS, str(nbytes)], capture_output=True, text=True, timeout=120, check=True
+    )
+    kept, faults = run.stdout.split()
+    return kept == "True", int(faults)
+
+
+def test_memory_that_one_request_frees_costs_the_next_no_page_faults() -> None:
+    kept, with_it = faults(256 << 20)
+    assert kept and with_it < PAGES // 10
+    kept, without = faults(0)
+    assert not kept and without > PAGES // 2, "or there is nothing to be gained by it"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "1"},
+        {"MALLOC_MMAP_THRESHOLD_": "262144"},
+        {"MALLOC_TOP_PAD_": "0"},
+        {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x40000:glibc.malloc.trim_threshold=1"},
+    ],
+)
+def test_what_the_user_decided_for_the_allocator_is_left_alone(environ: dict[str, str]) -> None:
+    assert not keep_freed(256 << 20, environ)
