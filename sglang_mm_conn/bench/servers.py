@@ -48,7 +48,7 @@ _ENVIRONMENT = {
 }
 HEADINGS = (
     "transport", "alone p50 ms", "alone p99 ms", f"requests/s, {CLIENTS} clients", "worst and best round",
-    f"p50 ms, {CLIENTS} clients",
+    f"p50 ms, {CLIENTS} clients", "page faults per request",
 )  # fmt: skip
 
 
@@ -57,11 +57,13 @@ _OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plot
 
 @dataclass(frozen=True)
 class Turn:
-    """What one transport did in one round: the seconds of each request, and of all those of the crowd together."""
+    """What one transport did in one round: the seconds of each request, and of all those of the crowd together, and
+    the pages that the servers' processes were given meanwhile."""
 
     alone: tuple[float, ...]
     crowd: tuple[float, ...]
     crowd_took: float
+    crowd_faults: int
 
     @property
     def rate(self) -> float:
@@ -86,6 +88,7 @@ class Figures:
             f"{statistics.median(rates):.2f}",
             f"{min(rates):.2f} to {max(rates):.2f}",
             f"{statistics.median(crowd) * 1e3:.0f}",
+            f"{statistics.median(turn.crowd_faults / len(turn.crowd) for turn in self.turns):,.0f}",
         )
 
 
@@ -220,10 +223,16 @@ def _turn(group: ServerGroup, name: str, questions: Iterator[Question], alone: i
         return time.monotonic() - begin
 
     one_by_one = tuple(map(seconds, asked[:alone]))
-    begin = time.monotonic()
+    begin, faults = time.monotonic(), _faults(group)
     with ThreadPoolExecutor(CLIENTS) as clients:
         together = tuple(clients.map(seconds, asked[alone:]))
-    return Turn(one_by_one, together, time.monotonic() - begin)
+    return Turn(one_by_one, together, time.monotonic() - begin, _faults(group) - faults)
+
+
+def _faults(group: ServerGroup) -> int:
+    """Minor page faults of all its processes so far."""
+    pids = [pid for server in group.servers for pid in server.pids()]
+    return sum(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7]) for pid in pids)
 
 
 def _ask(group: ServerGroup, question: Question, backend: str) -> Answer:

@@ -1,5 +1,6 @@
 """Owns real sglang server processes: their ports, logs, readiness and end."""
 
+import contextlib
 import os
 import random
 import shlex
@@ -103,6 +104,15 @@ class Server:
     def wait_ready(self, timeout: float = READY_TIMEOUT) -> float:
         """Seconds from start to the first healthy answer."""
         return wait_ready([self], timeout)[0]
+
+    def pids(self) -> list[int]:
+        """All its processes: those of its process group."""
+        found = []
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(int(name)) == self.pid:
+                    found.append(int(name))
+        return found
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the server's process and its children, say SIGSTOP to freeze it or SIGKILL to crash it."""

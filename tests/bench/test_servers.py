@@ -4,7 +4,7 @@ from sglang_mm_conn.bench.servers import Figures, Turn, comparisons
 
 
 def turn(alone: float, rate: float) -> Turn:
-    return Turn((alone,) * 3, (1.0,) * 8, 8 / rate)
+    return Turn((alone,) * 3, (1.0,) * 8, 8 / rate, int(8e4 / rate))
 
 
 def test_transports_are_compared_within_rounds_so_that_noise_hits_all_alike() -> None:
@@ -18,4 +18,4 @@ def test_transports_are_compared_within_rounds_so_that_noise_hits_all_alike() ->
 
 def test_a_row_shows_all_requests_alone_and_the_median_worst_and_best_rate_of_the_rounds() -> None:
     figures = Figures("mooncake", [turn(0.1, 10), turn(0.3, 20), turn(0.2, 60)])
-    assert figures.cells() == ("mooncake", "200", "300", "20.00", "10.00 to 60.00", "1000")
+    assert figures.cells() == ("mooncake", "200", "300", "20.00", "10.00 to 60.00", "1000", "500")

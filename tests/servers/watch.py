@@ -73,21 +73,10 @@ def is_idle(language: Server) -> bool:
     return not now["rooms"] and not now["unclaimed"] and now["free"] == now["blocks"] and not requests_in(language)
 
 
-def pids_of(server: Server) -> list[int]:
-    """Its processes: all that are in its process group."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(ProcessLookupError):
-                if os.getpgid(int(name)) == server.pid:
-                    found.append(int(name))
-    return found
-
-
 def cpu_seconds(server: Server) -> float:
     """Processor time that its processes have spent."""
     ticks = 0
-    for pid in pids_of(server):
+    for pid in server.pids():
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -96,7 +85,7 @@ def cpu_seconds(server: Server) -> float:
 def segments_of(server: Server) -> set[str]:
     """Names of the connector's segments that its processes map."""
     found: set[str] = set()
-    for pid in pids_of(server):
+    for pid in server.pids():
         with contextlib.suppress(OSError):
             found |= {PREFIX + name for name in _SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text())}
     return found
@@ -114,7 +103,7 @@ class Holdings:
     @classmethod
     def of(cls, server: Server) -> Holdings:
         rss = descriptors = sockets = threads = 0
-        for pid in pids_of(server):
+        for pid in server.pids():
             status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
             rss += int(status["VmRSS"].split()[0])
             threads += int(status["Threads"])
