@@ -7,7 +7,6 @@ embedding part is a *room*: the encoder makes an EmbeddingSender for it, the lan
 from __future__ import annotations
 
 import enum
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.device import device_of
-from sglang_mm_conn.memory.heap import keep_freed
 from sglang_mm_conn.memory.results import PrivateResult, ResultMaker, SharedResult
 
 
@@ -100,7 +98,6 @@ class EmbeddingManager(BaseKVManager):
         self.encoder: EncoderEndpoint | None = None
         self.language: LanguageEndpoint | FollowerEndpoint | None = None
         self.senders: dict[str, EmbeddingSender] = {}
-        keep_freed(args.settings.heap_kept_bytes, os.environ)
         runtime = Runtime(device_of(args.device, args.settings))
         if disaggregation_mode is EmbeddingMode.ENCODE:
             self.encoder = EncoderEndpoint(

@@ -150,7 +150,7 @@ def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
 
 def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:
     nbytes = 64 * KIB
-    rooms, rounds = 100, 5 if plan.quick else max(10, plan.rounds)  # one late room in a hundred is within the p99
+    rooms, rounds = 100, 5 if plan.quick else max(10, plan.rounds)  # the p99 leaves out five of 500
     config = Config(nbytes=nbytes, width=plan.width, in_flight=1, block_size=plan.block_size)
     payload = PayloadFile(nbytes)
     seconds: dict[int, list[float]] = {FEW_PARKED: [], MANY_PARKED: []}
@@ -173,8 +173,8 @@ def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:
 
 
 def _first_use(plan: Plan, ways: Sequence[Way], key_file: str, say: Say) -> list[Special]:
-    """Of a pool, in processes that have moved smaller rooms before, so that their code has run; and of processes. The
-    ways take turns, so that what the machine does meanwhile hits all alike."""
+    """The first room in a new pool, in processes that have moved smaller ones, so that their code has run; and the
+    first one of new processes. The ways take turns, so that what the machine does meanwhile hits all alike."""
     nbytes = 16 * MIB
     config = Config(nbytes=nbytes, width=plan.width, in_flight=1, block_size=plan.block_size)
     payload = PayloadFile(nbytes)

@@ -22,7 +22,8 @@ from sglang_mm_conn.core.rooms import new_id
 
 START_SECONDS = 600.0  # sglang's import alone takes half a minute, and many times that on a busy machine
 ANSWER_SECONDS = 300.0
-_END_SECONDS = 0.5  # from the end of a process's pipe to its own
+_END_SECONDS = 10.0  # from the end of a process's pipe to its own, and to the word of it
+_GLANCE_SECONDS = 0.5  # for a process to end of which only the other one tells as yet
 _LAST_LINES = 12
 
 _context = multiprocessing.get_context("forkserver")
@@ -77,9 +78,9 @@ class _Process:
         return value
 
     def check(self) -> None:
-        """Raises BenchError where the process has ended, or does in this moment."""
-        self._process.join(_END_SECONDS)
-        if self._process.exitcode is not None:
+        """Raises BenchError where the process has ended, or does in this moment, without a word about why."""
+        self._process.join(_GLANCE_SECONDS)
+        if self._process.exitcode:
             raise self.failed(self._end())
 
     def _end(self) -> str:
@@ -87,7 +88,9 @@ class _Process:
         code = self._process.exitcode
         if code == -signal.SIGKILL:
             return "was killed, as the kernel does where memory is short: fewer ways or a smaller size need less"
-        return "has ended" if code is None else f"has ended with exit status {code}"
+        if code is None:
+            return "has ended"
+        return f"has ended with exit status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
     def failed(self, why: str) -> BenchError:
         words = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
@@ -123,16 +126,12 @@ class Pair:
     def start(self) -> None:
         """Wait until both have opened their ends, and connect them."""
         try:
-            hellos = [process.answer(START_SECONDS) for process in (self._sender, self._receiver)]
-            self.server = hellos[1].get("server", self.server)
-            self._sender.send("connect", hellos[1])
-            self._receiver.send("connect", hellos[0])
-            self.facts = {
-                **self._sender.answer(),
-                "encoder_pid": hellos[0]["pid"],
-                "language_pid": hellos[1]["pid"],
-            }
-            self._receiver.answer()
+            language, encoder = self._both(START_SECONDS)
+            self.server = language.get("server", self.server)
+            self._sender.send("connect", language)
+            self._receiver.send("connect", encoder)
+            _, facts = self._both()
+            self.facts = {**facts, "encoder_pid": encoder["pid"], "language_pid": language["pid"]}
         except BaseException:
             self.close()
             raise
@@ -151,7 +150,9 @@ class Pair:
         self._number += count
         self._receiver.send("run", run)
         self._sender.send("run", run)
-        language, encoder = self._sides()
+        language: Side
+        encoder: Side
+        language, encoder = self._both()
         seconds = [end - begin for begin, end in zip(encoder.times, language.times, strict=True)]
         return Result(
             way=self.way.name,
@@ -165,24 +166,25 @@ class Pair:
             round=round_number,
         )
 
-    def _sides(self) -> tuple[Side, Side]:
-        """What the language and the encoder process measured. Raises BenchError of the first one that fails, or of one
+    def _both(self, seconds: float = ANSWER_SECONDS) -> tuple[Any, Any]:
+        """What the language and the encoder process answer. Raises BenchError of the first one that fails, or of one
         that has ended: the other may only miss it."""
         both = (self._receiver, self._sender)
-        sides: dict[_Process, Side] = {}
-        until = time.monotonic() + ANSWER_SECONDS
-        while waiting := [process for process in both if process not in sides]:
+        answers: dict[_Process, Any] = {}
+        until = time.monotonic() + seconds
+        while waiting := [process for process in both if process not in answers]:
             ready = wait([process.commands for process in waiting], max(0.0, until - time.monotonic()))
             if not ready:
-                raise waiting[0].failed(f"no answer within {ANSWER_SECONDS:g} s")
+                raise waiting[0].failed(f"no answer within {seconds:g} s")
             process = next(process for process in waiting if process.commands in ready)
             try:
-                sides[process] = process.answer()
+                answers[process] = process.answer()
             except BenchError:
-                for one in both:
-                    one.check()
+                for other in both:
+                    if other is not process:
+                        other.check()
                 raise
-        return sides[self._receiver], sides[self._sender]
+        return answers[self._receiver], answers[self._sender]
 
     def park(self, count: int, nbytes: int) -> None:
         """Announce ``count`` rooms that no request claims."""

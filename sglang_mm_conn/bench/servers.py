@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,16 +223,20 @@ def _turn(group: ServerGroup, name: str, questions: Iterator[Question], alone: i
         return time.monotonic() - begin
 
     one_by_one = tuple(map(seconds, asked[:alone]))
-    begin, faults = time.monotonic(), _faults(group)
+    faults, begin = _faults(group), time.monotonic()
     with ThreadPoolExecutor(CLIENTS) as clients:
         together = tuple(clients.map(seconds, asked[alone:]))
-    return Turn(one_by_one, together, time.monotonic() - begin, _faults(group) - faults)
+    took = time.monotonic() - begin
+    return Turn(one_by_one, together, took, _faults(group) - faults)
 
 
 def _faults(group: ServerGroup) -> int:
     """Minor page faults of all its processes so far."""
-    pids = [pid for server in group.servers for pid in server.pids()]
-    return sum(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7]) for pid in pids)
+    faults = 0
+    for pid in [pid for server in group.servers for pid in server.pids()]:
+        with suppress(FileNotFoundError):  # it has ended meanwhile
+            faults += int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+    return faults
 
 
 def _ask(group: ServerGroup, question: Question, backend: str) -> Answer:

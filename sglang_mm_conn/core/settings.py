@@ -143,8 +143,9 @@ class Settings:
     )
     heap_kept_bytes: int = _setting(
         "SGLANG_MM_CONN_HEAP_KEPT_BYTES", 256 << 20, _integer(0, (1 << 31) - 1),
-        "freed memory that stays in an encoder's or scheduler's heap for the next request, instead of going to the "
-        "kernel and coming back page by page; 0, or a MALLOC_ variable of glibc's: as glibc has it",
+        "freed memory that may stay at the end of the heap of each encoder and scheduler process for the next request; "
+        "more goes to the kernel as a whole, and comes back page by page; tensors of 32 MiB and more are elsewhere; "
+        "0, or a choice of the user's (MALLOC_TRIM_THRESHOLD_ and the like): as glibc has it",
     )
     movers: int = _setting(
         "SGLANG_MM_CONN_MOVERS", 2, _integer(1, 64),

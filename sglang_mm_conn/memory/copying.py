@@ -85,8 +85,7 @@ def copy_pieces(pieces: Iterable[Piece]) -> None:
 
 def warm_up() -> None:
     """Copy a little as large copies are made, from and to scattered rows: what runs for the first time in a process is
-    slower, and should not be part of a request. (Without it, ``bench``'s first 16 MiB after four rooms of 4 MiB, which
-    are too small for rows, took 1.4 times as long as later ones, and 1.2 with it: as a bare copy does.)"""
+    slower, and should not be part of a request (the special cases of ``bench`` compare the first with later ones)."""
     one, other = torch.zeros(2, HOLD_GIL_BELOW, dtype=torch.uint8)
     ascending = range(0, one.numel(), _SMALL_UNIT)
     for targets, sources in (ascending, reversed(ascending)), (reversed(ascending), ascending):

@@ -21,6 +21,7 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.heap import keep_freed
 from sglang_mm_conn.sglang_plugin.addresses import bind_address, reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import FLAG, is_ours
@@ -85,6 +86,7 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
     from sglang.srt.runtime_context import get_serving
 
     settings, host = Settings.from_env(os.environ), get_serving().host
+    keep_freed(settings.heap_kept_bytes, os.environ)
     _manager = self.conn_multimodal = EmbeddingManager(
         EmbeddingArgs(
             settings=replace(settings, host=settings.host or reached_at(host)),

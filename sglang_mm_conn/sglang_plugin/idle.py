@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
-from sglang.srt.runtime_context import get_parallel
 
-# For what wakes nobody: the timeout of a request, and whatever sglang does in a tick that we do not know of.
+# For what wakes nobody: the timeout of a request, another rank's failure, and whatever sglang does in a tick that we do
+# not know of.
 _LONGEST_MS = 10
 
 
@@ -45,10 +45,9 @@ def wake_on(scheduler: Any, descriptor: int, waits: Callable[[], bool]) -> None:
 
 
 def _install(scheduler: Any, waits: Callable[[], bool]) -> WaitingSleeper | None:
-    channels, parallel = scheduler.ipc_channels, get_parallel()
+    channels = scheduler.ipc_channels
     requests = channels.recv_from_tokenizer  # None on other ranks
-    # Ranks of attention's data parallelism, and the stages of a pipeline, wait for one another in every tick.
-    if not isinstance(requests, zmq.Socket) or parallel.attn_dp_size > 1 or parallel.pp_size > 1:
+    if not isinstance(requests, zmq.Socket):
         return None
     sleeper = WaitingSleeper(waits)
     for socket in (requests, channels.recv_from_rpc):

@@ -36,6 +36,7 @@ from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_sta
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.memory.heap import keep_freed
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.idle import wake_on
@@ -170,9 +171,11 @@ class SchedulerReceiver(MMReceiverHTTP):
         self.waiting_by_rid: dict[str, WaitingEmbeddingRequest] = {}
         self.scheduler_recv_socket = self.scheduler_context = self.scheduler_embedding_port = None
         self._init_mm_processor(server_args, hf_config, model_config=scheduler.model_config)
+        settings = Settings.from_env(os.environ)
+        keep_freed(settings.heap_kept_bytes, os.environ)
         self.manager = EmbeddingManager(
             EmbeddingArgs(
-                settings=Settings.from_env(os.environ),
+                settings=settings,
                 dtype=dtype,
                 row_bytes=_widest_row(scheduler.model_config) * dtype.itemsize,
                 host=self.hostname,

@@ -87,6 +87,7 @@ NEEDED = (
     f"{_ENCODER}.server.MMEncoder.release_request",
     f"{_ENCODER}.http_server.app",
     "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep",
+    "sglang.srt.managers.scheduler_components.ipc_channels.SchedulerIpcChannels",
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
 )
 

@@ -43,7 +43,8 @@ def encoder(
 
 
 def _language(encoder: Server, directory: Path, **options: Any) -> Server:
-    return Server(Launch("language", encoder.launch.model, encoder_urls=(encoder.url,), env=ENV, **options), directory)
+    options = {"env": ENV, **options}
+    return Server(Launch("language", encoder.launch.model, encoder_urls=(encoder.url,), **options), directory)
 
 
 def _cache_hits(encoder: Server) -> float:
@@ -87,8 +88,11 @@ def test_an_idle_scheduler_sleeps_while_a_request_waits_for_its_embedding(
 ) -> None:
     """sglang's own would spin: a core's time for as long as the embedding takes."""
     right = reference("qwen2_5_vl").answer(ONE_IMAGE)
-    with _language(encoder, tmp_path, overlap=True) as language, ThreadPoolExecutor(1) as client:
+    env = {**ENV, "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS": "120"}  # a frozen encoder is not lost
+    with _language(encoder, tmp_path, overlap=True, env=env) as language, ThreadPoolExecutor(1) as client:
         language.wait_ready()
+        for server in (encoder, language):
+            assert "MiB of freed memory may stay in the heap" in server.log(), server.name
         assert ask(language.url, ONE_IMAGE).same_as(right)
         encoder.signal(signal.SIGSTOP)
         try:
