@@ -41,6 +41,7 @@ class Plan:
     block_size: int = 128
     quick: bool = False
     special: bool = True
+    device: str = "cpu"  # where embeddings begin and end
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def carry_out(plan: Plan, say: Say, outcome: Outcome) -> None:
     """Adds to ``outcome`` as it goes. Raises BenchError where a way does not start, fails, or delivers wrong bytes."""
     from sglang_mm_conn.control.authentication import generate
 
-    warm_up(stock=any(way.base in STOCK for way in plan.ways))
+    warm_up(stock=any(way.base in STOCK for way in plan.ways), device=plan.device)
     with tempfile.TemporaryDirectory(prefix="sglang-mm-conn-bench-") as directory:
         key_file = str(Path(directory) / "key")
         generate(key_file)
@@ -93,7 +94,7 @@ def _share(say: Say, step: int, steps: int) -> Say:
 def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: Outcome, say: Say) -> None:
     work = effort(nbytes, quick=plan.quick)
     in_flight = max([1, *(flow for flow, _ in work.flows)])
-    config = Config(nbytes=nbytes, width=plan.width, in_flight=in_flight, block_size=plan.block_size)
+    config = Config(nbytes, plan.width, in_flight, plan.block_size, device=plan.device)
     payload = PayloadFile(nbytes * in_flight)
     with ExitStack() as stack:
         stack.callback(payload.close)

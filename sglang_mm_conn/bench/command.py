@@ -37,7 +37,10 @@ ways:
   engine             the Mooncake engine's own write, at its best piece size
 shm and mooncake take variations, joined by +: key (secured by a deployment key), fragmented (no two free blocks lie
 side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks); bare
-takes windows and copied
+takes windows and copied; with --device cuda mooncake takes gpu_pool (pool and staging memory on the GPU)
+
+With --device cuda embeddings begin and end on the GPU. memcpy, the limit, is then one copy off it into pinned shared
+memory and one from there onto it.
 
 A room's time begins when its tensor is ready in the encoder process, its size having been announced before, and ends
 when its tensor is ready in the language process. rooms/s counts everything that a room costs, from its announcement.
@@ -91,6 +94,10 @@ def add_parser(subparsers: Any) -> None:
         "GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=SIZE does for a server (glibc on x86; its own default is "
         "far larger). memcpy, the limit, is torch's copy, which knows nothing of it",
     )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"),
+        help="where embeddings begin and end (default: cpu); cuda leaves the special cases out",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures into DIR")
     parser.add_argument(
@@ -137,6 +144,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
         chosen = [ways.parse(name) for name in args.ways.split(",")]
     except ValueError as error:
         raise ValueError(f"--ways: {error}") from None
+    if args.ways == WAYS and args.device == "cuda":
+        chosen = [way for way in chosen if way.base in ways.ON_GPU] + [ways.parse("mooncake+gpu_pool")]
     if args.ways == WAYS and ways.STOCK_CANNOT_PICKLE:
         chosen = [way for way in chosen if way.base not in ways.STOCK]
     for variation in ("fragmented", "windows", "copied"):
@@ -145,6 +154,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
             chosen += [
                 ways.Way(base, (variation,)) for base in bases if base in ways.CONNECTOR or ways.Way(base) in chosen
             ]
+    for way in chosen:
+        if args.device == "cuda" and way.base not in ways.ON_GPU:
+            raise ValueError(f"--ways: {way.base} cannot be measured with --device cuda, only {', '.join(ways.ON_GPU)}")
+        if args.device != "cuda" and "gpu_pool" in way.variations:
+            raise ValueError(f"--ways: {way.name} needs --device cuda")
     try:
         sizes = [
             parse_size(text, 2 * args.width)
@@ -159,7 +173,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
         width=args.width,
         block_size=args.block_size,
         quick=args.quick,
-        special=not args.no_special,
+        special=not args.no_special and args.device != "cuda",
+        device=args.device or "cpu",
     )
 
 
@@ -171,6 +186,11 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
     from sglang_mm_conn.bench.pairs import BenchError
 
     plan = plan_of(args)
+    if plan.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda, but torch finds no GPU here")
     block = document.TRANSFERS
     if args.stream_above is not None:
         block = document.STREAMED
@@ -243,6 +263,8 @@ def _options(args: argparse.Namespace) -> str:
              if getattr(args, name)]  # fmt: skip
     if args.ways != WAYS:
         flags.append(f"--ways {args.ways}")
+    if args.device:
+        flags.append(f"--device {args.device}")
     if args.sizes:
         flags.append(f"--sizes {args.sizes}")
     if args.stream_above:

@@ -7,7 +7,8 @@ import os
 import platform
 from typing import Any
 
-_PACKAGES = ("sglang", "torch", "pyzmq", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine")
+_PACKAGES = ("sglang", "torch", "pyzmq", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine",
+             "mooncake-transfer-engine-cuda13")  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

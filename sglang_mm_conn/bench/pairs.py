@@ -36,8 +36,19 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
     "SGLANG_USE_CPU_ENGINE": "1",
-    "CUDA_VISIBLE_DEVICES": "",
 }
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def environment(device: str) -> dict[str, str]:
+    """What the processes of a way have in theirs, with embeddings on ``device``."""
+    return ENVIRONMENT if device == "cuda" else {**ENVIRONMENT, **NO_GPU}
+
+
+def _context_for(device: str) -> Any:
+    """How processes are started. What the forkserver imports may look for a GPU, after which no forked process can use
+    one, so with a GPU each is a new interpreter."""
+    return multiprocessing.get_context("spawn") if device == "cuda" else _context
 
 
 class BenchError(Exception):
@@ -50,10 +61,11 @@ class _Process:
     ) -> None:
         self._what = f"{way.name}, {role} process"
         self._log = log
-        self.commands, theirs = _context.Pipe()
-        self._process = _context.Process(
+        context = _context_for(config.device)
+        self.commands, theirs = context.Pipe()
+        self._process = context.Process(
             target=worker.serve,
-            args=(theirs, role, way.base, config, payload, peer, ENVIRONMENT, str(log)),
+            args=(theirs, role, way.base, config, payload, peer, environment(config.device), str(log)),
             name=f"bench-{way.name}-{role}",
             daemon=True,
         )
@@ -115,7 +127,7 @@ class Pair:
         logs = Path(key_file).parent
         self.config = way.config(config, key_file)
         self._number = 0
-        near, far = _context.Pipe()
+        near, far = _context_for(config.device).Pipe()
         self._sender = _Process("encoder", way, self.config, payload, near, logs / f"{way.name}-encoder.log")
         self._receiver = _Process("language", way, self.config, payload, far, logs / f"{way.name}-language.log")
         near.close()
@@ -209,11 +221,14 @@ def _costs(side: Side) -> dict[str, Any]:
     }
 
 
-def warm_up(*, stock: bool) -> None:
-    """Start the process that the others are forked from. It imports torch meanwhile, and sglang's transports
-    (``stock``), which takes long and starts no thread; a module that is missing is missed where it is used."""
+def warm_up(*, stock: bool, device: str = "cpu") -> None:
+    """Start the process that the others are forked from, if they are. It imports torch meanwhile, and sglang's
+    transports (``stock``), which takes long and starts no thread; a module that is missing is missed where it is
+    used."""
     from multiprocessing import forkserver
 
-    os.environ.update(ENVIRONMENT)  # before the imports, which read some of it
+    os.environ.update(environment(device))  # before the imports, which read some of it
+    if _context_for(device) is not _context:
+        return
     _context.set_forkserver_preload([*_PRELOAD, *(_PRELOAD_STOCK if stock else ())])
     forkserver.ensure_running()

@@ -2,6 +2,7 @@
 
 All encoder processes read the same memory and all language processes compare with it: a nameless file that the
 benchmark's own process holds, so that nothing is left of it however the benchmark ends. One way is active at a time.
+Where embeddings begin and end on a GPU, every process has a copy of its own there.
 """
 
 from __future__ import annotations
@@ -69,14 +70,39 @@ class Payload:
         wrong = (left != right).nonzero().reshape(-1)
         return f"{len(wrong)} of {len(left)} words of 8 bytes are wrong, the first at byte {int(wrong[0]) * 8}"
 
-    @staticmethod
-    def mark_mistake(number: int, room: Room, got: torch.Tensor) -> str:
+    def mark_mistake(self, number: int, room: Room, got: torch.Tensor) -> str:
         """As ``mistake``, but looking at the marks only: a few microseconds, for runs that must not stop."""
         flat = got.reshape(-1).view(torch.uint8)
         if flat.numel() != room.nbytes:
             return f"{flat.numel()} bytes arrived, not {room.nbytes}"
-        marks = flat.numpy().view(np.uint64)[::PAGE_WORDS]
+        marks = self._marks(flat)
         if (marks == number + 1).all():
             return ""
         wrong = int(np.flatnonzero(marks != number + 1)[0])
         return f"the page at byte {wrong * PAGE_WORDS * 8} is room {int(marks[wrong]) - 1}'s, not room {number}'s"
+
+    @staticmethod
+    def _marks(flat: torch.Tensor) -> np.ndarray:
+        return flat.numpy().view(np.uint64)[::PAGE_WORDS]
+
+
+class CudaPayload(Payload):
+    """The same bytes on this process's current GPU. Marks are in place when ``mark`` returns, so that no transfer's
+    time holds any of that work."""
+
+    def __init__(self, path: str, nbytes: int, slots: int) -> None:
+        super().__init__(path, nbytes, slots)
+        self._tensors = [tensor.to("cuda") for tensor in self._tensors]
+
+    def mark(self, slot: int, number: int) -> None:
+        self._tensors[slot].view(torch.int64)[::PAGE_WORDS] = number + 1
+        torch.cuda.synchronize()
+
+    @staticmethod
+    def _marks(flat: torch.Tensor) -> np.ndarray:
+        return flat.view(torch.int64)[::PAGE_WORDS].cpu().numpy()
+
+
+def open_payload(payload: tuple[str, int, int], device: str) -> Payload:
+    """``device``: ``cpu`` or ``cuda``."""
+    return CudaPayload(*payload) if device == "cuda" else Payload(*payload)

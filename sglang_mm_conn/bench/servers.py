@@ -52,7 +52,7 @@ HEADINGS = (
 )  # fmt: skip
 
 
-_OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plots")
+_OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plots", "device")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ its metadata registry and its HTTP routes (served by uvicorn), ``MMReceiverHTTP`
 - ``MMEncoder.__init__`` loads a model, so the fields that delivery uses are set here, and an encoded tensor is staged
   through ``_stage_embeddings`` as after a model's forward;
 - the multimodal processor, called when all parts of a request are there, hands their embedding over as it is;
-- ``EmbeddingPool`` is GPU memory, of which there is none: while the receiver is made, ``cuda`` means ``cpu``.
+- ``EmbeddingPool`` is GPU memory. Where embeddings begin and end in host memory, ``cuda`` means ``cpu`` while the
+  receiver is made.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _PATIENCE = "300"
 
 def _prepare_environment(config: Config) -> None:
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    if config.device == "cpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     os.environ["SGLANG_HOST_IP"] = HOST
     os.environ["MOONCAKE_PROTOCOL"] = "tcp"
     for name in ("SEND", "RECV", "REQ", "HTTP"):
@@ -264,7 +266,7 @@ class StockReceiver:
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         group = SimpleNamespace(cpu_group=torch.distributed.group.WORLD)
         get_parallel().override_permanently(pp_rank=0, tp_rank=0, tp_size=1, tp_group=group)
-        with _cuda_means_cpu():
+        with _cuda_means_cpu() if config.device == "cpu" else contextlib.nullcontext():
             self._receiver = receiver.MMReceiverHTTP(
                 arguments, dtype=DTYPE, scheduler=SimpleNamespace(), encode_urls=[]
             )

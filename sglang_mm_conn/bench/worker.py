@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sglang_mm_conn.bench.payload import Payload
+from sglang_mm_conn.bench.payload import open_payload
 from sglang_mm_conn.bench.runs import Run, Side
 from sglang_mm_conn.bench.ways import make_receiver, make_sender
 from sglang_mm_conn.bench.ways.base import Config, Receiver, Room, Sender
@@ -84,7 +84,8 @@ class Worker:
     def __init__(self, role: str, way: str, config: Config, payload: tuple[str, int, int], peer: Connection) -> None:
         self._role = role
         self._peer = peer
-        self._payload = Payload(*payload)
+        self._payload = open_payload(payload, config.device)
+        self._device = config.device
         self._counter = CallCounter()
         self._end: Any = make_sender(way, config) if role == "encoder" else make_receiver(way, config)
         self._counter.count_registrations()
@@ -150,8 +151,9 @@ class Worker:
             while not arrived:
                 _check(until, f"{room.name} received")
                 arrived = end.wait(0.1)
-            side.times.append(time.monotonic())
             [(name, tensor)] = arrived
+            tensor = self._landed(tensor)
+            side.times.append(time.monotonic())
             mistake = self._payload.mistake(0, number, room, tensor)
             if name != room.name or mistake:
                 raise RuntimeError(f"wrong bytes in {name} (expected {room.name}): {mistake}")
@@ -201,6 +203,7 @@ class Worker:
                     end.expect(room)
             for name, tensor in end.wait(0.1) if waiting else ():
                 number = waiting.pop(name)
+                tensor = self._landed(tensor)
                 arrivals[number] = time.monotonic()
                 mistake = self._payload.mark_mistake(number, _room(run.server, number, run.tokens, run.width), tensor)
                 if mistake:
@@ -209,6 +212,14 @@ class Worker:
             _check(until, "a flow of rooms received")
         side.times = [arrivals[number] for number in sorted(arrivals)]
         self._peer.send("arrived")
+
+    def _landed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` where embeddings end. A way that delivers host memory to a GPU pays for the copy here, as sglang's
+        prefill would."""
+        if self._device == "cuda" and tensor.is_cpu:
+            tensor = tensor.to("cuda")
+            torch.cuda.synchronize()
+        return tensor
 
     def _hear(self, word: str) -> None:
         """From the other process. Raises RuntimeError where it has nothing to say for long, or something else."""

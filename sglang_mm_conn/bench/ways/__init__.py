@@ -14,8 +14,9 @@ STOCK = ("zmq_to_scheduler", "mooncake_stock")
 # there its own transports drop every embedding.
 STOCK_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 CONNECTOR = ("shm", "mooncake")
-VARIATIONS = ("key", "fragmented", "windows", "copied")
-VARIATIONS_OF = {"shm": VARIATIONS, "mooncake": VARIATIONS, "bare": ("windows", "copied")}
+VARIATIONS = ("key", "fragmented", "windows", "copied", "gpu_pool")
+VARIATIONS_OF = {"shm": VARIATIONS[:-1], "mooncake": VARIATIONS, "bare": ("windows", "copied")}
+ON_GPU = (*CONNECTOR, *STOCK, "memcpy")  # ways whose embeddings may begin and end on a GPU
 
 TITLES = {
     "shm": "this connector, shared memory",
@@ -52,6 +53,7 @@ class Way:
             key_file=key_file if "key" in self.variations else "",
             pool=pool,
             result="copied" if "copied" in self.variations else "default",
+            pool_device="cuda" if "gpu_pool" in self.variations else "cpu",
         )
 
 

@@ -41,6 +41,8 @@ class Config:
     key_file: str = ""
     pool: str = "contiguous"  # or "fragmented", or "windows": an eighth of one embedding
     result: str = "default"  # or "copied": never a view of blocks
+    device: str = "cpu"  # or "cuda": where an embedding begins and ends
+    pool_device: str = "cpu"  # or "cuda": where the language side's pool is
 
 
 class Sender(Protocol):

@@ -16,11 +16,13 @@ from sglang_mm_conn.connector.encoder import EncoderEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import dtype_name
 from sglang_mm_conn.connector.paths import encoder_data_paths
+from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.memory.device import Device, device_of
 
 _PATIENCE = 300.0  # seconds; longer than any run
 _DTYPE = dtype_name(DTYPE)
@@ -39,7 +41,13 @@ def _settings(config: Config, path: str) -> Settings:
         key_file=config.key_file or None,
         mooncake_protocol="tcp",
         claim_timeout=_PATIENCE,
+        pool_device=config.pool_device,
+        embedding_device=config.device,
     )
+
+
+def _device(config: Config, settings: Settings) -> Device:
+    return device_of(torch.device(config.device), settings)
 
 
 def pool_blocks(config: Config) -> int:
@@ -56,13 +64,15 @@ def pool_blocks(config: Config) -> int:
 class ConnectorSender:
     def __init__(self, config: Config, path: str) -> None:
         settings = _settings(config, path)
+        device = _device(config, settings)
         self._endpoint = EncoderEndpoint(
             settings,
             host=HOST,
             dtype=_DTYPE,
             widest_row_bytes=config.width * DTYPE.itemsize,
             send_timeout=_PATIENCE,
-            data_paths=encoder_data_paths(settings, HOST),
+            data_paths=encoder_data_paths(settings, HOST, device),
+            runtime=Runtime(device),
         )
         self._bootstrap = StandaloneBootstrap(HOST, 0, lambda: self._endpoint.bootstrap_info)
         self._ended: list[Ended] = []
@@ -108,12 +118,14 @@ class ConnectorReceiver:
     def __init__(self, config: Config, path: str) -> None:
         self.server = new_id()
         self._config = config
+        settings = _settings(config, path)
         self._endpoint = LanguageEndpoint(
-            _settings(config, path),
+            settings,
             server=self.server,
             host=HOST,
             dtype=_DTYPE,
             widest_row_bytes=config.width * DTYPE.itemsize,
+            runtime=Runtime(_device(config, settings)),
         )
         self._url = ""
         self._pending: dict[str, None] = {}

@@ -1,14 +1,19 @@
-"""One copy into warm shared memory, and a byte on a socket to say so: the limit on one host."""
+"""One copy into warm shared memory, and a byte on a socket to say so: the limit on one host.
+
+With a GPU at both ends: one copy off it into pinned shared memory, and one from there onto it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from sglang_mm_conn.bench.ways.base import Config
+from sglang_mm_conn.bench.ways.base import Config, Room
 from sglang_mm_conn.bench.ways.plain import SlotReceiver, SlotSender
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.device import device_of
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
 
@@ -16,19 +21,26 @@ class MemcpySender(SlotSender):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._config = config
+        self._device = device_of(torch.device(config.device), Settings(embedding_device=config.device))
+        self._unpin: Callable[[], None] = lambda: None
 
     def connect(self, peer: Mapping[str, Any]) -> None:
         nbytes = self._config.in_flight * self._config.nbytes
         self._segment = AttachedSegment(peer["segment"], peer["nonce"], nbytes, 0)
         whole = torch.frombuffer(self._segment.data, dtype=torch.uint8)
         self._targets = list(whole[HEADER_BYTES : HEADER_BYTES + nbytes].split(self._config.nbytes))
+        self._unpin = self._device.pin(whole)
         super().connect(peer)
 
     def write(self, slot: int, source: torch.Tensor) -> None:
-        self._targets[slot][: source.numel()].copy_(source)
+        if source.is_cuda:
+            self._device.copy([(self._targets[slot], 0, source, 0, source.numel())])
+        else:
+            self._targets[slot][: source.numel()].copy_(source)
 
     def close(self) -> None:
         super().close()
+        self._unpin()
         self._targets = []
         self._segment.close()
 
@@ -39,10 +51,28 @@ class MemcpyReceiver(SlotReceiver):
         self._segment = Segment(nbytes)
         memory = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + nbytes]
         super().__init__(config, memory)
+        self._on_gpu = config.device == "cuda"
+        self._device = device_of(torch.device(config.device), Settings(embedding_device=config.device))
+        self._unpin = self._device.pin(memory)
+        self._results: dict[str, torch.Tensor] = {}
 
     def hello(self) -> dict[str, Any]:
         return {**super().hello(), "segment": self._segment.name, "nonce": self._segment.nonce}
 
+    def expect(self, room: Room) -> None:
+        super().expect(room)
+        if self._on_gpu:
+            self._results[room.name] = self._device.empty(room.nbytes, "cuda")
+
+    def wait(self, timeout: float) -> list[tuple[str, torch.Tensor]]:
+        arrived = super().wait(timeout)
+        if not self._on_gpu:
+            return arrived
+        for name, rows in arrived:
+            self._device.copy([(self._results[name], 0, rows, 0, rows.numel())])
+        return [(name, self._results.pop(name)) for name, _ in arrived]
+
     def close(self) -> None:
         super().close()
+        self._unpin()
         self._segment.close()
