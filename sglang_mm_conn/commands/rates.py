@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--mib", type=int, default=256, help="size of the embedding (default: 256)")
     parser.add_argument("--block-kib", type=int, default=896, help="size of a block (896: 128 rows of 3584 bfloat16)")
     parser.add_argument("--repeats", type=int, default=5, help="the median of so many is printed (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.set_defaults(run=run)
 
 
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     except ConnError as error:
         print(f"rates: {error}", file=sys.stderr)
         return 1
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(rate) for rate in rates], indent=1) + "\n")
     plain = {rate.way: rate.bytes_per_second for rate in rates}
     for rate in rates:
         ratio = rate.bytes_per_second / plain[rate.plain]

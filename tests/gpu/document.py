@@ -1,0 +1,114 @@
+"""The page docs/gpu.md's generated part, from the figures of one run. Pure but for `write`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_mm_conn.bench.document import write as write_between_markers
+from tests.gpu.steps import NOT_RUN, ROOT
+
+DOCUMENT = ROOT / "docs" / "gpu.md"
+BLOCK = "gpu"
+NO_GPU = "**This was not run on a GPU yet.**"
+MIB = 1 << 20
+
+
+def render(run: dict[str, Any]) -> str:
+    """Markdown: what it ran on, every step, and the figures. Of a run without a GPU there are no figures."""
+    machine = run["machine"]
+    processor = f"{machine['cores']} cores" + (f" ({machine['cpu']})" if machine["cpu"] else "")
+    software = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    parts = []
+    if run["device"] == "cuda":
+        parts.append(
+            f"Run on one **{machine['gpu']}** ({machine['gpu_mib']} MiB, driver {machine['driver'] or 'unknown'}), "
+            f"{processor}, Linux {machine['kernel']}, Python {machine['python']}, {software}."
+        )
+    else:
+        parts.append(
+            f"{NO_GPU} What follows is a rehearsal on a CPU, without figures: it shows that every step starts, runs "
+            f"and reports ({machine['cores']} cores, Python {machine['python']}, {software})."
+        )
+    parts.append(_table(("step", "what", "result", "s"), [_step(step) for step in run["steps"]], "lllr"))
+    if run["device"] == "cuda":
+        figures = {step["name"]: step["figures"] for step in run["steps"] if step["figures"]}
+        parts += [_rates(figures["rates"])] if "rates" in figures else []
+        parts += _benches(figures)
+        parts += [_endurance(figures["endurance"])] if "endurance" in figures else []
+    return "\n\n".join(parts)
+
+
+def _step(step: dict[str, Any]) -> tuple[str, ...]:
+    result = step["status"] + (f": {step['reason']}" if step["reason"] else "")
+    figures = step["figures"]
+    if step["name"] == "tests" and figures:
+        counts = f"{figures['passed']} passed, {len(figures['failed'])} failed, {figures['skipped']} skipped"
+        reasons = figures["failed"] + figures["skipped_because"]
+        result = "; ".join([step["status"], counts, *reasons])
+    seconds = "" if step["status"] == NOT_RUN else f"{step['seconds']:.0f}"
+    return f"`{step['name']}`", step["what"], result, seconds
+
+
+def _rates(rates: list[dict[str, Any]]) -> str:
+    plain = {rate["way"]: rate["bytes_per_second"] for rate in rates}
+    rows = [
+        (
+            rate["way"], f"{rate['bytes_per_second'] / 1e9:.1f}",
+            f"{rate['bytes_per_second'] / plain[rate['plain']]:.0%} of {rate['plain']}",
+            "right" if rate["right"] else "**WRONG**",
+        )
+        for rate in rates
+    ]  # fmt: skip
+    return "### Copies\n\n" + _table(("copy", "GB/s", "compared", "bytes"), rows, "lrll")
+
+
+def _benches(figures: dict[str, Any]) -> list[str]:
+    """Ways of one run were measured in turns; memcpy (one copy off the GPU, one onto it) or shm is in each of them."""
+    rows = []
+    for name in ("connector", "gpu_pool", "zmq_to_scheduler", "mooncake_stock"):
+        if name not in figures:
+            continue
+        measured = figures[name]["rows"]
+        for size in dict.fromkeys(row["nbytes"] for row in measured):
+            same = [row for row in measured if row["nbytes"] == size]
+            base = same[0]
+            for row in same:
+                times = (f"{row[key]:.2f}" for key in ("median_ms", "p99_ms", "gbytes_per_s"))
+                ratio = f"{row['median_ms'] / base['median_ms']:.2f} of {base['way']}"
+                rows.append((f"`{name}`", row["way"], f"{size // MIB} MiB", *times, ratio))
+    if not rows:
+        return []
+    heading = "### One embedding, from the encoder's GPU memory to the language server's\n\n"
+    columns = ("step", "way", "size", "p50 ms", "p99 ms", "GB/s", "time")
+    return [heading + _table(columns, rows, "lllrrrr")]
+
+
+def _endurance(results: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            one["way"], str(one["rooms"]), str(one["wrong"]), f"{one['seconds']:.1f}",
+            _change(one, "descriptors", 1, ""), _change(one, "gpu_bytes", MIB, " MiB"),
+            f"{one['most_pinned_bytes'] / MIB:.1f} MiB", "; ".join(one["problems"]) or "none",
+        )
+        for one in results
+    ]  # fmt: skip
+    columns = ("way", "rooms", "wrong", "s", "descriptors", "GPU memory", "pinned at most", "problems")
+    return "### A thousand rooms beside a busy GPU\n\n" + _table(columns, rows, "lrrrllll")
+
+
+def _change(one: dict[str, Any], name: str, unit: int, suffix: str) -> str:
+    if not one["before"] or not one["after"]:
+        return ""
+    return f"{one['before'][name] // unit} → {one['after'][name] // unit}{suffix}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
+    lines = [columns, ["---:" if letter == "r" else "---" for letter in alignment], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write(run: dict[str, Any], path: Path = DOCUMENT) -> None:
+    """Raises ValueError, OSError."""
+    write_between_markers(path, render(run), BLOCK)

@@ -1,0 +1,241 @@
+"""A thousand rooms with checksums while the GPU is busy, over every way; then everything that they held is back.
+
+A command of its own (``python -m tests.gpu.endurance --help``), one of the steps of ``python -m tests.gpu``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from sglang_mm_conn.memory.device import CudaDevice, Device
+from tests.connector.ends import BLOCKS, ROW_BYTES, TOKENS, WAYS, Ends
+from tests.connector.processes import wait_for
+
+IN_FLIGHT = 8
+WARM_ROOMS = 2 * IN_FLIGHT  # whatever is made once only is made in these
+_MODEL_CYCLES = 500_000  # a fraction of a millisecond, which an embedding's own kernels take
+# The engine keeps connections for later and returns its memory late; nothing of it may grow with the rooms.
+_DESCRIPTORS_OVER = {"shm": 0, "mooncake": 8}
+_GPU_BYTES_OVER = 64 << 20  # of the whole card: other processes and CUDA's own
+
+
+class Pins:
+    """Bytes of host memory that are pinned now, counted where they are pinned and unpinned."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.now += nbytes
+            self.most = max(self.most, self.now)
+
+
+class CountingCudaDevice(CudaDevice):
+    def __init__(self, index: int, pins: Pins) -> None:
+        super().__init__(index)
+        self._pins = pins
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        unpin = super().pin(memory)
+        if not memory.is_pinned():
+            return unpin
+        self._pins.add(memory.numel())
+
+        def undo() -> None:
+            unpin()
+            self._pins.add(-memory.numel())
+
+        return undo
+
+
+class BusyGpu:
+    """A thread that keeps the device computing, on a stream of its own, until it is closed."""
+
+    def __init__(self, device: str) -> None:
+        self.kernels = 0
+        self._end = threading.Event()
+        self._device = device
+        self._thread = threading.Thread(target=self._run, name="busy", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        on_gpu = self._device == "cuda"
+        side = 4096 if on_gpu else 128
+        matrix = torch.randn(side, side, device=self._device)
+        stream = torch.cuda.Stream() if on_gpu else None
+        with torch.cuda.stream(stream):
+            while not self._end.is_set():
+                for _ in range(8 if on_gpu else 1):  # enough to be busy while this thread sleeps
+                    matrix = torch.nn.functional.normalize(matrix @ matrix)
+                    self.kernels += 1
+                if stream is not None:
+                    stream.synchronize()
+                else:
+                    time.sleep(0.001)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds."""
+
+    descriptors: int
+    pinned_bytes: int
+    torch_bytes: int  # of GPU memory, in tensors
+    gpu_bytes: int  # of the whole card, by the driver
+
+    @classmethod
+    def now(cls, device: str, pins: Pins) -> Held:
+        gc.collect()
+        torch_bytes = gpu_bytes = 0
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch_bytes = torch.cuda.memory_allocated()
+            free, whole = torch.cuda.mem_get_info()
+            gpu_bytes = whole - free
+        return cls(len(os.listdir("/proc/self/fd")), pins.now, torch_bytes, gpu_bytes)
+
+    def growth(self, before: Held, path: str) -> list[str]:
+        allowed = {"descriptors": _DESCRIPTORS_OVER[path], "pinned_bytes": 0, "torch_bytes": 0}
+        allowed["gpu_bytes"] = _GPU_BYTES_OVER
+        return [
+            f"{name} {getattr(before, name)} before, {getattr(self, name)} after"
+            for name, over in allowed.items()
+            if getattr(self, name) > getattr(before, name) + over
+        ]
+
+
+@dataclass
+class Endurance:
+    """One way's rooms."""
+
+    way: str
+    rooms: int = 0
+    wrong: int = 0
+    seconds: float = 0.0
+    most_pinned_bytes: int = 0
+    kernels: int = 0  # of the work that kept the device busy
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def ways_of(device: str) -> list[str]:
+    """Every way on a GPU; without one, each data path once."""
+    if device == "cuda":
+        return list(WAYS)
+    return list({path: way for way, (path, pool, _) in WAYS.items() if pool == "cpu"}.values())
+
+
+def play(way: str, device: str, rooms: int, seconds: float, seed: int) -> Endurance:
+    """``rooms`` rooms over ``way``, or as many as ``seconds`` allow."""
+    result, pins = Endurance(way), Pins()
+
+    def make() -> Device:
+        return CountingCudaDevice(torch.cuda.current_device(), pins) if device == "cuda" else Device()
+
+    chance = random.Random(seed)
+    ends = Ends(way, make(), make(), checksum=True)
+    try:
+        _pass(ends, device, WARM_ROOMS, time.monotonic() + seconds, Endurance(way), chance)
+        before = _at_rest(ends, device, pins)
+        busy = BusyGpu(device)
+        began = time.monotonic()
+        try:
+            _pass(ends, device, rooms, began + seconds, result, chance)
+        finally:
+            busy.close()
+        result.seconds, result.kernels = time.monotonic() - began, busy.kernels
+        del busy
+        after = _at_rest(ends, device, pins)
+    finally:
+        ends.close()
+    result.most_pinned_bytes = pins.most
+    result.before, result.after = asdict(before), asdict(after)
+    result.problems += after.growth(before, "shm" if WAYS[way][0] == "shm" else "mooncake")
+    if pins.now:
+        result.problems.append(f"{pins.now} bytes are pinned although everything is closed")
+    if result.wrong:
+        result.problems.append(f"{result.wrong} of {result.rooms} rooms with wrong bytes")
+    return result
+
+
+def _pass(ends: Ends, device: str, rooms: int, until: float, result: Endurance, chance: random.Random) -> None:
+    waiting: deque[tuple[str, torch.Tensor]] = deque()
+
+    def finish() -> None:
+        room, expected = waiting.popleft()
+        arrived = ends.finish(room)
+        result.rooms += 1
+        result.wrong += not torch.equal(arrived.cpu(), expected)
+
+    while result.rooms + len(waiting) < rooms and time.monotonic() < until:
+        expected = torch.randn(chance.randint(1, TOKENS), ROW_BYTES // 4)
+        waiting.append((ends.begin(_made_by_a_model(expected, device)), expected))
+        if len(waiting) >= IN_FLIGHT:
+            finish()
+    while waiting:
+        finish()
+
+
+def _at_rest(ends: Ends, device: str, pins: Pins) -> Held:
+    """What is held when every block is free and every source released. Raises AssertionError where that never comes."""
+    wait_for(lambda: ends.language.core.allocator.free_count == BLOCKS, "every block is free again")
+    wait_for(lambda: not ends.encoder._sources, "every source is released")
+    return Held.now(device, pins)
+
+
+def _made_by_a_model(expected: torch.Tensor, device: str) -> torch.Tensor:
+    """On a GPU: NaN until the stream has come to it."""
+    if device != "cuda":
+        return expected.clone()
+    rows = torch.full_like(expected, float("nan"), device="cuda")
+    torch.cuda._sleep(_MODEL_CYCLES)
+    rows.copy_(expected.pin_memory(), non_blocking=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.endurance", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--rooms", type=int, default=1000, help="rooms over each way (default: 1000)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="most seconds for each way (default: 20)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    args = parser.parse_args()
+    os.environ.setdefault("MC_FORCE_TCP", "1")
+    results: list[Endurance] = []
+    for way in ways_of(args.device):
+        try:
+            result = play(way, args.device, args.rooms, args.seconds, args.seed)
+        except Exception as error:  # the other ways are still tried
+            result = Endurance(way, problems=[f"{type(error).__name__}: {error}"])
+        results.append(result)
+        if args.json is not None:  # after each way: a step that runs out of time leaves what it has
+            args.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
+        line = f"{way}: {result.rooms} rooms, {result.wrong} wrong, {result.seconds:.1f} s"
+        print(line, *result.problems, sep="\n  ", flush=True)
+    return 1 if any(result.problems for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
