@@ -4,10 +4,10 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test unit lint simulate faults fuzz soak clean
+.PHONY: help install demo bench test unit lint simulate faults fuzz soak gpu-kit clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## Make or update the virtual environment (VENV=dir, default .venv)
 	@VENV=$(VENV) ci/install.sh
@@ -39,6 +39,9 @@ fuzz: install ## Random and mutated frames at real processes, beside healthy tra
 
 soak: install ## 100,000 rooms through a pool that is short, with aborts: minutes (options: ARGS="--help")
 	@$(PYTHON) -m tests.soak $(ARGS)
+
+gpu-kit: install ## Collect what ci/gpu.sh needs on a machine with a GPU and no network (docs/gpu.md)
+	@$(PYTHON) ci/gpu/kit.py $(ARGS)
 
 clean: ## Remove what builds, tests and the demo leave behind (the environment stays)
 	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -65,23 +65,7 @@ echo "installing ${#wheels[@]} wheels into $SITE"
 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
     --root-user-action=ignore --no-warn-script-location --target "$SITE" "${wheels[@]}"
 
-# Shared libraries that this machine has not.
-"$PYTHON" - "$KIT/libraries.tar.xz" "$SITE/lib" <<'EOF'
-import ctypes, sys, tarfile
-from pathlib import Path
-
-archive, folder = sys.argv[1], Path(sys.argv[2])
-folder.mkdir()
-taken = []
-with tarfile.open(archive) as tar:
-    for member in tar:
-        try:
-            ctypes.CDLL(member.name)
-        except OSError:
-            (folder / member.name).write_bytes(tar.extractfile(member).read())
-            taken.append(member.name)
-print("shared libraries from the kit:", ", ".join(taken) or "none")
-EOF
+"$PYTHON" "$ROOT/ci/gpu/add_libraries.py" "$KIT/libraries.tar.xz" "$SITE/lib"
 
 export PYTHONPATH="$SITE:$ROOT"
 export LD_LIBRARY_PATH="$SITE/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"

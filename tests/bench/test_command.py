@@ -14,6 +14,7 @@ from sglang_mm_conn.__main__ import main, parser
 from sglang_mm_conn.bench import document, ways
 from sglang_mm_conn.bench.command import _stream_above, plan_of
 from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
+from sglang_mm_conn.bench.ways.base import Config
 
 BEGIN, END = document.markers(document.TRANSFERS)
 WAYS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,bare,bare+copied,bare+windows,tcp"
@@ -36,6 +37,10 @@ def plan(*arguments: str):  # type: ignore[no-untyped-def]
         (["--ways", "shm+fast"], "--ways: 'shm+fast': 'fast' is none of the variations"),
         (["--sizes", "16M,big"], "--sizes: 'big' is no size"),
         (["--sizes", "10K"], "--sizes: '10K' is not whole rows of 8192 bytes"),
+        (["--device", "cuda", "--ways", "shm,tcp"], "--ways: tcp cannot be measured with --device cuda, only shm,"),
+        (["--ways", "mooncake+gpu_pool"], "--ways: mooncake+gpu_pool needs --device cuda"),
+        (["--ways", "shm+gpu_pool"], "of shm there are only the variations key and fragmented"),
+        (["servers", "--device", "cuda"], "--device is an option of `bench transfers`"),
         (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
         (["servers", "--rounds", "0"], "--rounds must be 1 or more, not 0"),
         (["servers", "--sizes", "1M"], "--sizes is an option of `bench transfers`"),
@@ -57,6 +62,21 @@ def test_variations_are_added_to_both_paths() -> None:
         "bare", "shm+fragmented", "mooncake+fragmented", "shm+copied", "mooncake+copied", "bare+copied",
     ]  # fmt: skip
     assert ways.parse("shm+windows+key").name == "shm+key+windows"
+
+
+def test_with_a_gpu_every_way_that_can_end_there_is_measured_and_no_special_case() -> None:
+    found = plan("--device", "cuda")
+    names = [way.name for way in found.ways]
+    assert {"memcpy", "shm", "mooncake", "mooncake+gpu_pool"} <= set(names) and not {"tcp", "engine"} & set(names)
+    assert (found.device, found.special) == ("cuda", False)
+    config = ways.parse("mooncake+gpu_pool").config(Config(1 << 20, 4096, 1, device="cuda"), "")
+    assert (config.device, config.pool_device) == ("cuda", "cuda")
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "--device", "cuda", "--ways", "memcpy"]) == 1
+    assert "--device cuda, but torch finds no GPU here" in capsys.readouterr().out
 
 
 def test_sizes_are_read_as_they_are_shown() -> None:

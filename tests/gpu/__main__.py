@@ -45,7 +45,7 @@ def _driver() -> str:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
 
 
-def main() -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,6 +56,11 @@ def main() -> int:
     parser.add_argument("--only", metavar="STEP,...", help=f"only these steps of {', '.join(names)}")
     parser.add_argument("--stand-ins", type=Path, help="folder added to PYTHONPATH where sglang's kernels are imported")
     parser.add_argument("--write", type=Path, metavar="JSON", help="run nothing: put these figures into docs/gpu.md")
+    return parser
+
+
+def main() -> int:
+    parser = arguments()
     args = parser.parse_args()
     if args.write is not None:
         try:
@@ -68,8 +73,10 @@ def main() -> int:
     chosen = steps(args.device)
     if args.only:
         asked = args.only.split(",")
+        names = [step.name for step in chosen]
         if unknown := sorted(set(asked) - set(names)):
-            parser.error(f"--only: no step is called {', '.join(unknown)}; there are {', '.join(names)}")
+            there_are = f"with --device {args.device} there are {', '.join(names)}"
+            parser.error(f"--only: no step is called {', '.join(unknown)}; {there_are}")
         chosen = [step for step in chosen if step.name in asked]
     import torch
 

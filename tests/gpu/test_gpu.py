@@ -1,6 +1,6 @@
 """On a machine with a GPU: the transfers of tests/connector/test_gpu_memory.py on it, and what only a GPU can show.
 
-Written on a machine without one, and not run yet.
+docs/gpu.md says where it was run.
 """
 
 from __future__ import annotations
