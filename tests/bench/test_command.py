@@ -73,7 +73,9 @@ def test_with_a_gpu_every_way_that_can_end_there_is_measured_and_no_special_case
     assert (config.device, config.pool_device) == ("cuda", "cuda")
 
 
-def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_not_there_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "--device", "cuda", "--ways", "memcpy"]) == 1
     assert "--device cuda, but torch finds no GPU here" in capsys.readouterr().out

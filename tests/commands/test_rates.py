@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,5 +49,11 @@ def test_wrong_bytes_are_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     measure = rates.measure
     monkeypatch.setattr(rates, "measure", careless)
-    assert rates.run(argparse.Namespace(device="cpu", mib=1, block_kib=100, repeats=1)) == 1
+    assert rates.run(argparse.Namespace(device="cpu", mib=1, block_kib=100, repeats=1, json=None)) == 1
     assert "WRONG BYTES" in capsys.readouterr().out
+
+
+def test_figures_are_written_for_whoever_reads_them_later(tmp_path: Path) -> None:
+    assert main(["rates", "--device", "cpu", *SMALL, "--json", str(tmp_path / "rates.json")]) == 0
+    found = json.loads((tmp_path / "rates.json").read_text())
+    assert len(found) == 6 and all(rate["right"] and rate["bytes_per_second"] > 0 for rate in found)
