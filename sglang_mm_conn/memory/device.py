@@ -12,8 +12,8 @@ Worker and mover threads wait; the scheduler's tick and the encoder's event loop
 number of streams on the consumer's side as well: when a room is said to have succeeded, the events of all its copies
 were waited for on the host, so whatever the consumer queues afterwards, on any stream, comes after them.
 
-What of the GPU half was run, and on which card, is in docs/gpu.md. tests/memory/asynchronous.py is a device whose copies
-happen as late as they may, for everything above it.
+docs/gpu.md says what of the GPU half was run, and on which card. tests/memory/asynchronous.py is a device whose
+copies happen as late as they may, for everything above it.
 """
 
 from __future__ import annotations
