@@ -23,12 +23,13 @@ die() {
 
 while [ $# -gt 0 ]; do
     case "$1" in
-        --kit | --python | --device)
+        --kit | --python | --device | --out)
             [ $# -ge 2 ] || die "$1 needs a value"
             case "$1" in
                 --kit) KIT="$(cd "$2" && pwd)" || die "--kit: there is no folder $2" ;;
                 --python) PYTHON="$2" ;;
                 --device) DEVICE="$2" ;;
+                --out) OPTIONS+=(--out "$(realpath -m "$2")") ;;
             esac
             shift 2
             ;;

@@ -43,7 +43,7 @@ def render(run: dict[str, Any]) -> str:
 def _step(step: dict[str, Any]) -> tuple[str, ...]:
     result = step["status"] + (f": {step['reason']}" if step["reason"] else "")
     figures = step["figures"]
-    if step["name"] == "tests" and figures:
+    if step["name"].startswith("tests") and figures:
         counts = f"{figures['passed']} passed, {len(figures['failed'])} failed, {figures['skipped']} skipped"
         reasons = figures["failed"] + figures["skipped_because"]
         result = "; ".join([step["status"], counts, *reasons])

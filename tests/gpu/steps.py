@@ -86,12 +86,12 @@ def steps(device: str) -> list[Step]:
         )  # fmt: skip
 
     # Without a GPU the tests of the same copies, on a device that is late on purpose, stand for its own.
-    tests = "tests/gpu/test_gpu.py" if gpu else "tests/connector/test_gpu_memory.py"
+    tests = ("tests/gpu/test_gpu.py", "-m", "not gpu_pool") if gpu else ("tests/connector/test_gpu_memory.py",)
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", "{out}")
     large = sizes.removeprefix("1M,")
     found = [
         Step(
-            "tests", tests, ("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "--junitxml", "{out}"), 90,
-            read_junit,
+            "tests", tests[0] + ", host memory pool" * gpu, (*pytest, *tests), 75, read_junit,
         ),
         Step(
             "rates", "each copy of a transfer beside a plain one",
@@ -108,12 +108,15 @@ def steps(device: str) -> list[Step]:
         ),
     ]  # fmt: skip
     if gpu:
-        found.append(
+        found += [
             Step(
-                "gpu_pool", "this connector over Mooncake, the pool on the GPU",
-                bench("memcpy", "mooncake+gpu_pool"), 45,
-            )
-        )  # fmt: skip
+                "tests_gpu_pool", "tests/gpu/test_gpu.py, pool on the GPU",
+                (*pytest, "tests/gpu/test_gpu.py", "-m", "gpu_pool"), 45, read_junit,
+            ),
+            Step(
+                "gpu_pool", "this connector over Mooncake, the pool on the GPU", bench("memcpy", "mooncake+gpu_pool"), 45,
+            ),
+        ]  # fmt: skip
     for way in ("zmq_to_scheduler", "mooncake_stock"):
         found.append(
             Step(

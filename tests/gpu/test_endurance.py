@@ -33,5 +33,6 @@ def test_what_does_not_come_back_is_named(name: str) -> None:
 
 
 def test_every_way_is_tried_on_a_gpu_and_every_data_path_without_one() -> None:
-    assert ways_of("cuda") == list(WAYS)
+    assert sorted(ways_of("cuda")) == sorted(WAYS)
+    assert [WAYS[way][1] for way in ways_of("cuda")] == ["cpu", "cpu", "cpu", "cuda", "cuda"]
     assert {WAYS[way][0] for way in ways_of("cpu")} == {"shm", "mooncake"}

@@ -14,6 +14,7 @@ from sglang_mm_conn.memory.device import CudaDevice, Device
 from tests.connector.ends import ROW_BYTES, TOKENS, WAYS, Ends
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
+EVERY_WAY = [pytest.param(way, marks=pytest.mark.gpu_pool if "GPU pool" in way else ()) for way in WAYS]
 CYCLES = 200_000_000  # about 0.1 s
 
 
@@ -31,7 +32,7 @@ def slow_rows(values: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.parametrize("gpu_at", ["both ends", "the encoder", "the language server"])
 def test_the_right_bytes_arrive(way: str, gpu_at: str, device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MC_FORCE_TCP", "1")
