@@ -114,7 +114,8 @@ def steps(device: str) -> list[Step]:
                 (*pytest, "tests/gpu/test_gpu.py", "-m", "gpu_pool"), 45, read_junit,
             ),
             Step(
-                "gpu_pool", "this connector over Mooncake, the pool on the GPU", bench("memcpy", "mooncake+gpu_pool"), 45,
+                "gpu_pool", "this connector over Mooncake, the pool on the GPU", bench("memcpy", "mooncake+gpu_pool"),
+                45,
             ),
         ]  # fmt: skip
     for way in ("zmq_to_scheduler", "mooncake_stock"):
