@@ -96,7 +96,7 @@ class CudaPayload(Payload):
 
     def mark(self, slot: int, number: int) -> None:
         self._tensors[slot].view(torch.int64)[::PAGE_WORDS] = number + 1
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()  # not the device: rooms on their way go on
 
     @staticmethod
     def _marks(flat: torch.Tensor) -> np.ndarray:

@@ -218,7 +218,7 @@ class Worker:
         prefill would."""
         if self._device == "cuda" and tensor.is_cpu:
             tensor = tensor.to("cuda")
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         return tensor
 
     def _hear(self, word: str) -> None:

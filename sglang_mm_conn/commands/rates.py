@@ -131,6 +131,7 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
         else:  # an engine would have written it
             device.copy((pool.regions[run.region], run.offset, sent, run.start, run.length) for run in runs)
         result.zero_()
+        device.drain()
         read = partial(pool.read, blocks, result, nbytes)
         add(f"language: out of the pool, {place}", within if place == near else into, read, partial(copy, result))
         pool.close()

@@ -29,6 +29,7 @@ import itertools
 import logging
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -119,7 +120,11 @@ class Staging:
         self._unpin: Callable[[], None] = lambda: None
         if place == "cpu":
             self.memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8)
-            self._unpin = self._device.pin(self.memory)
+            # Hazard: memory that is unmapped while it is pinned leaves the GPU a stale mapping of its addresses. So it
+            # is unpinned at the latest when nobody refers to this any more.
+            unpin = weakref.finalize(self, self._device.pin(self.memory))
+            unpin.atexit = False
+            self._unpin = unpin
         else:
             self.memory = self._device.empty(slots * slot_bytes, place)
         self._free = list(self.memory.split(slot_bytes))

@@ -76,6 +76,10 @@ class BlockPool:
 
         When this returns, nobody reads the blocks any more.
         """
+        if self._whole.is_cuda:
+            # Hazard: Mooncake's engine acknowledges a write over TCP when its cudaMemcpy from pageable memory has
+            # returned, which may be before the bytes are in place. That copy is on the default stream; ours are not.
+            self._device.drain()
         region_bytes = self.geometry.region_bytes
         self._device.copy(
             (target, run.start, self._whole, run.region * region_bytes + run.offset, run.length)

@@ -530,3 +530,23 @@ def test_the_build_without_cuda_is_refused_for_gpu_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(mooncake.metadata, "version", lambda name: "0.3.13")
     with pytest.raises(DataPathUnavailable, match=r"POOL_DEVICE=cuda, but mooncake-transfer-engine-non-cuda"):
         engine_factory(Settings(pool_device="cuda"), "127.0.0.1")
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_staging_memory_is_unpinned_once_and_before_it_is_unmapped(closed: bool) -> None:
+    """A path that is dropped closes nothing; its memory must not go while it is pinned."""
+    pinned: list[torch.Tensor] = []
+
+    class Pinning(Device):
+        def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+            pinned.append(memory)
+            return lambda: pinned.remove(memory) if len(pinned) == 1 else pytest.fail("unpinned twice")
+
+    staging = Staging(2, 64, Pinning())
+    assert len(pinned) == 1
+    if closed:
+        staging.close()
+        assert not pinned
+    del staging
+    gc.collect()
+    assert not pinned

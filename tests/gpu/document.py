@@ -67,7 +67,7 @@ def _rates(rates: list[dict[str, Any]]) -> str:
 def _benches(figures: dict[str, Any]) -> list[str]:
     """Ways of one run were measured in turns; memcpy (one copy off the GPU, one onto it) or shm is in each of them."""
     rows = []
-    for name in ("connector", "gpu_pool", "zmq_to_scheduler", "mooncake_stock"):
+    for name in ("connector", "mooncake", "gpu_pool", "zmq_to_scheduler", "mooncake_stock"):
         if name not in figures:
             continue
         measured = figures[name]["rows"]

@@ -99,12 +99,13 @@ def steps(device: str) -> list[Step]:
             30,
         ),
         Step(
-            "connector", "this connector, host memory pool, between two processes",
-            bench("memcpy", "shm", "mooncake"), 75,
+            "connector", "this connector over shared memory, between two processes",
+            bench("memcpy", "shm"), 50,
         ),
+        Step("mooncake", "this connector over Mooncake, host memory pool", bench("memcpy", "mooncake"), 50),
         Step(
             "endurance", "a thousand rooms over each way, with checksums, beside a busy device",
-            ("-m", "tests.gpu.endurance", "--device", device, "--seconds", "8", "--json", "{out}"), 60,
+            ("-m", "tests.gpu.endurance", "--device", device, "--seconds", "6", "--json", "{out}"), 70,
         ),
     ]  # fmt: skip
     if gpu:
@@ -202,10 +203,11 @@ def run_all(
 ) -> None:  # fmt: skip
     """Every step, as long as ``seconds`` last. ``add`` is told of each one when it has ended."""
     until = time.monotonic() + seconds
+    (out / "steps").mkdir(exist_ok=True)
     for step in chosen:
         say(f"{step.name}: {step.what}")
         outcome = run_step(
-            step, out / f"step-{step.name}", out / "gpu.log", until - time.monotonic(), environment, stand_ins
+            step, out / "steps" / step.name, out / "gpu.log", until - time.monotonic(), environment, stand_ins
         )
         say(f"{step.name}: {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}".rstrip())
         add(outcome)
