@@ -49,7 +49,7 @@ done
     die "the kit's wheels are for Python 3.12, and $PYTHON is not: choose one with --python"
 "$PYTHON" - <<'EOF' || die "the kit does not hold these: install them first, or choose another Python with --python"
 import importlib.util, sys
-needed = "aiohttp httpx hypothesis matplotlib numpy packaging pip psutil pytest requests rich torch torchvision transformers"
+needed = "aiohttp httpx hypothesis matplotlib numpy packaging PIL pip prometheus_client psutil pytest requests rich scipy torch torchvision transformers"
 missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
 print(*(f"missing: {name}" for name in missing), sep="\n", end="\n" if missing else "", file=sys.stderr)
 sys.exit(bool(missing))
@@ -60,6 +60,7 @@ trap 'rm -rf "$SITE"' EXIT
 wheels=("$KIT"/*.whl)
 if [ "$DEVICE" = cpu ]; then
     # Mooncake's CUDA build cannot be loaded without a driver; the kit's neighbour holds the one for a rehearsal.
+    ls "$KIT-cpu"/*.whl >/dev/null || die "$KIT-cpu holds no Mooncake for a rehearsal: run 'make gpu-kit'"
     mapfile -t wheels < <(ls "$KIT"/*.whl "$KIT-cpu"/*.whl | grep -v 'mooncake_transfer_engine_cuda')
 fi
 echo "installing ${#wheels[@]} wheels into $SITE"
@@ -71,4 +72,7 @@ echo "installing ${#wheels[@]} wheels into $SITE"
 export PYTHONPATH="$SITE:$ROOT"
 export LD_LIBRARY_PATH="$SITE/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 cd "$ROOT"
+"$PYTHON" -c 'import torch, mooncake.engine' ||
+    echo "ci/gpu.sh: Mooncake's engine cannot be loaded here (see above): its steps will fail, the others go on" >&2
+df -h /dev/shm
 "$PYTHON" -m tests.gpu --device "$DEVICE" --stand-ins ci/gpu/stand_ins ${OPTIONS[@]+"${OPTIONS[@]}"}

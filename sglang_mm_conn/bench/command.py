@@ -39,8 +39,8 @@ shm and mooncake take variations, joined by +: key (secured by a deployment key)
 side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks); bare
 takes windows and copied; with --device cuda mooncake takes gpu_pool (pool and staging memory on the GPU)
 
-With --device cuda embeddings begin and end on the GPU. memcpy, the limit, is then one copy off it into pinned shared
-memory and one from there onto it.
+With --device cuda embeddings begin and end on the GPU, where mooncake_stock's buffers are then, too. memcpy, the limit,
+is then one copy off it into pinned shared memory and one from there onto it.
 
 A room's time begins when its tensor is ready in the encoder process, its size having been announced before, and ends
 when its tensor is ready in the language process. rooms/s counts everything that a room costs, from its announcement.
