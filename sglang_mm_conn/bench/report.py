@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from sglang_mm_conn.bench.campaign import Special
@@ -110,8 +110,11 @@ def markdown(rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequ
     return "\n\n".join(parts)
 
 
-def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    left = {"way", "case", "what", "transport"}
+LEFT = frozenset({"way", "case", "what", "transport"})
+
+
+def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]], left: Collection[str] = LEFT) -> str:
+    """``left``: headings of the columns with words; the others hold figures, on the right."""
     rule = "|".join("---" if heading in left else "---:" for heading in headings)
     return "\n".join(
         [f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]

@@ -61,6 +61,7 @@ class BlockPool:
         self._unpin = self._device.pin(whole) if place == "cpu" else lambda: None
         self.regions = list(whole.split(geometry.region_bytes))
         self._whole = whole
+        self._on_gpu = place != "cpu"
         logger.info(
             "Embedding pool: %d blocks of %d bytes in %d regions, %.1f MiB of %s memory",
             geometry.blocks, geometry.block_bytes, geometry.regions, payload / 2**20,
@@ -76,7 +77,7 @@ class BlockPool:
 
         When this returns, nobody reads the blocks any more.
         """
-        if self._whole.is_cuda:
+        if self._on_gpu:
             # Hazard: Mooncake's engine acknowledges a write over TCP when its cudaMemcpy from pageable memory has
             # returned, which may be before the bytes are in place. That copy is on the default stream; ours are not.
             self._device.drain()

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from sglang_mm_conn.bench.document import write as write_between_markers
+from sglang_mm_conn.bench.report import markdown_table
 from tests.gpu.steps import NOT_RUN, ROOT
 
 DOCUMENT = ROOT / "docs" / "gpu.md"
 BLOCK = "gpu"
 NO_GPU = "**This was not run on a GPU yet.**"
 MIB = 1 << 20
+# Columns that hold words; the others hold figures.
+_WORDS = {
+    "step", "what", "result", "copy", "compared", "bytes", "way", "descriptors", "GPU memory", "pinned at most",
+    "problems",
+}  # fmt: skip
 
 
 def render(run: dict[str, Any]) -> str:
@@ -31,7 +37,7 @@ def render(run: dict[str, Any]) -> str:
             f"{NO_GPU} What follows is a rehearsal on a CPU, without figures: it shows that every step starts, runs "
             f"and reports ({machine['cores']} cores, Python {machine['python']}, {software})."
         )
-    parts.append(_table(("step", "what", "result", "s"), [_step(step) for step in run["steps"]], "lllr"))
+    parts.append(_table(("step", "what", "result", "s"), [_step(step) for step in run["steps"]]))
     if run["device"] == "cuda":
         figures = {step["name"]: step["figures"] for step in run["steps"] if step["figures"]}
         parts += [_rates(figures["rates"])] if "rates" in figures else []
@@ -61,7 +67,7 @@ def _rates(rates: list[dict[str, Any]]) -> str:
         )
         for rate in rates
     ]  # fmt: skip
-    return "### Copies\n\n" + _table(("copy", "GB/s", "compared", "bytes"), rows, "lrll")
+    return "### Copies\n\n" + _table(("copy", "GB/s", "compared", "bytes"), rows)
 
 
 def _benches(figures: dict[str, Any]) -> list[str]:
@@ -82,7 +88,7 @@ def _benches(figures: dict[str, Any]) -> list[str]:
         return []
     heading = "### One embedding, from the encoder's GPU memory to the language server's\n\n"
     columns = ("step", "way", "size", "p50 ms", "p99 ms", "GB/s", "time")
-    return [heading + _table(columns, rows, "lllrrrr")]
+    return [heading + _table(columns, rows)]
 
 
 def _endurance(results: list[dict[str, Any]]) -> str:
@@ -95,7 +101,7 @@ def _endurance(results: list[dict[str, Any]]) -> str:
         for one in results
     ]  # fmt: skip
     columns = ("way", "rooms", "wrong", "s", "descriptors", "GPU memory", "pinned at most", "problems")
-    return "### A thousand rooms beside a busy GPU\n\n" + _table(columns, rows, "lrrrllll")
+    return "### A thousand rooms beside a busy GPU\n\n" + _table(columns, rows)
 
 
 def _change(one: dict[str, Any], name: str, unit: int, suffix: str) -> str:
@@ -104,9 +110,8 @@ def _change(one: dict[str, Any], name: str, unit: int, suffix: str) -> str:
     return f"{one['before'][name] // unit} → {one['after'][name] // unit}{suffix}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
-    lines = [columns, ["---:" if letter == "r" else "---" for letter in alignment], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown_table(columns, [[cell.replace("|", "\\|") for cell in row] for row in rows], _WORDS)
 
 
 def write(run: dict[str, Any], path: Path = DOCUMENT) -> None:

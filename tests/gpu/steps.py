@@ -6,6 +6,7 @@ wrote, as far as it came.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -48,7 +49,7 @@ class Outcome:
     seconds: float = 0.0
     reason: str = ""
     figures: Any = None
-    command: str = field(default="", repr=False)
+    command: str = ""
 
 
 def read_junit(path: Path) -> dict[str, Any]:
@@ -185,16 +186,13 @@ def _plain(line: str) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the step's processes, those that it started too: they share its session."""
-    for signum, patience in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, _GRACE_SECONDS)):
-        if process.poll() is None or signum == signal.SIGKILL:
-            try:
-                os.killpg(process.pid, signum)
-            except ProcessLookupError:
-                return
-            try:
-                process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(_GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(_GRACE_SECONDS)
 
 
 def run_all(

@@ -110,6 +110,21 @@ def test_the_same_with_a_device_that_does_not_wait_would_give_other_bytes() -> N
     pool.close()
 
 
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_gpu_pool_is_read_after_what_an_engine_copies_into_it_on_the_default_stream(place: str) -> None:
+    class Engine(AsynchronousDevice):
+        """Its write lands when the default stream is waited for."""
+
+        def drain(self) -> None:
+            pool.regions[0][:24] = bytes_of(24)
+
+    pool = BlockPool(GEOMETRY, shared=False, device=(device := Engine()), place=place)
+    target = device.empty(24, place)
+    pool.read([0], target, 24)
+    assert torch.equal(target, bytes_of(24)) == (place == "cuda")
+    pool.close()
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_host_pool_is_pinned_as_long_as_it_is_open(shared: bool) -> None:
     device = AsynchronousDevice()

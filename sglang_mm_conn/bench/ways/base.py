@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.device import Device, device_of
+
 HOST = "127.0.0.1"
 DTYPE = torch.bfloat16
 
@@ -43,6 +46,12 @@ class Config:
     result: str = "default"  # or "copied": never a view of blocks
     device: str = "cpu"  # or "cuda": where an embedding begins and ends
     pool_device: str = "cpu"  # or "cuda": where the language side's pool is
+
+
+def device_for(config: Config) -> Device:
+    """What a process of a way computes on."""
+    settings = Settings(pool_device=config.pool_device, embedding_device=config.device)
+    return device_of(torch.device(config.device), settings)
 
 
 class Sender(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_mm_conn.bench.ways.base import DTYPE, HOST, Config, Room
+from sglang_mm_conn.bench.ways.base import DTYPE, HOST, Config, Room, device_for
 from sglang_mm_conn.connector.encoder import EncoderEndpoint
 from sglang_mm_conn.connector.language import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import dtype_name
@@ -22,7 +22,6 @@ from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.memory.device import Device, device_of
 
 _PATIENCE = 300.0  # seconds; longer than any run
 _DTYPE = dtype_name(DTYPE)
@@ -46,10 +45,6 @@ def _settings(config: Config, path: str) -> Settings:
     )
 
 
-def _device(config: Config, settings: Settings) -> Device:
-    return device_of(torch.device(config.device), settings)
-
-
 def pool_blocks(config: Config) -> int:
     """Blocks of the language side's pool: twice what all rooms on their way need (finished embeddings may live in half
     of it), as much again with a fragmented pool; or an eighth of one room."""
@@ -64,7 +59,7 @@ def pool_blocks(config: Config) -> int:
 class ConnectorSender:
     def __init__(self, config: Config, path: str) -> None:
         settings = _settings(config, path)
-        device = _device(config, settings)
+        device = device_for(config)
         self._endpoint = EncoderEndpoint(
             settings,
             host=HOST,
@@ -118,14 +113,13 @@ class ConnectorReceiver:
     def __init__(self, config: Config, path: str) -> None:
         self.server = new_id()
         self._config = config
-        settings = _settings(config, path)
         self._endpoint = LanguageEndpoint(
-            settings,
+            _settings(config, path),
             server=self.server,
             host=HOST,
             dtype=_DTYPE,
             widest_row_bytes=config.width * DTYPE.itemsize,
-            runtime=Runtime(_device(config, settings)),
+            runtime=Runtime(device_for(config)),
         )
         self._url = ""
         self._pending: dict[str, None] = {}

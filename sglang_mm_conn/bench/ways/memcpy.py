@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from sglang_mm_conn.bench.ways.base import Config, Room
+from sglang_mm_conn.bench.ways.base import Config, Room, device_for
 from sglang_mm_conn.bench.ways.plain import SlotReceiver, SlotSender
-from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.memory.device import device_of
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
 
@@ -21,7 +19,7 @@ class MemcpySender(SlotSender):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._config = config
-        self._device = device_of(torch.device(config.device), Settings(embedding_device=config.device))
+        self._device = device_for(config)
         self._unpin: Callable[[], None] = lambda: None
 
     def connect(self, peer: Mapping[str, Any]) -> None:
@@ -52,7 +50,7 @@ class MemcpyReceiver(SlotReceiver):
         memory = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + nbytes]
         super().__init__(config, memory)
         self._on_gpu = config.device == "cuda"
-        self._device = device_of(torch.device(config.device), Settings(embedding_device=config.device))
+        self._device = device_for(config)
         self._unpin = self._device.pin(memory)
         self._results: dict[str, torch.Tensor] = {}
 
@@ -65,12 +63,15 @@ class MemcpyReceiver(SlotReceiver):
             self._results[room.name] = self._device.empty(room.nbytes, "cuda")
 
     def wait(self, timeout: float) -> list[tuple[str, torch.Tensor]]:
-        arrived = super().wait(timeout)
+        return [(name, self._taken(name, rows)) for name, rows in super().wait(timeout)]
+
+    def _taken(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` where embeddings end."""
         if not self._on_gpu:
-            return arrived
-        for name, rows in arrived:
-            self._device.copy([(self._results[name], 0, rows, 0, rows.numel())])
-        return [(name, self._results.pop(name)) for name, _ in arrived]
+            return rows
+        result = self._results.pop(name)
+        self._device.copy([(result, 0, rows, 0, rows.numel())])
+        return result
 
     def close(self) -> None:
         super().close()
