@@ -258,9 +258,10 @@ class StockReceiver:
             del os.environ["SGLANG_EMBEDDING_POOL_SIZE_MB"]  # set, it would add a copy into GPU memory
         from sglang.srt.disaggregation.encoder import receiver
         from sglang.srt.managers.schedule_batch import Modality
-        from sglang.srt.runtime_context import get_parallel
+        from sglang.srt.runtime_context import get_device, get_parallel
 
         arguments = _publish(backend)
+        get_device()._set("gpu_id", 0)  # as a server's launcher does
         if not torch.distributed.is_initialized():
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -273,6 +274,7 @@ class StockReceiver:
         if self._receiver.embedding_pool is not None:
             self._receiver.embedding_pool.buffer.fill_(1)  # touched before the clock runs
         self._receiver.mm_processor = _Processor()
+        self._receiver.create_req = lambda request: request  # of one that has failed: only its message is wanted
         self._assigned = {Modality.IMAGE: [1]}
         self._url = ""
         self._new: list[Any] = []

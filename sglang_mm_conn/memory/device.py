@@ -211,16 +211,19 @@ class _CudaQueue:
         self._used = False
 
     def copy(self, pieces: Iterable[Piece]) -> None:
-        within_host = []
+        within_host, others = [], []
         for piece in pieces:
-            target, at, source, start, nbytes = piece
+            target, _, source, _, _ = piece
             if not (target.is_cuda or source.is_cuda):
                 within_host.append(piece)
                 continue
             check_within(piece)  # a slice would be cut short, and one element be spread over many
+            others.append(piece)
+        if others:
             self._used = True
-            with torch.cuda.stream(self._stream):
-                target[at : at + nbytes].copy_(source[start : start + nbytes], non_blocking=True)
+            with torch.cuda.stream(self._stream):  # once: to enter it takes longer than to queue a copy
+                for target, at, source, start, nbytes in others:
+                    target[at : at + nbytes].copy_(source[start : start + nbytes], non_blocking=True)
         copy_pieces(within_host)
 
     def synchronize(self) -> None:

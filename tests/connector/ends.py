@@ -22,6 +22,7 @@ HOST = "127.0.0.1"
 ROW_BYTES = 32
 TOKENS = 100  # more than the pool holds
 BLOCKS = 8
+STAGING_BYTES = 1 << 20
 
 # Data path, where the pool and the staging memory are, where embeddings are.
 WAYS = {
@@ -40,7 +41,7 @@ class Ends:
         data_path, pool, embeddings = WAYS[way]
         settings = Settings(
             block_size=4, blocks=BLOCKS, data_path=data_path, checksum=checksum, mooncake_protocol="tcp",
-            staging_bytes=1 << 20,
+            staging_bytes=STAGING_BYTES,
         )  # fmt: skip
         # A process without a GPU, at the other end of one with one, has the defaults.
         ours = {device: self._settings(settings, device, pool, embeddings) for device in (encoder, language)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def render(run: dict[str, Any]) -> str:
 
 
 def _step(step: dict[str, Any]) -> tuple[str, ...]:
-    result = step["status"] + (f": {step['reason']}" if step["reason"] else "")
+    reason = re.sub(r"(?<!\S)/\S*/", "", step["reason"])  # folders of that machine mean nothing to a reader
+    result = step["status"] + (f": {reason}" if reason else "")
     figures = step["figures"]
     if step["name"].startswith("tests") and figures:
         counts = f"{figures['passed']} passed, {len(figures['failed'])} failed, {figures['skipped']} skipped"

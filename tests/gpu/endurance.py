@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sglang_mm_conn.memory.device import CudaDevice, Device
-from tests.connector.ends import BLOCKS, ROW_BYTES, TOKENS, WAYS, Ends
+from tests.connector.ends import BLOCKS, ROW_BYTES, STAGING_BYTES, TOKENS, WAYS, Ends
 from tests.connector.processes import wait_for
 
 IN_FLIGHT = 8
@@ -148,6 +148,12 @@ def ways_of(device: str) -> list[str]:
     return list({path: way for way, (path, pool, _) in WAYS.items() if pool == "cpu"}.values())
 
 
+def kept_pinned(way: str, device: str) -> int:
+    """Bytes that stay pinned: Mooncake's engines, with their staging memory, end with the process."""
+    path, pool, embeddings = WAYS[way]
+    return STAGING_BYTES if device == "cuda" and path != "shm" and pool == "cpu" and embeddings == "cuda" else 0
+
+
 def play(way: str, device: str, rooms: int, seconds: float, seed: int) -> Endurance:
     """``rooms`` rooms over ``way``, or as many as ``seconds`` allow."""
     result, pins = Endurance(way), Pins()
@@ -173,7 +179,7 @@ def play(way: str, device: str, rooms: int, seconds: float, seed: int) -> Endura
     result.most_pinned_bytes = pins.most
     result.before, result.after = asdict(before), asdict(after)
     result.problems += after.growth(before, "shm" if WAYS[way][0] == "shm" else "mooncake")
-    if pins.now:
+    if pins.now != kept_pinned(way, device):
         result.problems.append(f"{pins.now} bytes are pinned although everything is closed")
     if result.wrong:
         result.problems.append(f"{result.wrong} of {result.rooms} rooms with wrong bytes")

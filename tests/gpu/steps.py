@@ -79,7 +79,7 @@ def steps(device: str) -> list[Step]:
     gpu = device == "cuda"
     sizes, rounds = ("1M,16M,128M", "3") if gpu else ("1M,16M", "1")
 
-    def bench(*ways: str, sizes: str = sizes) -> tuple[str, ...]:
+    def bench(*ways: str, sizes: str = sizes, rounds: str = rounds) -> tuple[str, ...]:
         device_option = ("--device", "cuda") if gpu else ()
         return (
             "-m", "sglang_mm_conn", "bench", "--quick", "--no-special", *device_option,
@@ -123,8 +123,8 @@ def steps(device: str) -> list[Step]:
     for way in ("zmq_to_scheduler", "mooncake_stock"):
         found.append(
             Step(
-                way, f"sglang's own {way.removesuffix('_stock')} beside this connector", bench("shm", way, sizes=large),
-                60, needs_sglang=True,
+                way, f"sglang's own {way.removesuffix('_stock')} beside this connector",
+                bench("shm", way, sizes=large, rounds="2" if gpu else rounds), 75, needs_sglang=True,
             )
         )  # fmt: skip
     return found
