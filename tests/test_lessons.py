@@ -57,7 +57,7 @@ FIXED: dict[str, list[str]] = {
         "tests/core/test_states.py::test_poll_of_a_sender_never_goes_back",
     ],
     "7 success after a part": [
-        f"{CORE_RECEIVER}::test_success_needs_done_and_the_move_of_the_last_rows",
+        f"{CORE_RECEIVER}::test_success_needs_done_and_the_last_rows_copied_out",
         f"{CORE_RECEIVER}::test_a_completion_that_contradicts_the_offer_fails_the_room_and_frees_no_block",
         RECEIVER_MACHINE,
     ],
@@ -88,7 +88,7 @@ FIXED: dict[str, list[str]] = {
         f"{CORE_RECEIVER}::test_each_proof_frees_the_blocks_once",
     ],
     "15 a cached view pointed into a freed block": [
-        "tests/memory/test_pool.py::test_rows_that_were_moved_out_are_no_view_of_blocks_that_the_next_room_is_written_to",
+        "tests/memory/test_pool.py::test_rows_that_were_copied_out_are_no_view_of_blocks_that_the_next_room_is_written_to",
     ],
     "16 a warm-up wrote into a live block": [
         "tests/memory/test_pool.py::test_a_writer_that_comes_and_goes_changes_no_byte_of_the_pool",
@@ -121,7 +121,7 @@ CORRUPTION: dict[str, list[str]] = {
     ],
     "blocks were freed twice": [
         "tests/core/test_blocks.py::test_blocks_freed_twice_are_not_shared_by_two_requests",
-        f"{CORE_RECEIVER}::test_a_move_reported_twice_is_refused_and_frees_nothing_twice",
+        f"{CORE_RECEIVER}::test_a_copy_reported_twice_is_refused_and_frees_nothing_twice",
     ],
     "what the previous tenant left was read as fresh": [
         f"{TRANSFER}::test_metadata_with_tensors_comes_once_and_is_that_of_its_own_room_after_resumes",
@@ -202,7 +202,7 @@ THREAD_HAZARDS: dict[str, list[str]] = {
     "sockets shared by threads without a lock": [f"{THREADS}::test_each_control_socket_is_touched_by_one_thread"],
     "status updates were not atomic": [
         f"{THREADS}::test_a_status_changes_under_the_lock_whichever_thread_changes_it",
-        "tests/core/test_states.py::test_an_illegal_move_is_refused_and_the_state_is_unchanged",
+        "tests/core/test_states.py::test_an_illegal_transition_is_refused_and_the_state_is_unchanged",
     ],
     "Failed was overwritten by a later status": [
         f"{CORE_RECEIVER}::test_a_final_state_is_final_whatever_comes_later",

@@ -58,7 +58,7 @@ def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, fl
         done = _frame(sender.on_written(write, "", False, 0.0))
         times.append(time.thread_time())
         receiver.on_message(_ENCODER, decode_from_encoder(done, _LIMIT), 0.0)  # type: ignore[arg-type]
-        receiver.on_moved(name, 0, "", 0.0)
+        receiver.on_copied(name, 0, "", 0.0)
         receiver.forget(name)
         times.append(time.thread_time())
         for step, (begin, end) in enumerate(itertools.pairwise(times)):

@@ -21,7 +21,7 @@ from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.complaints import Complaints
-from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import (
     ConnError,
     DataPathError,
@@ -120,9 +120,7 @@ class EncoderEndpoint:
         self._at_once_bytes = runtime.at_once_bytes
         self._alone_bytes = runtime.alone_bytes
         self._lock = threading.Lock()
-        self.core = SenderCore(
-            queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout
-        )
+        self.core = SenderCore(queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout)
         self._links = Links(data_paths)
         self._peers: dict[str, _ControlPeer] = {}
         self._sources: dict[str, Source] = {}
@@ -307,9 +305,7 @@ class EncoderEndpoint:
             waits = waiting is not None
             full = not waits and len(self._to_register) >= _WAITING_REGISTRATIONS
             overtaken = (
-                waiting is not None
-                and waiting.incarnation == message.incarnation
-                and waiting.number > message.number
+                waiting is not None and waiting.incarnation == message.incarnation and waiting.number > message.number
             )
             if not full and not overtaken:
                 self._to_register[peer] = message
@@ -535,9 +531,7 @@ class EncoderEndpoint:
     def _send(self, peer: str, message: Message) -> None:
         self._control.send(peer, encode(message))
 
-    def _perform(
-        self, actions: list[Action], at_once: list[TransferEmbeddingChunk] | None = None
-    ) -> list[Ended]:
+    def _perform(self, actions: list[Action], at_once: list[TransferEmbeddingChunk] | None = None) -> list[Ended]:
         """Under the lock, so that messages leave in the order of the decisions. Returns the ends, to be told after.
 
         Chunks that no worker need serve are left in ``at_once``, where there is one.
@@ -555,8 +549,8 @@ class EncoderEndpoint:
                 self._sources.pop(action.room, None)
             elif isinstance(action, Ended):
                 ended.append(action)
-            elif isinstance(action, Move):
-                raise ConnError("an encoder moves nothing")
+            elif isinstance(action, CopyOut):
+                raise ConnError("unexpected action CopyOut in an encoder")
         return ended
 
     def _tell(self, ended: list[Ended]) -> None:

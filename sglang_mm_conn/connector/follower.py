@@ -69,7 +69,7 @@ class FollowerEndpoint:
         self._lock = threading.Lock()
         self._rooms: dict[str, _Room] = {}
         self.completions = Wakeup()  # rung when work given to ``submit`` is done
-        self._readers = runtime.executor(settings.movers, "mm-conn-reader")
+        self._readers = runtime.executor(settings.copiers, "mm-conn-reader")
 
     def use_encoder(self, url: str) -> None:
         """The leader connects to encoders, this rank does not."""
@@ -140,9 +140,7 @@ class FollowerEndpoint:
             if entry is not None and entry.poll() is Poll.Bootstrapping:
                 entry.verdict = Verdict(reason, code)
 
-    def resume_transfer(
-        self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int
-    ) -> None:
+    def resume_transfer(self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int) -> None:
         """Only the leader has blocks to offer."""
         raise ConnError(f"room {room}: rank {self._rank} has no blocks, its leader offers them")
 

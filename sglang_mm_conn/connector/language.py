@@ -1,8 +1,8 @@
-"""The language rank's end: offers blocks, moves rows out of them, hands finished embeddings over.
+"""The language rank's end: offers blocks, copies rows out of them, hands finished embeddings over.
 
-Threads: ``embedding_thread`` owns the control sockets and moves small windows out of blocks, a few movers the others; a
-small pool looks up encoders. Callers (the scheduler's tick) only read states and take results. All state is in the core
-and a few tables, under one lock that is never held during a copy or a socket operation.
+Threads: ``embedding_thread`` owns the control sockets and copies small windows out of blocks, a few copiers the others;
+a small pool looks up encoders. Callers (the scheduler's tick) only read states and take results. All state is in the
+core and a few tables, under one lock that is never held during a copy or a socket operation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sglang_mm_conn.connector.sessions import Sessions
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.wakeup import Wakeup
-from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, decode_from_encoder, encode
@@ -62,7 +62,7 @@ class LanguageEndpoint:
         runtime: Runtime | None = None,
     ) -> None:
         """``server``: incarnation of the language server, the prefix of its rooms. ``host``: where Mooncake peers
-        reach this process. ``make_result``: where rows are moved to, if not to memory of this process alone.
+        reach this process. ``make_result``: where rows are copied to, if not to memory of this process alone.
         Raises MemoryUnavailable, DataPathUnavailable."""
         runtime = runtime or Runtime()
         self.settings = settings
@@ -110,7 +110,7 @@ class LanguageEndpoint:
         self._labels: dict[str, str] = {}
         self._complaints = Complaints(logger)
         self.completions = Wakeup()  # rung when a room ends
-        self._movers = runtime.executor(settings.movers, "mm-conn-mover")
+        self._copiers = runtime.executor(settings.copiers, "mm-conn-copier")
         key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._encoders = Encoders(
             self._sessions,
@@ -185,15 +185,11 @@ class LanguageEndpoint:
         with self._lock:
             self._perform(self.core.abort(room, reason, code, self._clock()))
 
-    def resume_transfer(
-        self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int
-    ) -> None:
+    def resume_transfer(self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int) -> None:
         """Offer the next window of a room that waits for blocks (see EmbeddingReceiver.resume_transfer)."""
         with self._lock:
             entry = self._room(room)
-            offer = self.core.resume_transfer(
-                entry, embedding_indices, sent_tokens, allocated_tokens, self._clock()
-            )
+            offer = self.core.resume_transfer(entry, embedding_indices, sent_tokens, allocated_tokens, self._clock())
             self._perform([offer])
 
     def forget(self, room: str) -> None:
@@ -217,7 +213,7 @@ class LanguageEndpoint:
                 self._device.drain()  # what it made is there for every stream
             return value
 
-        future = self._movers.submit(finish)
+        future = self._copiers.submit(finish)
         future.add_done_callback(lambda _: self.completions.ring())
         return future
 
@@ -245,11 +241,11 @@ class LanguageEndpoint:
             elif isinstance(message, Refused):
                 self._encoders.on_refused(incarnation, message)
             else:
-                at_once: list[Move] = []
+                at_once: list[CopyOut] = []
                 with self._lock:
                     self._perform(self.core.on_message(incarnation, message, self._clock()), at_once)
-                for move in at_once:
-                    self._move(move)
+                for copy in at_once:
+                    self._copy_out(copy)
         except ProtocolError as error:
             self._complaints.log(
                 incarnation, logging.WARNING, "Control message from encoder process %s refused: %s", incarnation, error
@@ -289,56 +285,56 @@ class LanguageEndpoint:
         self._perform(self.core.way_in_gone(session, epoch, self._clock()))
         self._encoders.tell_retired("mooncake")
 
-    # -- movers --------------------------------------------------------------------------------------------------
+    # -- copiers --------------------------------------------------------------------------------------------------
 
-    def _move(self, move: Move) -> None:
+    def _copy_out(self, copy: CopyOut) -> None:
         error = ""
         view = False
         try:
             # ``flat`` keeps a view alive until the core knows of it.
-            flat = self._result_of(move).rows
-            view = move.view
+            flat = self._result_of(copy).rows
+            view = copy.view
             if not view:
-                first, nbytes = move.first_token * move.row_bytes, move.tokens * move.row_bytes
-                self.pool.read(move.blocks, flat, nbytes, first)
-            if move.last and self.settings.checksum:
-                error = self._checksum_error(flat, move.checksum)
+                first, nbytes = copy.first_token * copy.row_bytes, copy.tokens * copy.row_bytes
+                self.pool.read(copy.blocks, flat, nbytes, first)
+            if copy.last and self.settings.checksum:
+                error = self._checksum_error(flat, copy.checksum)
         except Exception as failure:
-            logger.exception("Moving rows of room %s failed", move.room)
+            logger.exception("Copying rows of room %s failed", copy.room)
             error = f"{type(failure).__name__}: {failure}"
         with self._lock:
-            if move.last and not error and self._room(move.room).poll() is not Poll.Failed:
-                error = self._publish(move.room)
+            if copy.last and not error and self._room(copy.room).poll() is not Poll.Failed:
+                error = self._publish(copy.room)
             try:
-                self._perform(self.core.on_moved(move.room, move.window, error, self._clock(), view=view))
+                self._perform(self.core.on_copied(copy.room, copy.window, error, self._clock(), view=view))
             except ConnError as failure:
-                logger.exception("Room %s", move.room)
-                self._perform(self.core.abort(move.room, str(failure), 500, self._clock()))
-            entry = self.core.rooms.get(move.room)
+                logger.exception("Room %s", copy.room)
+                self._perform(self.core.abort(copy.room, str(failure), 500, self._clock()))
+            entry = self.core.rooms.get(copy.room)
             if entry is None or entry.poll() is Poll.Failed:
-                self._drop_result(move.room)
+                self._drop_result(copy.room)
 
-    def _result_of(self, move: Move) -> Result:
-        """The room's result; made at its first move."""
+    def _result_of(self, copy: CopyOut) -> Result:
+        """The room's result; made at its first copy."""
         with self._lock:
-            result = self._results.get(move.room)
-            metadata = self._room(move.room).metadata
+            result = self._results.get(copy.room)
+            metadata = self._room(copy.room).metadata
         if result is None:
-            if (move.row_bytes % dtype_of(move.dtype).itemsize) != 0:
-                raise ProtocolError(f"a row of {move.row_bytes} bytes is not whole values of {move.dtype}")
-            nbytes = move.total_tokens * move.row_bytes
-            if move.view:
-                result = self._view_of(move, nbytes)
+            if (copy.row_bytes % dtype_of(copy.dtype).itemsize) != 0:
+                raise ProtocolError(f"a row of {copy.row_bytes} bytes is not whole values of {copy.dtype}")
+            nbytes = copy.total_tokens * copy.row_bytes
+            if copy.view:
+                result = self._view_of(copy, nbytes)
             else:
-                result = self._make_result(move.room, Contents(move.total_tokens, move.dtype, nbytes, metadata))
+                result = self._make_result(copy.room, Contents(copy.total_tokens, copy.dtype, nbytes, metadata))
             with self._lock:
-                self._results[move.room] = result
+                self._results[copy.room] = result
         return result
 
-    def _view_of(self, move: Move, nbytes: int) -> Result:
+    def _view_of(self, copy: CopyOut, nbytes: int) -> Result:
         """Over when the last tensor on it is gone: told on the control thread, since finalizers must not wait."""
-        over = partial(self._control.call, partial(self._view_over, move.room))
-        return ViewResult(self.pool.view(move.blocks, nbytes, over))
+        over = partial(self._control.call, partial(self._view_over, copy.room))
+        return ViewResult(self.pool.view(copy.blocks, nbytes, over))
 
     def _view_over(self, room: str) -> None:
         with self._lock:
@@ -366,30 +362,30 @@ class LanguageEndpoint:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _perform(self, actions: list[Action], at_once: list[Move] | None = None) -> None:
+    def _perform(self, actions: list[Action], at_once: list[CopyOut] | None = None) -> None:
         """Under the lock, so that messages leave in the order of the decisions.
 
-        Moves that take no longer than waking a mover are left in ``at_once``, where there is one.
+        Copies that take no longer than waking a copier are left in ``at_once``, where there is one.
         """
         for action in actions:
             if isinstance(action, Send):
                 self._control.send(action.peer, encode(action.message))
-            elif isinstance(action, Move):
+            elif isinstance(action, CopyOut):
                 if at_once is not None and self._is_short(action):
                     at_once.append(action)
                 else:
-                    self._movers.submit(self._move, action)
+                    self._copiers.submit(self._copy_out, action)
             elif isinstance(action, Ended):
                 self._ended(action)
             elif isinstance(action, TransferEmbeddingChunk | Release):
-                raise ConnError("a language rank writes nothing")
+                raise ConnError("unexpected action in a language rank")
 
-    def _is_short(self, move: Move) -> bool:
-        """A view moves nothing, whatever its size. A checksum reads the whole embedding, after its last window."""
-        if move.view and not self.settings.checksum:
+    def _is_short(self, copy: CopyOut) -> bool:
+        """A view copies nothing, whatever its size. A checksum reads the whole embedding, after its last window."""
+        if copy.view and not self.settings.checksum:
             return self._at_once_bytes > 0
-        tokens = move.total_tokens if move.last and self.settings.checksum else move.tokens
-        return tokens * move.row_bytes <= self._at_once_bytes
+        tokens = copy.total_tokens if copy.last and self.settings.checksum else copy.tokens
+        return tokens * copy.row_bytes <= self._at_once_bytes
 
     def _ended(self, action: Ended) -> None:
         entry = self.core.rooms[action.room]
@@ -418,7 +414,7 @@ class LanguageEndpoint:
         self._control.stop()
         self._thread.join(10)
         self._encoders.close()
-        self._movers.shutdown(wait=True)
+        self._copiers.shutdown(wait=True)
         self._revoker.shutdown(wait=True)
         with self._lock:
             for room in list(self._results):

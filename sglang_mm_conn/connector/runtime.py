@@ -28,9 +28,9 @@ from sglang_mm_conn.memory.pool import BlockPool
 class Runtime:
     """The real one."""
 
-    # Embeddings up to this size, and at a language rank windows, are moved by the thread that heard of them: waking
-    # another takes about as long as copying as much. 1 MiB rooms took 0.8 times as long so, and a flow of them was 1.4
-    # times as fast.
+    # Embeddings up to this size, and at a language rank windows, are copied by the thread that received the message:
+    # waking another takes about as long as copying as much. 1 MiB rooms took 0.8 times as long so, and a flow of them
+    # was 1.4 times as fast.
     at_once_bytes = 2 << 20
     # Of the only embedding that is at an encoder, as much is written by the control thread: it need not be woken once
     # more to say so. Rooms of 4 MiB took 0.94 times as long so; of 16 MiB 0.99 on a quiet host and down to 0.8 on a

@@ -16,8 +16,8 @@ class Send(msgspec.Struct, frozen=True):
     message: Message
 
 
-class Move(msgspec.Struct, frozen=True):
-    """Move the first ``tokens`` rows of window ``window`` out of ``blocks``, to row ``first_token`` of the result."""
+class CopyOut(msgspec.Struct, frozen=True):
+    """Copy the first ``tokens`` rows of window ``window`` out of ``blocks``, to row ``first_token`` of the result."""
 
     room: str
     window: int
@@ -59,4 +59,4 @@ class Release(msgspec.Struct, frozen=True):
     room: str
 
 
-Action: TypeAlias = Send | Move | TransferEmbeddingChunk | Ended | Release
+Action: TypeAlias = Send | CopyOut | TransferEmbeddingChunk | Ended | Release

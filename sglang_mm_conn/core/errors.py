@@ -23,7 +23,7 @@ class ProtocolError(ConnError):
 
 
 class IllegalTransition(ConnError):
-    """A state machine was asked for a move that its table does not have."""
+    """A state machine was asked for a transition that its table does not allow."""
 
 
 class AllocatorError(ConnError):

@@ -4,7 +4,7 @@ Who owns a block, at each moment:
 
 - *free*: nobody, the allocator may hand it out;
 - from the offer (Init, Resume) on: **the encoder**, which may write it at any moment;
-- from the encoder's Progress or Done for exactly that window on: **this side**, which moves the rows out and frees it
+- from the encoder's Progress or Done for exactly that window on: **this side**, which copies the rows out and frees it
   (those messages are sent after the data call returned 0, and one window is written once);
 - an embedding that came in one window, in blocks side by side, may stay there as a **view**: its blocks are the
   result's, and after it the request's, until nothing refers to them any more (``view_over``). Views hold
@@ -13,7 +13,7 @@ Who owns a block, at each moment:
   Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone (shared memory), or
   that the way in it was offered for was taken down (Mooncake; see connector.revocation).
 
-A room that waits for blocks holds none: the rows it has were moved out first. So waiting can never be circular.
+A room that waits for blocks holds none: the rows it has were copied out first. So waiting can never be circular.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_mm_conn.core.actions import Action, Ended, Move, Send
+from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume, as_text
-from sglang_mm_conn.core.states import RECEIVER_MOVES, Machine, Poll, ReceiverState
+from sglang_mm_conn.core.states import RECEIVER_TRANSITIONS, Poll, ReceiverState, StateMachine
 from sglang_mm_conn.core.tombstones import Tombstones, Verdict
 
 # The encoder is told a deadline that lies this much before ours, so that the journey of the message and the answer
@@ -60,15 +60,15 @@ class Peer:
 
 @dataclass(slots=True)
 class ReceiverRoom:
-    """One room. ``sent_tokens`` rows are confirmed *and* moved out."""
+    """One room. ``sent_tokens`` rows are confirmed *and* copied out."""
 
     room: str
     encoder: str
     deadline: float
     started: float
     required_dst_info_num: int
-    machine: Machine[ReceiverState] = field(
-        default_factory=lambda: Machine(RECEIVER_MOVES, ReceiverState.EXPECTED)
+    machine: StateMachine[ReceiverState] = field(
+        default_factory=lambda: StateMachine(RECEIVER_TRANSITIONS, ReceiverState.EXPECTED)
     )
     peer: Peer | None = None
     total_tokens: int = 0
@@ -80,7 +80,7 @@ class ReceiverRoom:
     allocated_tokens: int = 0
     sent_tokens: int = 0
     metadata: bytes = b""
-    elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was moved
+    elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was copied
     last: bool = False
     view: bool = False  # the blocks may stay the result's
     verdict: Verdict | None = None
@@ -143,7 +143,7 @@ class ReceiverCore:
         view_blocks: int = 0,
         view_least_bytes: int = 1,
     ) -> None:
-        """``view_blocks``: most blocks that views hold; ``view_least_bytes``: smaller embeddings are moved out."""
+        """``view_blocks``: most blocks that views hold; ``view_least_bytes``: smaller embeddings are copied out."""
         self.allocator = allocator
         self.geometry = geometry
         self.rooms: dict[str, ReceiverRoom] = {}
@@ -160,7 +160,7 @@ class ReceiverCore:
         self._view_blocks = view_blocks
         self._view_least_bytes = view_least_bytes
         self._next_deadline = math.inf  # no room that has not ended has an earlier one
-        self._viewed = 0  # blocks of views, and of moves that may make one
+        self._viewed = 0  # blocks of views, and of copies that may make one
 
     # -- what the request asks for -------------------------------------------------------------------------------
 
@@ -317,7 +317,7 @@ class ReceiverCore:
                 413, now,
             )  # fmt: skip
         entry.total_tokens, entry.row_bytes, entry.dtype = message.total_tokens, message.row_bytes, message.dtype
-        entry.machine.to(ReceiverState.QUEUED)
+        entry.machine.transition_to(ReceiverState.QUEUED)
         self._waiting.append(entry)
         return self._serve_waiting(now)
 
@@ -336,7 +336,7 @@ class ReceiverCore:
                 return []  # about an offer that was said twice and confirmed since
             return self._fail(entry, f"the encoder refused the offer: {message.refused}", 502, now)
         if message.window < entry.window or (
-            message.window == entry.window and entry.state in (ReceiverState.MOVING, ReceiverState.QUEUED)
+            message.window == entry.window and entry.state in (ReceiverState.COPYING, ReceiverState.QUEUED)
         ):
             return []  # the answer to a repeated offer, or a repeated confirmation: it changes nothing
         confirmed = entry.sent_tokens + entry.allocated_tokens
@@ -355,15 +355,15 @@ class ReceiverCore:
             )  # fmt: skip
         if entry.window == 0:
             entry.metadata = message.metadata
-        entry.machine.to(ReceiverState.MOVING)
+        entry.machine.transition_to(ReceiverState.COPYING)
         entry.last = done
         entry.view = done and entry.window == 0 and self._may_be_view(entry)
         if entry.view:
             self._viewed += len(entry.blocks)
         if isinstance(message, Done):
-            entry.elapsed = message.elapsed - now  # completed when the rows have been moved
+            entry.elapsed = message.elapsed - now  # completed when the rows have been copied
         return [
-            Move(
+            CopyOut(
                 room=entry.room,
                 window=entry.window,
                 blocks=tuple(entry.blocks),
@@ -435,16 +435,16 @@ class ReceiverCore:
                 del self._parked_of[parked.peer.incarnation]
         return parked
 
-    # -- the rows were moved out ---------------------------------------------------------------------------------
+    # -- the rows were copied out ---------------------------------------------------------------------------------
 
-    def on_moved(self, room: str, window: int, error: str, now: float, *, view: bool = False) -> list[Action]:
-        """The mover is done with the blocks of ``window``; ``error`` is empty where every row is in place.
+    def on_copied(self, room: str, window: int, error: str, now: float, *, view: bool = False) -> list[Action]:
+        """The copier is done with the blocks of ``window``; ``error`` is empty where every row is in place.
 
         ``view``: it made a view of them, also where there is an error; they are free after ``view_over``.
         """
         entry = self.rooms[room]
         if window != entry.window or not entry.blocks:
-            raise ConnError(f"room {room}: window {window} was moved, but {entry.window} is current")
+            raise ConnError(f"room {room}: window {window} was copied, but {entry.window} is current")
         if view:
             if not entry.view:
                 raise ConnError(f"room {room}: nobody allowed a view of its blocks")
@@ -454,19 +454,19 @@ class ReceiverCore:
             self._viewed -= len(entry.blocks) if entry.view else 0
         entry.blocks = []
         actions: list[Action] = []
-        if entry.state is ReceiverState.MOVING:
+        if entry.state is ReceiverState.COPYING:
             entry.sent_tokens += entry.allocated_tokens
             entry.allocated_tokens = 0
             if error:
                 actions += self._fail(entry, error, 500, now)
             elif entry.last:
-                entry.machine.to(ReceiverState.SUCCESS)
+                entry.machine.transition_to(ReceiverState.SUCCESS)
                 entry.elapsed += now
                 entry.ended = now
                 self.tombstones.put(room, Verdict("", SUCCESS_CODE), now + TOMBSTONE_SECONDS)
                 actions.append(Ended(room, success=True))
             else:
-                entry.machine.to(ReceiverState.QUEUED)
+                entry.machine.transition_to(ReceiverState.QUEUED)
                 self._waiting.append(entry)
         elif entry.forgotten:
             del self.rooms[room]
@@ -545,7 +545,7 @@ class ReceiverCore:
         if not 1 <= allocated_tokens <= min(most, entry.total_tokens - sent_tokens):
             raise ConnError(f"room {entry.room}: allocated_tokens={allocated_tokens}, but the blocks hold {most} rows")
         assert entry.peer is not None
-        entry.machine.to(ReceiverState.OFFERED)
+        entry.machine.transition_to(ReceiverState.OFFERED)
         entry.window += 1
         entry.epoch = entry.peer.epoch
         entry.blocks = embedding_indices
@@ -590,13 +590,11 @@ class ReceiverCore:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def _fail(
-        self, entry: ReceiverRoom, reason: str, code: int, now: float, *, tell_peer: bool = True
-    ) -> list[Action]:
+    def _fail(self, entry: ReceiverRoom, reason: str, code: int, now: float, *, tell_peer: bool = True) -> list[Action]:
         if entry.machine.final:
             return []
         offered = entry.state is ReceiverState.OFFERED
-        entry.machine.to(ReceiverState.FAILED)
+        entry.machine.transition_to(ReceiverState.FAILED)
         entry.verdict = Verdict(reason, code)
         entry.ended = now
         self.tombstones.put(entry.room, entry.verdict, now + TOMBSTONE_SECONDS)
@@ -611,7 +609,7 @@ class ReceiverCore:
                 owner, peer, tuple(entry.blocks), confirmed, now, now + ABORT_AGAIN_SECONDS
             )
             entry.blocks = []
-        # Blocks of a window that is being moved are freed by on_moved: the mover still reads them.
+        # Blocks of a window that is being copied are freed by on_copied: the copier still reads them.
         if tell_peer and entry.peer is not None and not entry.last:
             actions.append(self._abort_message(entry.peer, entry.room, reason))
         actions.append(Ended(entry.room, success=False, reason=reason, code=code))

@@ -34,7 +34,14 @@ from sglang_mm_conn.core.messages import (
 )
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.sharding import port_sum_queue_index
-from sglang_mm_conn.core.states import SENDER_MOVES, WINDOW_MOVES, Machine, Poll, SenderState, WindowState
+from sglang_mm_conn.core.states import (
+    SENDER_TRANSITIONS,
+    WINDOW_TRANSITIONS,
+    Poll,
+    SenderState,
+    StateMachine,
+    WindowState,
+)
 from sglang_mm_conn.core.tombstones import Tombstones, Verdict
 
 # A tombstone must outlive the requests and encodes that may still name its room.
@@ -74,7 +81,9 @@ class TransferEmbeddingInfo:
     epoch: int = 0
     src_embedding_indices: tuple[int, ...] | None = None
     total_tokens: int = 0
-    machine: Machine[WindowState] = field(default_factory=lambda: Machine(WINDOW_MOVES, WindowState.OFFERED))
+    machine: StateMachine[WindowState] = field(
+        default_factory=lambda: StateMachine(WINDOW_TRANSITIONS, WindowState.OFFERED)
+    )
 
     @property
     def state(self) -> WindowState:
@@ -104,7 +113,9 @@ class SenderRoom:
     dtype: str
     deadline: float
     started: float
-    machine: Machine[SenderState] = field(default_factory=lambda: Machine(SENDER_MOVES, SenderState.ANNOUNCED))
+    machine: StateMachine[SenderState] = field(
+        default_factory=lambda: StateMachine(SENDER_TRANSITIONS, SenderState.ANNOUNCED)
+    )
     transfer_infos: dict[str, TransferEmbeddingInfo] = field(default_factory=dict)
     required_dst_info_num: int = 0
     queue_idx: int | None = None
@@ -223,9 +234,7 @@ class SenderCore:
         if verdict is not None:
             failed = self._failed(room, verdict, drained=True)
             return [Ended(room, success=False, reason=failed.reason, code=failed.code)]
-        entry = SenderRoom(
-            room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now
-        )
+        entry = SenderRoom(room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now)
         self.rooms[room] = entry
         sessions = self._sessions_of(entry.server)
         entry.unheard_since = None if sessions else now
@@ -329,7 +338,7 @@ class SenderCore:
             refusal = self._offer_problem(entry, session, message, entry.total_tokens - info.sent_tokens)
         if refusal:
             return [self._truth(entry, info, session, refusal, message.window)]
-        info.machine.to(WindowState.OFFERED)
+        info.machine.transition_to(WindowState.OFFERED)
         info.window = message.window
         info.epoch = message.epoch
         info.dst_embedding_indices = list(message.dst_embedding_indices)
@@ -353,7 +362,7 @@ class SenderCore:
         # Where a write is under way, Drained follows when the data call has returned.
         if info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT):
             if info is not None and not info.machine.final:
-                info.machine.to(WindowState.CLOSED)
+                info.machine.transition_to(WindowState.CLOSED)
             actions.append(Send(session.peer, Drained(room=entry.room)))
         return actions + self._fail(
             entry, f"aborted by the language server: {message.reason}", 499, now, except_session=session
@@ -381,12 +390,10 @@ class SenderCore:
             if info.src_embedding_indices is None:
                 info.src_embedding_indices = entry.source
                 info.total_tokens = entry.total_tokens
-            info.machine.to(WindowState.WRITING)
+            info.machine.transition_to(WindowState.WRITING)
             entry.busy = True
             blocks = tuple(info.dst_embedding_indices)
-            return WindowWrite(
-                room, session, info.window, info.epoch, blocks, info.sent_tokens, info.allocated_tokens
-            )
+            return WindowWrite(room, session, info.window, info.epoch, blocks, info.sent_tokens, info.allocated_tokens)
         return None
 
     def on_written(self, write: WindowWrite, error: str, in_doubt: bool, now: float) -> list[Action]:
@@ -397,20 +404,20 @@ class SenderCore:
         info = entry.transfer_infos[session.mooncake_session_id]
         actions: list[Action]
         if error:
-            info.machine.to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
+            info.machine.transition_to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
             if in_doubt:
                 self._in_doubt[entry.room, session.mooncake_session_id] = write.epoch
             others = self._fail(entry, f"{error} (to {session.mooncake_session_id})", 502, now, except_session=session)
             assert entry.verdict is not None
             actions = [Send(session.peer, self._failed(entry.room, entry.verdict, drained=not in_doubt)), *others]
         elif entry.machine.final:
-            info.machine.to(WindowState.CLOSED)
+            info.machine.transition_to(WindowState.CLOSED)
             actions = [Send(session.peer, Drained(room=entry.room))]
         else:
             info.sent_tokens += info.allocated_tokens
             entry.elapsed = max(0.0, now - entry.source_at)
             done = info.sent_tokens == entry.total_tokens
-            info.machine.to(WindowState.DONE if done else WindowState.PARTIAL)
+            info.machine.transition_to(WindowState.DONE if done else WindowState.PARTIAL)
             answer = self._truth(entry, info, session, "")
             actions = [answer]
             if done:
@@ -421,7 +428,7 @@ class SenderCore:
             if self._complete(entry) and all(
                 other.state is WindowState.DONE for other in entry.transfer_infos.values()
             ):
-                entry.machine.to(SenderState.SUCCESS)
+                entry.machine.transition_to(SenderState.SUCCESS)
                 entry.verdict = Verdict("", 200)
                 actions.append(Ended(entry.room, success=True))
         actions += self._drop_if_over(entry, now)
@@ -499,9 +506,7 @@ class SenderCore:
     def _announcement(entry: SenderRoom, session: Session) -> Send:
         return Send(
             session.peer,
-            Announce(
-                room=entry.room, total_tokens=entry.total_tokens, row_bytes=entry.row_bytes, dtype=entry.dtype
-            ),
+            Announce(room=entry.room, total_tokens=entry.total_tokens, row_bytes=entry.row_bytes, dtype=entry.dtype),
         )
 
     @staticmethod
@@ -512,9 +517,9 @@ class SenderCore:
         if not self._complete(entry):
             return []
         if entry.source is None:
-            entry.machine.to(SenderState.READY)
+            entry.machine.transition_to(SenderState.READY)
             return []
-        entry.machine.to(SenderState.TRANSFERRING)
+        entry.machine.transition_to(SenderState.TRANSFERRING)
         entry.queue_idx = port_sum_queue_index(entry.transfer_infos, self._queues)
         return [self._chunk(entry)]
 
@@ -598,7 +603,7 @@ class SenderCore:
     ) -> list[Action]:
         if entry.machine.final:
             return []
-        entry.machine.to(SenderState.FAILED)
+        entry.machine.transition_to(SenderState.FAILED)
         entry.verdict = Verdict(reason, code)
         self._remember_failure(entry.room)
         actions: list[Action] = []
@@ -611,7 +616,7 @@ class SenderCore:
             actions.append(Send(session.peer, self._failed(entry.room, entry.verdict, drained=drained)))
         for info in entry.transfer_infos.values():
             if info.state in (WindowState.OFFERED, WindowState.PARTIAL):
-                info.machine.to(WindowState.CLOSED)
+                info.machine.transition_to(WindowState.CLOSED)
         peer = ",".join(entry.transfer_infos) or f"server {entry.server}"
         actions.append(Ended(entry.room, success=False, reason=reason, code=code, peer=peer))
         return actions + self._drop_if_over(entry, now)

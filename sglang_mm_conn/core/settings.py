@@ -67,120 +67,174 @@ class Settings:
     """What both ends read at start. Unset means the default; ``None`` means "decide at start and say so"."""
 
     blocks: int | None = _setting(
-        "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE", None, _integer(1, 1 << 24),
+        "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE",
+        None,
+        _integer(1, 1 << 24),
         "blocks in the language server's pool; unset: as many as fit 256 MiB and half of what /dev/shm has free",
     )
     block_size: int = _setting(
-        "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE", 128, _integer(1, 1 << 20),
+        "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE",
+        128,
+        _integer(1, 1 << 20),
         "tokens of the model's widest row in one block; must be the same on encoder and language server",
     )
     first_offer: int | None = _setting(
-        "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE", None, _integer(1, 1 << 30),
+        "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE",
+        None,
+        _integer(1, 1 << 30),
         "most tokens offered at first, the rest follows by resume; unset: what is needed and free",
     )
     queues: int = _setting(
-        "SGLANG_DISAGGREGATION_QUEUE_SIZE", 4, _integer(1, 256),
+        "SGLANG_DISAGGREGATION_QUEUE_SIZE",
+        4,
+        _integer(1, 256),
         "transfer queues of an encoder; a room's queue is the port sum of its sessions modulo this",
     )
     workers: int = _setting(
-        "SGLANG_DISAGGREGATION_THREAD_POOL_SIZE", 16, _integer(1, 1024),
+        "SGLANG_DISAGGREGATION_THREAD_POOL_SIZE",
+        16,
+        _integer(1, 1024),
         "transfer workers of an encoder, shared out over its queues (at least one each); one language rank gets at "
         "most half of a queue's at a time",
     )
     data_path: str = _setting(
-        "SGLANG_MM_CONN_DATA_PATH", "auto", _choice(*DATA_PATHS),
+        "SGLANG_MM_CONN_DATA_PATH",
+        "auto",
+        _choice(*DATA_PATHS),
         "auto: shared memory where both ends can prove it is one host, Mooncake otherwise; "
         "a forced path that cannot be had is an error",
     )
     pool_device: str = _setting(
-        "SGLANG_MM_CONN_POOL_DEVICE", "cpu", _choice(*PLACES),
+        "SGLANG_MM_CONN_POOL_DEVICE",
+        "cpu",
+        _choice(*PLACES),
         "memory that the engine reads and writes: a language server's pool, an encoder's staging memory; "
         "cuda: on the GPU, reached over Mooncake only (its CUDA build), on one host too",
     )
     embedding_device: str | None = _setting(
-        "SGLANG_MM_CONN_EMBEDDING_DEVICE", None, _choice(*PLACES),
+        "SGLANG_MM_CONN_EMBEDDING_DEVICE",
+        None,
+        _choice(*PLACES),
         "where embeddings are: cuda leaves them on the encoder's GPU until they are sent, and puts them on the "
         "language server's as they arrive, in memory that sglang does not count; unset: as SGLANG_MM_CONN_POOL_DEVICE",
     )
     key_file: str | None = _setting(
-        "SGLANG_MM_CONN_KEY_FILE", None, _text(),
+        "SGLANG_MM_CONN_KEY_FILE",
+        None,
+        _text(),
         "file with the deployment's secret (python -m sglang_mm_conn keygen FILE), the same on every server",
     )
     insecure: bool = _setting(
-        "SGLANG_MM_CONN_INSECURE", False, _flag(),
+        "SGLANG_MM_CONN_INSECURE",
+        False,
+        _flag(),
         "1: serve beyond loopback without a key; anybody who reaches the ports can then read and forge embeddings",
     )
     regions: int = _setting(
-        "SGLANG_MM_CONN_REGIONS", 4, _integer(1, 64),
+        "SGLANG_MM_CONN_REGIONS",
+        4,
+        _integer(1, 64),
         "registered regions that the pool is divided into",
     )
     host: str | None = _setting(
-        "SGLANG_MM_CONN_HOST", None, _text(),
+        "SGLANG_MM_CONN_HOST",
+        None,
+        _text(),
         "address under which this process is reached by Mooncake; unset: --host, or what sglang finds where that is "
         "loopback or a wildcard",
     )
     mooncake_protocol: str = _setting(
-        "SGLANG_MM_CONN_MOONCAKE_PROTOCOL", "rdma", _choice("rdma", "tcp"),
+        "SGLANG_MM_CONN_MOONCAKE_PROTOCOL",
+        "rdma",
+        _choice("rdma", "tcp"),
         "what the Mooncake engine is asked for; without an RDMA device it falls back to TCP by itself",
     )
     mooncake_device: str = _setting(
-        "SGLANG_MM_CONN_MOONCAKE_DEVICE", "", _text(),
+        "SGLANG_MM_CONN_MOONCAKE_DEVICE",
+        "",
+        _text(),
         "RDMA devices for Mooncake, separated by commas; empty: the engine chooses",
     )
     staging_bytes: int = _setting(
-        "SGLANG_MM_CONN_STAGING_BYTES", 64 << 20, _integer(1 << 20, 1 << 36),
+        "SGLANG_MM_CONN_STAGING_BYTES",
+        64 << 20,
+        _integer(1 << 20, 1 << 36),
         "registered memory of an encoder through which rows leave over Mooncake, made when it is first needed",
     )
     view_percent: int = _setting(
-        "SGLANG_MM_CONN_VIEW_PERCENT", 50, _integer(0, 90),
+        "SGLANG_MM_CONN_VIEW_PERCENT",
+        50,
+        _integer(0, 90),
         "share of the pool that finished embeddings may occupy while their requests live, instead of being copied out "
         "of it; 0: all are copied out",
     )
     result_cache_bytes: int = _setting(
-        "SGLANG_MM_CONN_RESULT_CACHE_BYTES", 512 << 20, _integer(0, 1 << 44),
+        "SGLANG_MM_CONN_RESULT_CACHE_BYTES",
+        512 << 20,
+        _integer(0, 1 << 44),
         "memory of finished embeddings that a language server keeps to use again (fresh memory is several times slower "
         "to fill); 0: none",
     )
     heap_kept_bytes: int = _setting(
-        "SGLANG_MM_CONN_HEAP_KEPT_BYTES", 256 << 20, _integer(0, (1 << 31) - 1),
+        "SGLANG_MM_CONN_HEAP_KEPT_BYTES",
+        256 << 20,
+        _integer(0, (1 << 31) - 1),
         "freed memory that may stay at the end of the heap of each encoder and scheduler process for the next request; "
         "more goes to the kernel as a whole, and comes back page by page; tensors of 32 MiB and more are elsewhere; "
         "0, or a choice of the user's (MALLOC_TRIM_THRESHOLD_ and the like): as glibc has it",
     )
-    movers: int = _setting(
-        "SGLANG_MM_CONN_MOVERS", 2, _integer(1, 64),
-        "threads of a language server that move rows out of blocks",
+    copiers: int = _setting(
+        "SGLANG_MM_CONN_MOVERS",
+        2,
+        _integer(1, 64),
+        "threads of a language server that copy rows out of blocks",
     )
     heartbeat: float = _setting(
-        "SGLANG_MM_CONN_HEARTBEAT_SECONDS", 1.0, _seconds(0.05, 60),
+        "SGLANG_MM_CONN_HEARTBEAT_SECONDS",
+        1.0,
+        _seconds(0.05, 60),
         "how often each side of a control connection says that it lives",
     )
     peer_timeout: float = _setting(
-        "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS", 10.0, _seconds(0.2, 3600),
+        "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS",
+        10.0,
+        _seconds(0.2, 3600),
         "silence after which a peer counts as lost",
     )
     claim_timeout: float = _setting(
-        "SGLANG_MM_CONN_CLAIM_TIMEOUT_SECONDS", 30.0, _seconds(0.2, 3600),
+        "SGLANG_MM_CONN_CLAIM_TIMEOUT_SECONDS",
+        30.0,
+        _seconds(0.2, 3600),
         "how long an announced room may wait for a request that claims it, before its encode is released",
     )
     doubt_patience: float = _setting(
-        "SGLANG_MM_CONN_DOUBT_SECONDS", 5.0, _seconds(0.1, 3600),
+        "SGLANG_MM_CONN_DOUBT_SECONDS",
+        5.0,
+        _seconds(0.1, 3600),
         "how long blocks of a failed Mooncake write stay in doubt before the engine is replaced to free them",
     )
     max_embedding_bytes: int = _setting(
-        "SGLANG_MM_CONN_MAX_EMBEDDING_BYTES", 16 << 30, _integer(1 << 10, 1 << 44),
+        "SGLANG_MM_CONN_MAX_EMBEDDING_BYTES",
+        16 << 30,
+        _integer(1 << 10, 1 << 44),
         "largest embedding that a language server accepts",
     )
     max_frame_bytes: int = _setting(
-        "SGLANG_MM_CONN_MAX_FRAME_BYTES", 1 << 20, _integer(1 << 20, 1 << 30),
+        "SGLANG_MM_CONN_MAX_FRAME_BYTES",
+        1 << 20,
+        _integer(1 << 20, 1 << 30),
         "largest control message, its metadata not counted",
     )
     max_metadata_bytes: int = _setting(
-        "SGLANG_MM_CONN_MAX_METADATA_BYTES", 64 << 20, _integer(1 << 10, 1 << 32),
+        "SGLANG_MM_CONN_MAX_METADATA_BYTES",
+        64 << 20,
+        _integer(1 << 10, 1 << 32),
         "largest metadata (grids, time stamps) of one part",
     )
     checksum: bool = _setting(
-        "SGLANG_MM_CONN_CHECKSUM", False, _flag(),
+        "SGLANG_MM_CONN_CHECKSUM",
+        False,
+        _flag(),
         "1: the encoder sends a checksum of every embedding and the language server verifies it (both sides)",
     )
 

@@ -1,4 +1,4 @@
-"""The state machines of a room, each an Enum and one table of allowed moves.
+"""The state machines of a room, each an Enum and one table of allowed transitions.
 
 The numbers of ``Poll`` are those of sglang's ``KVPoll``. A room's poll value never goes back (an earlier prototype
 reset it on resume, and its caller acted twice).
@@ -34,16 +34,16 @@ class ReceiverState(_State):
     EXPECTED = "expected"  # a request waits for it, the encoder has not announced it yet
     QUEUED = "queued"  # announced; waits for blocks and holds none
     OFFERED = "offered"  # holds blocks that the encoder may write at any moment
-    MOVING = "moving"  # the window is confirmed; its rows are being moved out of the blocks
+    COPYING = "copying"  # the window is confirmed; its rows are being copied out of the blocks
     SUCCESS = "success"
     FAILED = "failed"
 
 
-RECEIVER_MOVES: dict[ReceiverState, frozenset[ReceiverState]] = {
+RECEIVER_TRANSITIONS: dict[ReceiverState, frozenset[ReceiverState]] = {
     ReceiverState.EXPECTED: frozenset({ReceiverState.QUEUED, ReceiverState.FAILED}),
     ReceiverState.QUEUED: frozenset({ReceiverState.OFFERED, ReceiverState.FAILED}),
-    ReceiverState.OFFERED: frozenset({ReceiverState.MOVING, ReceiverState.FAILED}),
-    ReceiverState.MOVING: frozenset({ReceiverState.QUEUED, ReceiverState.SUCCESS, ReceiverState.FAILED}),
+    ReceiverState.OFFERED: frozenset({ReceiverState.COPYING, ReceiverState.FAILED}),
+    ReceiverState.COPYING: frozenset({ReceiverState.QUEUED, ReceiverState.SUCCESS, ReceiverState.FAILED}),
     ReceiverState.SUCCESS: frozenset(),
     ReceiverState.FAILED: frozenset(),
 }
@@ -59,7 +59,7 @@ class SenderState(_State):
     FAILED = "failed"
 
 
-SENDER_MOVES: dict[SenderState, frozenset[SenderState]] = {
+SENDER_TRANSITIONS: dict[SenderState, frozenset[SenderState]] = {
     SenderState.ANNOUNCED: frozenset({SenderState.READY, SenderState.TRANSFERRING, SenderState.FAILED}),
     SenderState.READY: frozenset({SenderState.TRANSFERRING, SenderState.FAILED}),
     SenderState.TRANSFERRING: frozenset({SenderState.SUCCESS, SenderState.FAILED}),
@@ -79,11 +79,9 @@ class WindowState(_State):
     IN_DOUBT = "in_doubt"  # ended by a data call after which bytes may still land
 
 
-WINDOW_MOVES: dict[WindowState, frozenset[WindowState]] = {
+WINDOW_TRANSITIONS: dict[WindowState, frozenset[WindowState]] = {
     WindowState.OFFERED: frozenset({WindowState.WRITING, WindowState.CLOSED}),
-    WindowState.WRITING: frozenset(
-        {WindowState.PARTIAL, WindowState.DONE, WindowState.CLOSED, WindowState.IN_DOUBT}
-    ),
+    WindowState.WRITING: frozenset({WindowState.PARTIAL, WindowState.DONE, WindowState.CLOSED, WindowState.IN_DOUBT}),
     WindowState.PARTIAL: frozenset({WindowState.OFFERED, WindowState.CLOSED}),
     WindowState.DONE: frozenset(),
     WindowState.CLOSED: frozenset(),
@@ -93,24 +91,24 @@ WINDOW_MOVES: dict[WindowState, frozenset[WindowState]] = {
 State = TypeVar("State", bound=Enum)
 
 
-class Machine(Generic[State]):
-    """Holds one state and refuses every move that its table does not have."""
+class StateMachine(Generic[State]):
+    """Holds one state and refuses every transition that its table does not allow."""
 
-    __slots__ = ("_moves", "_table", "state")
+    __slots__ = ("_allowed", "_table", "state")
 
-    def __init__(self, moves: dict[State, frozenset[State]], start: State) -> None:
-        self._table = moves
+    def __init__(self, transitions: dict[State, frozenset[State]], start: State) -> None:
+        self._table = transitions
         self.state = start
-        self._moves = moves[start]
+        self._allowed = transitions[start]
 
-    def to(self, target: State) -> None:
-        """Move to ``target``. Raises IllegalTransition, and then nothing has changed."""
-        if target not in self._moves:
+    def transition_to(self, target: State) -> None:
+        """Change to ``target``. Raises IllegalTransition, and then nothing has changed."""
+        if target not in self._allowed:
             raise IllegalTransition(f"{type(target).__name__}: {self.state.value} -> {target.value} is not allowed")
         self.state = target
-        self._moves = self._table[target]
+        self._allowed = self._table[target]
 
     @property
     def final(self) -> bool:
-        """True where no move is left."""
-        return not self._moves
+        """True where no transition is left."""
+        return not self._allowed

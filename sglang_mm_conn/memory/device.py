@@ -5,10 +5,10 @@ in addition (promise P2):
 
 - a source may be read only after the event that wrote it. ``mark`` takes that event when an embedding is handed over,
   and the transfer worker waits for it before its data call.
-- a copy has happened only after its event. ``copy`` waits for it before it returns, so a worker that says Done, a mover
-  that frees blocks and a room that lets go of its source need to know nothing of events.
+- a copy has happened only after its event. ``copy`` waits for it before it returns, so a worker that says Done, a
+  copier that frees blocks and a room that lets go of its source need to know nothing of events.
 
-Worker and mover threads wait; the scheduler's tick and the encoder's event loop only take marks. This holds for any
+Worker and copier threads wait; the scheduler's tick and the encoder's event loop only take marks. This holds for any
 number of streams on the consumer's side as well: when a room is said to have succeeded, the events of all its copies
 were waited for on the host, so whatever the consumer queues afterwards, on any stream, comes after them.
 

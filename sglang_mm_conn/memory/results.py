@@ -37,7 +37,7 @@ _CONTENTS = msgspec.msgpack.Decoder(Contents)  # at import: see control.bootstra
 
 
 class Result(Protocol):
-    """Memory that the rows of one room are moved into."""
+    """Memory that the rows of one room are copied into."""
 
     rows: torch.Tensor  # uint8, one dimension
 
@@ -54,9 +54,7 @@ ResultMaker = Callable[[str, Contents], Result]
 class PrivateResult:
     """A result that only this process reads, in memory that ``empty`` gives (the host's, if none is named)."""
 
-    def __init__(
-        self, room: str, contents: Contents, empty: Callable[[int], torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, room: str, contents: Contents, empty: Callable[[int], torch.Tensor] | None = None) -> None:
         """Raises MemoryUnavailable."""
         self.rows = torch.empty(contents.nbytes, dtype=torch.uint8) if empty is None else empty(contents.nbytes)
 

@@ -156,7 +156,7 @@ class Segment:
         return _try_lock(self._fd, 1 + slot)
 
     def close(self) -> None:
-        """Unlink the name. The mapping lives on until nobody refers to it: a mover may still read it."""
+        """Unlink the name. The mapping lives on until nobody refers to it: a copier may still read it."""
         if self._unlink is not None:
             self._unlink()
         if self._fd >= 0:

@@ -318,7 +318,7 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             self._fail_assemble(error)
 
     def _join_parts(self) -> tuple[MultiModalEmbeddingData, dict[Modality, torch.Tensor]]:
-        """On a mover thread: sglang's record of the parts, and one tensor per modality."""
+        """On a copier thread: sglang's record of the parts, and one tensor per modality."""
         data: MultiModalEmbeddingData | None = None
         tensors: dict[Modality, list[torch.Tensor]] = {}
         for number, receiver in enumerate(self._receivers):

@@ -231,7 +231,8 @@ def connector_threads() -> list[str]:
 
 
 class WorkersMove(Runtime):
-    """Every write is a worker's, every move a mover's: one that is held at a gate must not hold the control thread."""
+    """Every write is a worker's, every copy-out a copier's: one that is held at a gate must not hold the control
+    thread."""
 
     at_once_bytes = alone_bytes = 0
 
@@ -604,7 +605,7 @@ def die_with_parent() -> None:
 
 
 def enter_network(namespace: str) -> None:
-    """Move this thread, and those that it starts, into the network namespace at this path. Raises OSError."""
+    """CopyOut this thread, and those that it starts, into the network namespace at this path. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(namespace) as file:
         if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:

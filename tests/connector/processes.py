@@ -431,7 +431,7 @@ class World:
         **settings: Any,
     ) -> Language:
         """A language process that is registered with ``encoders``. ``network``: as for ``Zygote.fork``. ``leads``: it
-        shares what it receives with followers. ``at_once``: it moves small windows without a mover, as a real one."""
+        shares what it receives with followers. ``at_once``: it copies small windows without a copier, as a real one."""
         config = {
             "host": host,
             "settings": self.settings(**settings),

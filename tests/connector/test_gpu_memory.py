@@ -105,18 +105,18 @@ def test_no_block_is_free_before_the_copies_out_of_it_have_happened(way: str) ->
         rows = torch.randn(TOKENS, ROW_BYTES // 4)
         language.hold("copies")
         room = ends.begin(rows)
-        assert language.waiting.acquire(timeout=60), "no mover waited for its copies"
-        stays(lambda: ends.language.core.rooms[room].state is ReceiverState.MOVING, "the rows are being moved", 0.3)
+        assert language.waiting.acquire(timeout=60), "no copier waited for its copies"
+        stays(lambda: ends.language.core.rooms[room].state is ReceiverState.COPYING, "the rows are being copied", 0.3)
         assert ends.language.core.allocator.free_count == 0, "the window had the whole pool"
         ends.language.abort(room, "nobody wants it any more")
-        stays(lambda: ends.language.core.allocator.free_count == 0, "the rows are still being moved", 0.3)
+        stays(lambda: ends.language.core.allocator.free_count == 0, "the rows are still being copied", 0.3)
         language.let_go()
         wait_for(lambda: ends.language.core.allocator.free_count == BLOCKS, "every block is free again")
         assert torch.equal(ends.transfer(rows), rows)  # and the endpoint goes on
 
 
 def test_with_a_gpu_results_are_no_views_and_the_control_thread_moves_nothing(way: str) -> None:
-    """A copy from a view may be under way when its last tensor goes; a move may wait for the GPU."""
+    """A copy from a view may be under way when its last tensor goes; a copy may wait for the GPU."""
     language = AsynchronousDevice()
     with opened(way, Device(), language, checksum=False) as ends:
         rows = torch.randn(4, ROW_BYTES // 4)  # in one window, and small
@@ -124,7 +124,7 @@ def test_with_a_gpu_results_are_no_views_and_the_control_thread_moves_nothing(wa
         room = ends.begin(rows)
         assert language.waiting.acquire(timeout=60), "nothing was copied"
         other = ends.begin(rows + 1)
-        wait_for(lambda: ends.language.core.rooms[other].state is ReceiverState.MOVING, "control messages are heard")
+        wait_for(lambda: ends.language.core.rooms[other].state is ReceiverState.COPYING, "control messages are heard")
         language.let_go()
         arrived = ends.finish(room)
         assert torch.equal(ends.finish(other), rows + 1)

@@ -106,7 +106,7 @@ def test_encoders_that_come_and_go_leave_nothing_behind_in_the_language_process(
         after = come_and_go()
     spare = 0 if world.path == "shm" else 2 * 8
     assert after["fds"] <= before["fds"] + spare, (before, after)
-    # Two pools start their threads when they are first needed: four that look encoders up, two movers.
+    # Two pools start their threads when they are first needed: four that look encoders up, two copiers.
     assert after["threads"] <= before["threads"] + 4
 
 

@@ -66,7 +66,7 @@ class CountedExecutor(ThreadPoolExecutor):
 class WatchedRuntime(Runtime):
     """The real one; it notes what an endpoint had when its first thread started, and then watches lock and core."""
 
-    at_once_bytes = alone_bytes = 0  # these embeddings are small, and movers shall move them
+    at_once_bytes = alone_bytes = 0  # these embeddings are small, and copiers shall copy them
     view_least_bytes = 1
 
     def __init__(self) -> None:
@@ -223,10 +223,8 @@ class NotedPath:
 
 
 @contextmanager
-def noting_ends(
-    at_once_rows: int, alone_rows: int, *, synchronous: bool = True
-) -> Iterator[tuple[Ends, NotedPath]]:
-    """Both ends that move as many rows at once, and of an embedding that is alone, and what notes who writes."""
+def noting_ends(at_once_rows: int, alone_rows: int, *, synchronous: bool = True) -> Iterator[tuple[Ends, NotedPath]]:
+    """Both ends that copy as many rows at once, and of an embedding that is alone, and what notes who writes."""
     noted: list[NotedPath] = []
 
     def data_paths(settings: Settings, host: str) -> Mapping[str, DataPath]:
@@ -295,29 +293,29 @@ def test_windows_are_left_to_the_workers_beside_another_embedding_unless_it_is_s
         assert not path.threads[-1].startswith("mm-conn-transfer-"), "a small embedding is written at once all the same"
 
 
-@pytest.mark.parametrize(("checksum", "tokens", "moves"), [(False, 16, 0), (True, 16, 1), (False, 20, 1)])
+@pytest.mark.parametrize(("checksum", "tokens", "copies"), [(False, 16, 0), (True, 16, 1), (False, 20, 1)])
 def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_bytes_are_read(
-    checksum: bool, tokens: int, moves: int
+    checksum: bool, tokens: int, copies: int
 ) -> None:
     """Half of the pool, 16 rows, may be views; copying one row is too much for the control thread here."""
     runtime = WatchedRuntime()
     runtime.at_once_bytes = WIDTH * 4 - 1
     with both_ends(runtime, checksum=checksum) as ends:
         transfer(ends, 1, tokens)
-    (movers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-mover"]
-    assert movers.given == moves
+    (copiers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-copier"]
+    assert copiers.given == copies
 
 
 @pytest.mark.parametrize(
-    ("checksum", "at_once_rows", "moves"), [(False, 32, 0), (False, 31, 3), (True, 32, 1), (True, 31, 4)]
+    ("checksum", "at_once_rows", "copies"), [(False, 32, 0), (False, 31, 3), (True, 32, 1), (True, 31, 4)]
 )
 def test_no_mover_is_woken_for_a_small_window_unless_the_whole_embedding_is_read_after_it(
-    checksum: bool, at_once_rows: int, moves: int
+    checksum: bool, at_once_rows: int, copies: int
 ) -> None:
     """The pool holds 32 rows: three windows, and one of four rows."""
     runtime = WatchedRuntime()
     runtime.at_once_bytes = at_once_rows * WIDTH * 4
     with both_ends(runtime, checksum=checksum) as ends:
         transfer(ends, 1, 100)
-    (movers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-mover"]
-    assert movers.given == moves
+    (copiers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-copier"]
+    assert copiers.given == copies

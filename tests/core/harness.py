@@ -1,8 +1,8 @@
 """One encoder core and the receiver cores of one language server, joined by hand, with memory that is checked.
 
-Nothing here runs by itself: a test delivers messages, starts and ends writes and moves, drops connections. Frames
+Nothing here runs by itself: a test delivers messages, starts and ends writes and copies, drops connections. Frames
 travel through the real codec and in order; those of a dropped connection are lost. Every byte that a write puts into
-a block, and every byte that a move takes out, is put and taken under an assertion on who owns that block.
+a block, and every byte that a copy takes out, is put and taken under an assertion on who owns that block.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from sglang_mm_conn.core.actions import Action, Ended, Move, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_runs
@@ -70,7 +70,7 @@ class Rank:
     connected: bool = True
     inbox: deque[bytes] = field(default_factory=deque)  # frames on their way from the encoder
     outbox: deque[bytes] = field(default_factory=deque)  # frames on their way to the encoder
-    moves: deque[Move] = field(default_factory=deque)
+    copies: deque[CopyOut] = field(default_factory=deque)
     results: dict[str, bytearray] = field(default_factory=dict)
     ended: dict[str, Ended] = field(default_factory=dict)
     polled: dict[str, Poll] = field(default_factory=dict)
@@ -216,8 +216,8 @@ class Wire:
             if isinstance(action, Send):
                 if rank.connected and action.peer == self.incarnation:
                     rank.outbox.append(encode(action.message))
-            elif isinstance(action, Move):
-                rank.moves.append(action)
+            elif isinstance(action, CopyOut):
+                rank.copies.append(action)
             else:
                 assert isinstance(action, Ended)
                 assert action.room not in rank.ended, "a room ended twice on a rank"
@@ -310,7 +310,7 @@ class Wire:
             for rank in self.ranks:
                 self.perform_rank(rank, rank.core.writer_gone(old, self.now))
 
-    # -- writes and moves ----------------------------------------------------------------------------------------
+    # -- writes and copies ----------------------------------------------------------------------------------------
 
     def begin_write(self) -> WindowWrite | None:
         """A worker takes a chunk and begins its data call: half of the bytes land at once."""
@@ -356,44 +356,44 @@ class Wire:
             owner = rank.owner(block)
             assert owner == (write.room, write.window), f"window {write.window} was written into {owner}'s block"
 
-    def move(self, rank: Rank | None = None, error: str = "") -> Move | None:
-        """A mover finishes the oldest move."""
+    def copy_out(self, rank: Rank | None = None, error: str = "") -> CopyOut | None:
+        """A copier finishes the oldest copy."""
         rank = rank or self.rank
-        if not rank.moves:
+        if not rank.copies:
             return None
-        move = rank.moves.popleft()
-        for block in move.blocks:
-            assert rank.core.allocator._held.get(block) == (move.room, move.window), "moved out of somebody's block"
-        result = rank.results.setdefault(move.room, bytearray(move.total_tokens * move.row_bytes))
-        for run in window_runs(self.geometry, move.blocks, move.tokens * move.row_bytes):
+        copy = rank.copies.popleft()
+        for block in copy.blocks:
+            assert rank.core.allocator._held.get(block) == (copy.room, copy.window), "copied out of somebody's block"
+        result = rank.results.setdefault(copy.room, bytearray(copy.total_tokens * copy.row_bytes))
+        for run in window_runs(self.geometry, copy.blocks, copy.tokens * copy.row_bytes):
             at = run.region * self.geometry.region_bytes + run.offset
-            to = move.first_token * move.row_bytes + run.start
+            to = copy.first_token * copy.row_bytes + run.start
             result[to : to + run.length] = rank.memory[at : at + run.length]
-        self.perform_rank(rank, rank.core.on_moved(move.room, move.window, error, self.now))
-        return move
+        self.perform_rank(rank, rank.core.on_copied(copy.room, copy.window, error, self.now))
+        return copy
 
     # -- all at once ---------------------------------------------------------------------------------------------
 
     def deliver(self) -> bool:
         """Deliver until nothing is on its way."""
-        moved = False
+        progress = False
         while any([self.deliver_to_encoder(rank) or self.deliver_to_rank(rank) for rank in self.ranks]):
-            moved = True
-        return moved
+            progress = True
+        return progress
 
     def work(self) -> bool:
-        """All writes that can be made, and all moves."""
-        moved = False
+        """All writes that can be made, and all copies."""
+        progress = False
         while self.writing or self.begin_write():
             self.end_write(self.writing[0])
-            moved = True
+            progress = True
         for rank in self.ranks:
-            while self.move(rank):
-                moved = True
-        return moved
+            while self.copy_out(rank):
+                progress = True
+        return progress
 
     def settle(self, until: Callable[[], bool] = lambda: False, limit: int = 20_000) -> None:
-        """Deliver, write and move until nothing is left to do or ``until`` is true; an endless exchange fails."""
+        """Deliver, write and copy until nothing is left to do or ``until`` is true; an endless exchange fails."""
         for _ in range(limit):
             busy = False
             for rank in self.ranks:

@@ -1,7 +1,7 @@
 """Both cores joined, driven in any order: what must hold after every step, and what must be left at the end.
 
 The harness asserts, whatever the order: accounts are right, poll values never go back, no byte lands in a block that
-is not the window's own, no row is moved out of somebody's block, Success means the right bytes, a room ends once.
+is not the window's own, no row is copied out of somebody's block, Success means the right bytes, a room ends once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.core.harness import Rank, Wire
 
 Index = st.integers(0, 31)
 Choices = st.lists(st.integers(0, 7), min_size=1, max_size=20)
-TROUBLE = ["reconnect", "reconnect", "reconnect", "drop", "write", "write", "move", "encode", "silence", "restart"]
+TROUBLE = ["reconnect", "reconnect", "reconnect", "drop", "write", "write", "copy", "encode", "silence", "restart"]
 
 
 def pick(items: list[str], index: int) -> str:
@@ -87,7 +87,7 @@ class JoinedMachine(RuleBasedStateMachine):
         if given_up:
             assert not rank.ended[room].success, "the late request hears of it at once"
 
-    # -- messages, writes, moves: one at a time ------------------------------------------------------------------
+    # -- messages, writes, copies: one at a time ------------------------------------------------------------------
 
     def possible(self) -> list[Callable[[], object]]:
         """Every single event that can happen next."""
@@ -98,8 +98,8 @@ class JoinedMachine(RuleBasedStateMachine):
                 events.append(partial(wire.deliver_to_encoder, rank))
             if rank.inbox:
                 events.append(partial(wire.deliver_to_rank, rank))
-            if rank.moves:
-                events.append(partial(wire.move, rank))
+            if rank.copies:
+                events.append(partial(wire.copy_out, rank))
         if any(wire.chunks):
             events.append(wire.begin_write)
         events += [partial(wire.end_write, write) for write in wire.writing]
@@ -157,8 +157,8 @@ class JoinedMachine(RuleBasedStateMachine):
         elif what == "write" and wire.writing:
             write = wire.writing[index % len(wire.writing)]
             wire.end_write(write, "broken", in_doubt=wire.path == "mooncake")
-        elif what == "move":
-            wire.move(rank, "no memory")
+        elif what == "copy":
+            wire.copy_out(rank, "no memory")
 
     # -- what holds ----------------------------------------------------------------------------------------------
 

@@ -29,13 +29,13 @@ def test_the_same_blocks_handed_out_again_do_not_hide_a_needed_resume() -> None:
 def test_a_result_has_the_announced_length_and_not_that_of_the_last_window() -> None:
     wire = Wire(blocks=1, block_rows=10)
     room = wire.start(23)
-    wire.settle(until=lambda: bool(wire.rank.moves))
-    (move,) = wire.rank.moves
-    assert (move.first_token, move.tokens, move.total_tokens) == (0, 10, 23)
-    wire.move()
-    wire.settle(until=lambda: bool(wire.rank.moves))
-    (move,) = wire.rank.moves
-    assert (move.first_token, move.tokens, move.total_tokens) == (10, 10, 23)
+    wire.settle(until=lambda: bool(wire.rank.copies))
+    (copy,) = wire.rank.copies
+    assert (copy.first_token, copy.tokens, copy.total_tokens) == (0, 10, 23)
+    wire.copy_out()
+    wire.settle(until=lambda: bool(wire.rank.copies))
+    (copy,) = wire.rank.copies
+    assert (copy.first_token, copy.tokens, copy.total_tokens) == (10, 10, 23)
     wire.settle()
     assert wire.succeeded(room) and len(wire.rank.results[room]) == 23 * 4
 

@@ -44,10 +44,10 @@ def at_offered(path: str = "shm", first_offer: int | None = 1024) -> tuple[Wire,
     return wire, room
 
 
-def at_moving() -> tuple[Wire, str]:
-    """Window 0 is confirmed, its rows are being moved out."""
+def at_copying() -> tuple[Wire, str]:
+    """Window 0 is confirmed, its rows are being copied out."""
     wire, room = at_offered()
-    wire.settle(until=lambda: bool(wire.rank.moves))
+    wire.settle(until=lambda: bool(wire.rank.copies))
     return wire, room
 
 
@@ -155,7 +155,7 @@ def test_an_embedding_over_the_limit_fails_naming_the_setting() -> None:
 
 
 def test_resume_transfer_of_rows_that_are_not_here_is_refused() -> None:
-    wire, room = at_moving()
+    wire, room = at_copying()
     with pytest.raises(ConnError, match="1024 rows named, 0 are here"):
         wire.rank.core.resume_transfer(wire.rank.core.rooms[room], [9], 1024, 128, wire.now)
 
@@ -212,7 +212,7 @@ def test_a_room_that_arrived_is_not_aborted_for_the_other_ranks_when_it_is_annou
     wire.end_write(write)  # the write to the second rank begins, and takes long
     while wire.deliver_to_rank(first):
         pass
-    wire.move(first)
+    wire.copy_out(first)
     assert first.ended[room].success and room not in second.ended and wire.writing
     wire.reconnect(first)
     wire.deliver()
@@ -321,8 +321,8 @@ def test_a_repeated_announcement_repeats_the_offer_and_changes_nothing() -> None
     assert wire.succeeded(room)
 
 
-def test_a_repeated_announcement_while_rows_are_moved_says_nothing() -> None:
-    wire, room = at_moving()
+def test_a_repeated_announcement_while_rows_are_copied_says_nothing() -> None:
+    wire, room = at_copying()
     before = state(wire, room)
     assert wire.inject_to_rank(announce_of(room)) == []
     assert state(wire, room) == before
@@ -352,26 +352,26 @@ def test_progress_before_any_announcement_fails_the_room() -> None:
     ],
 )
 def test_a_stale_or_repeated_progress_changes_nothing(message: Progress) -> None:
-    wire, room = at_moving()
+    wire, room = at_copying()
     stale = Progress(room=room, window=message.window, sent_tokens=message.sent_tokens, metadata=message.metadata)
-    for _ in range(3):  # moving, offered for window 1, moving again
+    for _ in range(3):  # copying, offered for window 1, copying again
         before = state(wire, room)
         assert wire.inject_to_rank(stale) == []
         assert state(wire, room) == before
-        if wire.rank.moves:
-            wire.move()
+        if wire.rank.copies:
+            wire.copy_out()
         else:
-            wire.settle(until=lambda: bool(wire.rank.moves))
+            wire.settle(until=lambda: bool(wire.rank.copies))
     wire.settle()
     assert wire.succeeded(room)
 
 
 def test_rows_are_gathered_once_however_often_the_status_is_told() -> None:
-    wire, room = at_moving()
+    wire, room = at_copying()
     for _ in range(3):
         wire.inject_to_rank(Progress(room=room, window=0, sent_tokens=1024))
-    assert len(wire.rank.moves) == 1
-    wire.move()
+    assert len(wire.rank.copies) == 1
+    wire.copy_out()
     assert len([frame for frame in wire.rank.outbox if b"resume" in frame]) == 1
 
 
@@ -393,7 +393,7 @@ def test_a_completion_that_contradicts_the_offer_fails_the_room_and_frees_no_blo
     wire.inject_to_rank(type(message)(**{**fields, "room": room}))
     assert wire.rank.ended[room].code == 502
     assert wire.rank.core.rooms[room].poll() is Poll.Failed
-    assert wire.rank.core.allocator.quarantined_count == 8 and not wire.rank.moves
+    assert wire.rank.core.allocator.quarantined_count == 8 and not wire.rank.copies
     wire.settle()
     assert room in wire.encoder_ended
     wire.assert_baseline()
@@ -407,13 +407,13 @@ def test_a_last_window_that_is_called_partial_fails_the_room() -> None:
     assert not wire.rank.ended[room].success
 
 
-def test_success_needs_done_and_the_move_of_the_last_rows() -> None:
+def test_success_needs_done_and_the_last_rows_copied_out() -> None:
     wire = Wire()
     room = wire.start(100)
-    wire.settle(until=lambda: bool(wire.rank.moves))
+    wire.settle(until=lambda: bool(wire.rank.copies))
     assert wire.encoder_ended[room].success and room not in wire.rank.ended
     assert wire.rank.core.rooms[room].poll() is Poll.Transferring
-    wire.move()
+    wire.copy_out()
     assert wire.rank.core.rooms[room].poll() is Poll.Success
 
 
@@ -581,7 +581,7 @@ def test_silence_and_time_are_no_proofs() -> None:
     assert wire.rank.core.allocator.quarantined_count == 8 and room not in wire.rank.core.tombstones
 
 
-@pytest.mark.parametrize("at", [at_expected, at_offered, at_moving])
+@pytest.mark.parametrize("at", [at_expected, at_offered, at_copying])
 @pytest.mark.parametrize("how", ["abort", "deadline", "peer lost"])
 def test_a_room_that_ends_in_any_state_frees_what_is_proven_and_nothing_else(at: object, how: str) -> None:
     wire, room = at()  # type: ignore[operator]
@@ -596,11 +596,11 @@ def test_a_room_that_ends_in_any_state_frees_what_is_proven_and_nothing_else(at:
     expected = {
         ReceiverState.EXPECTED: (16, 0, 0),
         ReceiverState.OFFERED: (8, 0, 8),  # the encoder may write
-        ReceiverState.MOVING: (8, 8, 0),  # the mover reads
+        ReceiverState.COPYING: (8, 8, 0),  # the copier reads
     }[was]
     assert (allocator.free_count, allocator.held_count, allocator.quarantined_count) == expected
     assert room in wire.rank.ended or (was is ReceiverState.EXPECTED and how == "peer lost")
-    wire.work()  # the mover is done; its report does not revive the room
+    wire.work()  # the copier is done; its report does not revive the room
     wire.abort(room)
     wire.reconnect()
     wire.settle()
@@ -623,13 +623,13 @@ def test_an_aborted_rooms_late_write_lands_in_quarantine_not_in_the_next_request
     assert wire.succeeded(following) and not wire.rank.ended[room].success
 
 
-def test_a_room_that_is_forgotten_in_mid_move_keeps_its_blocks_until_the_mover_is_done() -> None:
-    wire, room = at_moving()
+def test_a_room_that_is_forgotten_in_mid_copy_keeps_its_blocks_until_the_mover_is_done() -> None:
+    wire, room = at_copying()
     wire.abort(room)
     wire.rank.core.forget(room)
     wire.check()
     assert wire.rank.core.allocator.held_count == 8
-    wire.move()
+    wire.copy_out()
     assert room not in wire.rank.core.rooms and wire.rank.core.allocator.free_count == 16
 
 
@@ -640,18 +640,18 @@ def test_a_living_room_is_not_forgotten() -> None:
     assert wire.succeeded(room)
 
 
-def test_a_move_reported_twice_is_refused_and_frees_nothing_twice() -> None:
-    wire, room = at_moving()
-    wire.move()
+def test_a_copy_reported_twice_is_refused_and_frees_nothing_twice() -> None:
+    wire, room = at_copying()
+    wire.copy_out()
     before = state(wire, room)
     with pytest.raises(ConnError, match="window 0"):
-        wire.rank.core.on_moved(room, 0, "", wire.now)
+        wire.rank.core.on_copied(room, 0, "", wire.now)
     assert state(wire, room) == before
 
 
-def test_a_move_that_fails_ends_the_room_and_frees_its_blocks() -> None:
-    wire, room = at_moving()
-    wire.move(error="checksum")
+def test_a_copy_that_fails_ends_the_room_and_frees_its_blocks() -> None:
+    wire, room = at_copying()
+    wire.copy_out(error="checksum")
     assert wire.rank.ended[room].reason == "checksum"
     wire.settle()
     assert room in wire.encoder_ended
@@ -671,8 +671,8 @@ def test_whoever_waits_for_blocks_holds_none_and_the_longest_wait_is_served_firs
         entry = wire.rank.core.rooms[room]
         assert entry.state is ReceiverState.QUEUED and not entry.blocks and entry.poll() is Poll.WaitingForInput
     served: list[str] = []
-    wire.settle(until=lambda: bool(wire.rank.moves))
-    wire.move()
+    wire.settle(until=lambda: bool(wire.rank.copies))
+    wire.copy_out()
     # The three that waited come before the first, which waits for its second window.
     served = [room for room in waiting if wire.rank.core.rooms[room].state is ReceiverState.OFFERED]
     assert served == waiting[:2]
@@ -735,7 +735,7 @@ def test_blocks_that_a_proof_frees_go_to_whoever_waits() -> None:
 # -- deadlines -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [at_expected, at_offered, at_moving])
+@pytest.mark.parametrize("at", [at_expected, at_offered, at_copying])
 def test_every_state_ends_at_the_deadline_and_says_why(at: object) -> None:
     wire, room = at()  # type: ignore[operator]
     value = wire.rank.core.rooms[room].state.value
@@ -771,9 +771,9 @@ def test_the_encoder_is_told_a_deadline_before_ours(left: float) -> None:
 
 
 def test_an_offer_after_the_deadline_names_no_negative_time() -> None:
-    wire, _ = at_moving()
+    wire, _ = at_copying()
     wire.now += 100.0
-    wire.move()
+    wire.copy_out()
     resume = wire.deliver_to_encoder(wire.rank)
     assert isinstance(resume, Resume) and resume.deadline == 0.0
 
@@ -911,7 +911,7 @@ def test_tables_return_to_baseline_after_successes_failures_and_aborts() -> None
     for number in range(60):
         room = wire.start(1 + 37 * (number % 30))
         if number % 3 == 1:
-            wire.settle(until=lambda: bool(wire.rank.moves))
+            wire.settle(until=lambda: bool(wire.rank.copies))
             wire.abort(room)
         elif number % 3 == 2:
             wire.deliver()
@@ -982,5 +982,5 @@ def test_a_way_in_is_in_use_as_long_as_a_peer_may_be_offered_it_or_a_healthy_win
     assert core.is_in_use(session, 0), "window 0 of the room was offered for epoch 0"
     core.on_message(wire.incarnation, Progress(room=room, window=0, sent_tokens=1024), wire.now)
     assert not core.is_in_use(session, 0)
-    (action,) = core.on_moved(room, 0, "", wire.now)
+    (action,) = core.on_copied(room, 0, "", wire.now)
     assert isinstance(action, Send) and isinstance(action.message, Resume) and action.message.epoch == 1

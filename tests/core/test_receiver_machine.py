@@ -22,7 +22,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_mm_conn.core.actions import Action, Ended, Move, Send
+from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry
@@ -51,7 +51,7 @@ class Offer:
     tokens: int
     taken: bool = False  # the encoder has received it
     confirmed: bool = False  # written, and never again
-    moved: bool = False
+    copied: bool = False
 
 
 @dataclass
@@ -104,7 +104,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.polls: dict[str, Poll] = {}
         self.waiting: list[str] = []
         self.offers: list[Offer] = []
-        self.moves: list[tuple[Move, Offer]] = []
+        self.copies: list[tuple[CopyOut, Offer]] = []
         self.unproven: list[Encoder] = []  # dead, and the core was not told that it is
         self.epoch = 0
         self.destroyed = -1
@@ -153,8 +153,8 @@ class ReceiverMachine(RuleBasedStateMachine):
                     self.see_offer(encoder, action.message)
                 if encoder.connected:
                     encoder.inbox.append(action.message)
-            elif isinstance(action, Move):
-                self.see_move(action)
+            elif isinstance(action, CopyOut):
+                self.see_copy(action)
             else:
                 assert isinstance(action, Ended)
                 assert action.room not in self.ended, "a room ended twice"
@@ -168,7 +168,7 @@ class ReceiverMachine(RuleBasedStateMachine):
             entry = self.core.rooms.get(room)
             if entry is None or room in self.waiting:
                 continue
-            idle = not any(offer.room == room and not offer.moved for offer in self.offers)
+            idle = not any(offer.room == room and not offer.copied for offer in self.offers)
             if idle and entry.poll() in (Poll.WaitingForInput, Poll.Transferring):
                 self.waiting.append(room)
 
@@ -186,7 +186,7 @@ class ReceiverMachine(RuleBasedStateMachine):
             same = (earlier[-1].encoder, earlier[-1].epoch, earlier[-1].blocks, earlier[-1].first, earlier[-1].tokens)
             assert same == (encoder, offer.epoch, offer.blocks, first, offer.tokens), "an offer was repeated otherwise"
             return
-        assert window == len(earlier) and all(one.moved and one.encoder is encoder for one in earlier)
+        assert window == len(earlier) and all(one.copied and one.encoder is encoder for one in earlier)
         assert first == sum(one.tokens for one in earlier), "resumed elsewhere than where the rows end"
         assert 1 <= offer.tokens <= self.sizes[room][0] - first
         assert offer.tokens * row <= len(offer.blocks) * BLOCK_BYTES, "more was offered than there is room for"
@@ -198,21 +198,21 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.offers.append(offer)
         self.nothing_is_written_or_read_in_a_block_of_another()
 
-    def see_move(self, move: Move) -> None:
-        offer = next(one for one in self.offers if (one.room, one.window) == (move.room, move.window))
-        assert offer.confirmed and not offer.moved, "moved before it was written, or twice"
-        assert not any(one.room == move.room and one.window == move.window for one, _ in self.moves)
-        assert (list(move.blocks), move.first_token, move.tokens) == (offer.blocks, offer.first, offer.tokens)
-        assert (move.total_tokens, move.row_bytes) == self.sizes[move.room]
-        assert move.last == (offer.first + offer.tokens == move.total_tokens)
-        if move.view:
-            assert move.last and move.window == 0 and move.total_tokens * move.row_bytes >= 8
+    def see_copy(self, copy: CopyOut) -> None:
+        offer = next(one for one in self.offers if (one.room, one.window) == (copy.room, copy.window))
+        assert offer.confirmed and not offer.copied, "copied before it was written, or twice"
+        assert not any(one.room == copy.room and one.window == copy.window for one, _ in self.copies)
+        assert (list(copy.blocks), copy.first_token, copy.tokens) == (offer.blocks, offer.first, offer.tokens)
+        assert (copy.total_tokens, copy.row_bytes) == self.sizes[copy.room]
+        assert copy.last == (offer.first + offer.tokens == copy.total_tokens)
+        if copy.view:
+            assert copy.last and copy.window == 0 and copy.total_tokens * copy.row_bytes >= 8
             assert offer.blocks == list(range(offer.blocks[0], offer.blocks[0] + len(offer.blocks))), "in pieces"
             assert not self.waiting, "blocks are kept while somebody waits"
-            kept = [one for one, _ in self.moves if one.view]
-            held = sum(len(one.blocks) for one in [move, *kept]) + sum(len(one.blocks) for one in self.views)
+            kept = [one for one, _ in self.copies if one.view]
+            held = sum(len(one.blocks) for one in [copy, *kept]) + sum(len(one.blocks) for one in self.views)
             assert held <= self.view_blocks, "views hold more than they may"
-        self.moves.append((move, offer))
+        self.copies.append((copy, offer))
 
     def see_success(self, room: str) -> None:
         tokens, row = self.sizes[room]
@@ -282,9 +282,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         if served.rows == total:
             self.say(encoder, Done(room=room, window=served.window, total_tokens=total, metadata=metadata))
         else:
-            self.say(
-                encoder, Progress(room=room, window=served.window, sent_tokens=served.rows, metadata=metadata)
-            )
+            self.say(encoder, Progress(room=room, window=served.window, sent_tokens=served.rows, metadata=metadata))
 
     def announce(self, encoder: Encoder, room: str) -> None:
         if room not in encoder.rooms:
@@ -335,7 +333,7 @@ class ReceiverMachine(RuleBasedStateMachine):
                 found.append(partial(self.deliver, encoder, message))
             found += [partial(self.take, encoder, message) for message in encoder.outbox]
             found += [partial(self.write, encoder, room) for room in self.writable(encoder)]
-        found += [partial(self.finish_move, index) for index in range(len(self.moves))]
+        found += [partial(self.finish_copy, index) for index in range(len(self.copies))]
         found += [partial(self.drop_view, index) for index in range(len(self.views))]
         return found
 
@@ -347,20 +345,20 @@ class ReceiverMachine(RuleBasedStateMachine):
     def writable(encoder: Encoder) -> list[str]:
         return [room for room, served in encoder.rooms.items() if served.current is not None and not served.ended]
 
-    def finish_move(self, index: int, error: str = "") -> None:
-        move, offer = self.moves.pop(index)
-        result = self.results.setdefault(move.room, [None] * (move.total_tokens * move.row_bytes))
-        start = move.first_token * move.row_bytes
+    def finish_copy(self, index: int, error: str = "") -> None:
+        copy, offer = self.copies.pop(index)
+        result = self.results.setdefault(copy.room, [None] * (copy.total_tokens * copy.row_bytes))
+        start = copy.first_token * copy.row_bytes
         for at, cell in enumerate(self.cells(offer), start):
-            assert result[at] is None, "a row was moved twice"
+            assert result[at] is None, "a row was copied twice"
             result[at] = self.memory[cell]
-        assert result[start : start + move.tokens * move.row_bytes] == self.content(offer), "wrong bytes"
-        offer.moved = True
-        # A move that failed may have got as far as the view, or not.
-        view = move.view and error != "no memory"
+        assert result[start : start + copy.tokens * copy.row_bytes] == self.content(offer), "wrong bytes"
+        offer.copied = True
+        # A copy that failed may have got as far as the view, or not.
+        view = copy.view and error != "no memory"
         if view:
             self.views.append(offer)
-        self.perform(self.core.on_moved(move.room, move.window, error, self.now, view=view))
+        self.perform(self.core.on_copied(copy.room, copy.window, error, self.now, view=view))
 
     def drop_view(self, index: int) -> None:
         """The last tensor on a view is gone; until now its bytes were nobody else's."""
@@ -467,9 +465,9 @@ class ReceiverMachine(RuleBasedStateMachine):
             if window == 0 and max(0, rows + more) == rows < total:
                 return
         if one.connected:
-            before = len(self.moves)
+            before = len(self.copies)
             self.perform(self.core.on_message(one.incarnation, lie, self.now))  # type: ignore[arg-type]
-            assert len(self.moves) == before, "rows were moved because of a lie"
+            assert len(self.copies) == before, "rows were copied because of a lie"
 
     @rule()
     def message_of_a_stranger(self) -> None:
@@ -557,7 +555,7 @@ class ReceiverMachine(RuleBasedStateMachine):
             return
         taken: set[int] = set()
         for offer in self.offers:
-            read = any(one is offer for _, one in self.moves) or any(one is offer for one in self.views)
+            read = any(one is offer for _, one in self.copies) or any(one is offer for one in self.views)
             if read or self.may_write(offer):
                 assert not taken & set(offer.blocks), "a block serves two at once"
                 taken |= set(offer.blocks)
@@ -607,7 +605,7 @@ class ReceiverMachine(RuleBasedStateMachine):
                 assert served.ended or room in self.ended or room not in self.deadlines, "a room hangs"
         self.time_passes(100.0)
         self.come_to_rest()
-        assert set(self.ended) == set(self.deadlines) and not self.moves
+        assert set(self.ended) == set(self.deadlines) and not self.copies
         assert self.allocator.free_count == self.blocks, "blocks were never given back"
         assert not self.core.quarantine and not self.core.parked
         self.dispatch(rows=20, row=5)
@@ -669,7 +667,7 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
         (1, lambda: walk.encode_fails(number(), side())),
         (3, lie),
         (3, lambda: walk.time_passes(chance.choice([0.1, 1.0, 6.0]))),
-        (2, lambda: walk.moves and walk.finish_move(number() % len(walk.moves), chance.choice(errors))),
+        (2, lambda: walk.copies and walk.finish_copy(number() % len(walk.copies), chance.choice(errors))),
         (2, lambda: walk.reconnect(side())),
         (1, lambda: walk.silence(side(), chance.random() < 0.5)),
         (1, lambda: walk.names < 12 and walk.die(side())),

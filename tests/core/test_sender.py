@@ -28,7 +28,7 @@ from tests.core.harness import SERVER, Rank, Wire, metadata_of, only
 
 
 def at_partial(tokens: int = 2000, first_offer: int = 1024) -> tuple[Wire, str]:
-    """A room whose window 0 is confirmed and moved out; the Resume for window 1 is not delivered."""
+    """A room whose window 0 is confirmed and copied out; the Resume for window 1 is not delivered."""
     wire = Wire(first_offer=first_offer)
     room = wire.start(tokens)
     wire.settle(until=lambda: any(b"resume" in frame for frame in wire.rank.outbox))
@@ -416,9 +416,7 @@ def test_an_early_resume_before_the_source_is_known_is_refused_not_lost() -> Non
     room = wire.room()
     wire.announce(room, 2000)
     (answer,) = wire.inject_to_encoder(resume_of(room, wire.rank))
-    assert answer == Progress(
-        room=room, window=-1, sent_tokens=0, refused="no Init before", refused_window=1
-    )
+    assert answer == Progress(room=room, window=-1, sent_tokens=0, refused="no Init before", refused_window=1)
     wire.inject_to_encoder(init_of(room, wire.rank))
     (answer,) = wire.inject_to_encoder(resume_of(room, wire.rank))
     assert isinstance(answer, Progress) and answer.refused == "window 0 is offered"
@@ -465,7 +463,7 @@ def test_a_window_offered_while_another_is_written_is_not_forgotten() -> None:
     first, second = wire.ranks if write.session.rank == 0 else reversed(wire.ranks)
     wire.end_write(write)  # goes on with the second session
     wire.deliver_to_rank(first)
-    wire.move(first)
+    wire.copy_out(first)
     wire.deliver_to_encoder(first)
     assert wire.begin_write() is None  # the worker that takes the Resume's chunk finds the room busy
     assert not any(wire.chunks)
@@ -481,14 +479,14 @@ def test_a_resume_of_one_session_never_touches_the_others_blocks() -> None:
     slow, fast = wire.ranks
     # The slow rank's Progress is not delivered: it stays in its window 0.
     wire.settle(until=lambda: bool(slow.inbox) and b"progress" in slow.inbox[0])
-    while wire.deliver_to_rank(fast) or wire.deliver_to_encoder(fast) or wire.move(fast):
+    while wire.deliver_to_rank(fast) or wire.deliver_to_encoder(fast) or wire.copy_out(fast):
         pass
     infos = wire.encoder.rooms[room].transfer_infos
     untouched = infos[slow.session_id]
     assert (untouched.state, untouched.window, untouched.sent_tokens) == (WindowState.PARTIAL, 0, 1024)
     before = bytes(slow.memory)
     wire.work()
-    while wire.deliver_to_rank(fast) or wire.move(fast):
+    while wire.deliver_to_rank(fast) or wire.copy_out(fast):
         pass
     assert infos[fast.session_id].state is WindowState.DONE and fast.ended[room].success
     assert infos[slow.session_id].state is WindowState.PARTIAL and bytes(slow.memory) == before
@@ -531,7 +529,7 @@ def test_what_was_done_for_one_session_stays_done_when_the_other_fails() -> None
     wire.end_write(write)
     first = wire.ranks[write.session.rank]
     wire.deliver_to_rank(first)
-    wire.move(first)
+    wire.copy_out(first)
     wire.end_write(wire.writing[0], "link broke")
     wire.deliver()
     assert first.ended[room].success and not wire.ranks[1 - first.index].ended[room].success

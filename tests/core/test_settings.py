@@ -30,7 +30,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "view_percent": ("0", 0),
     "result_cache_bytes": ("0", 0),
     "heap_kept_bytes": ("0", 0),
-    "movers": ("4", 4),
+    "copiers": ("4", 4),
     "heartbeat": ("0.5", 0.5),
     "peer_timeout": ("20", 20.0),
     "claim_timeout": ("5.5", 5.5),

@@ -1,4 +1,4 @@
-"""The state tables: an illegal move raises and changes nothing; final states are final."""
+"""The state tables: an illegal transition raises and changes nothing; final states are final."""
 
 from __future__ import annotations
 
@@ -11,72 +11,82 @@ from sglang_mm_conn.core.errors import IllegalTransition
 from sglang_mm_conn.core.receiver import ReceiverRoom
 from sglang_mm_conn.core.sender import SenderRoom
 from sglang_mm_conn.core.states import (
-    RECEIVER_MOVES,
-    SENDER_MOVES,
-    WINDOW_MOVES,
-    Machine,
+    RECEIVER_TRANSITIONS,
+    SENDER_TRANSITIONS,
+    WINDOW_TRANSITIONS,
     Poll,
     ReceiverState,
     SenderState,
+    StateMachine,
     WindowState,
 )
 
 Table = dict[Any, frozenset[Any]]
 TABLES: list[tuple[Table, type[Enum]]] = [
-    (RECEIVER_MOVES, ReceiverState),
-    (SENDER_MOVES, SenderState),
-    (WINDOW_MOVES, WindowState),
+    (RECEIVER_TRANSITIONS, ReceiverState),
+    (SENDER_TRANSITIONS, SenderState),
+    (WINDOW_TRANSITIONS, WindowState),
 ]
-MOVES = [(table, start, target) for table, states in TABLES for start in states for target in states]
+TRANSITIONS = [(table, start, target) for table, states in TABLES for start in states for target in states]
 
 
-@pytest.mark.parametrize(("table", "start", "target"), [move for move in MOVES if move[2] not in move[0][move[1]]])
-def test_an_illegal_move_is_refused_and_the_state_is_unchanged(table: Table, start: Enum, target: Enum) -> None:
-    machine: Machine[Any] = Machine(table, start)
+@pytest.mark.parametrize(
+    ("table", "start", "target"),
+    [transition for transition in TRANSITIONS if transition[2] not in transition[0][transition[1]]],
+)
+def test_an_illegal_transition_is_refused_and_the_state_is_unchanged(table: Table, start: Enum, target: Enum) -> None:
+    machine: StateMachine[Any] = StateMachine(table, start)
     with pytest.raises(IllegalTransition, match=f"{start.value} -> {target.value}"):
-        machine.to(target)
+        machine.transition_to(target)
     assert machine.state is start
 
 
-@pytest.mark.parametrize(("table", "start", "target"), [move for move in MOVES if move[2] in move[0][move[1]]])
-def test_a_legal_move_is_made(table: Table, start: Enum, target: Enum) -> None:
-    machine: Machine[Any] = Machine(table, start)
-    machine.to(target)
+@pytest.mark.parametrize(
+    ("table", "start", "target"),
+    [transition for transition in TRANSITIONS if transition[2] in transition[0][transition[1]]],
+)
+def test_an_allowed_transition_is_made(table: Table, start: Enum, target: Enum) -> None:
+    machine: StateMachine[Any] = StateMachine(table, start)
+    machine.transition_to(target)
     assert machine.state is target
 
 
 @pytest.mark.parametrize(
     ("table", "states", "final"),
     [
-        (RECEIVER_MOVES, ReceiverState, {"success", "failed"}),
-        (SENDER_MOVES, SenderState, {"success", "failed"}),
-        (WINDOW_MOVES, WindowState, {"done", "closed", "in_doubt"}),
+        (RECEIVER_TRANSITIONS, ReceiverState, {"success", "failed"}),
+        (SENDER_TRANSITIONS, SenderState, {"success", "failed"}),
+        (WINDOW_TRANSITIONS, WindowState, {"done", "closed", "in_doubt"}),
     ],
 )
 def test_success_and_failed_are_final_and_every_other_state_can_fail(
     table: Table, states: type[Enum], final: set[str]
 ) -> None:
-    assert {state.value for state in states if Machine(table, state).final} == final
+    assert {state.value for state in states if StateMachine(table, state).final} == final
     failures = {"failed", "closed"}
     assert all(table[state] and {target.value for target in table[state]} & failures
                for state in states if state.value not in final)  # fmt: skip
 
 
 def receiver_poll(state: ReceiverState, window: int) -> Poll:
-    room = ReceiverRoom("room", "encoder", 1.0, 0.0, 1, machine=Machine(RECEIVER_MOVES, state), window=window)
+    room = ReceiverRoom(
+        "room", "encoder", 1.0, 0.0, 1, machine=StateMachine(RECEIVER_TRANSITIONS, state), window=window
+    )
     return room.poll()
 
 
 def sender_poll(state: SenderState) -> Poll:
-    return SenderRoom("room", "server", 1, 1, "float32", 1.0, 0.0, machine=Machine(SENDER_MOVES, state)).poll()
+    return SenderRoom(
+        "room", "server", 1, 1, "float32", 1.0, 0.0, machine=StateMachine(SENDER_TRANSITIONS, state)
+    ).poll()
 
 
 def test_poll_of_a_receiver_never_goes_back_not_on_a_resume_either() -> None:
-    for start, targets in RECEIVER_MOVES.items():
+    for start, targets in RECEIVER_TRANSITIONS.items():
         for window in (-1, 0, 3):
             if window >= 0 and start is ReceiverState.EXPECTED:
                 continue  # a room that nobody announced has no window
-            if window < 0 and start in (ReceiverState.OFFERED, ReceiverState.MOVING, ReceiverState.SUCCESS):
+            if window < 0 and start in (ReceiverState.OFFERED, ReceiverState.COPYING, ReceiverState.SUCCESS):
                 continue  # these have one
             for target in targets:
                 after = window + 1 if target is ReceiverState.OFFERED else window
@@ -85,7 +95,7 @@ def test_poll_of_a_receiver_never_goes_back_not_on_a_resume_either() -> None:
 
 
 def test_poll_of_a_sender_never_goes_back() -> None:
-    for start, targets in SENDER_MOVES.items():
+    for start, targets in SENDER_TRANSITIONS.items():
         for target in targets:
             assert target is SenderState.FAILED or sender_poll(target) > sender_poll(start)
 

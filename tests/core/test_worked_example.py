@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_mm_conn.core.actions import Move
+from sglang_mm_conn.core.actions import CopyOut
 from sglang_mm_conn.core.messages import Done, Init, Progress, Resume
 from sglang_mm_conn.core.states import Poll
 from tests.core.harness import Wire, only
@@ -37,9 +37,9 @@ def test_2000_tokens_with_1024_offered_go_in_two_windows_on_the_stored_queue() -
     assert isinstance(progress, Progress) and progress.sent_tokens == 1024
     assert rank.core.rooms[room].poll() is Poll.Transferring
 
-    # T2: the rows are moved out, and the rest is asked for: min(8 blocks x 128, 976 remaining).
-    move = wire.move()
-    assert isinstance(move, Move) and not move.last
+    # T2: the rows are copied out, and the rest is asked for: min(8 blocks x 128, 976 remaining).
+    copy = wire.copy_out()
+    assert isinstance(copy, CopyOut) and not copy.last
     resume = wire.deliver_to_encoder(rank)
     assert isinstance(resume, Resume)
     assert (resume.window, resume.sent_tokens, resume.allocated_tokens) == (1, 1024, 976)
@@ -58,8 +58,8 @@ def test_2000_tokens_with_1024_offered_go_in_two_windows_on_the_stored_queue() -
     wire.end_write(write)
     done = wire.deliver_to_rank(rank)
     assert isinstance(done, Done) and done.total_tokens == 2000
-    move = wire.move()
-    assert move is not None and move.last
+    copy = wire.copy_out()
+    assert copy is not None and copy.last
     assert rank.core.rooms[room].poll() is Poll.Success
     assert wire.succeeded(room)  # the harness has compared the bytes
     assert rank.core.rooms[room].resumes == 1

@@ -100,7 +100,7 @@ class Ground:
         self._to_forget: deque[str] = deque()
         self.answers = 0
         try:
-            # Healthy embeddings are small: with a key workers and movers move them, without one the control threads.
+            # Healthy embeddings are small: with a key workers and copiers move them, without one the control threads.
             self.encoder = self.world.encoder(send_timeout=DEADLINE, at_once=not with_key, **settings)
             self.language = self.world.language(self.encoder, at_once=not with_key, **settings)
         except BaseException:
@@ -130,9 +130,7 @@ class Ground:
             self._expected[self.rogue_encoder()] = deque()
 
     def rogue_language(self, *, registers: bool, reads: bool) -> RogueLanguage:
-        rogue = RogueLanguage(
-            self._context, self.address, self.key, self.common, registers=registers, reads=reads
-        )
+        rogue = RogueLanguage(self._context, self.address, self.key, self.common, registers=registers, reads=reads)
         self.rogue_languages.append(rogue)
         return rogue
 

@@ -96,7 +96,7 @@ def test_a_window_is_written_from_the_middle_of_an_embedding(pool: BlockPool, li
     assert torch.equal(result, embedding[30:70])
 
 
-def test_rows_that_were_moved_out_are_no_view_of_blocks_that_the_next_room_is_written_to(
+def test_rows_that_were_copied_out_are_no_view_of_blocks_that_the_next_room_is_written_to(
     pool: BlockPool, link: ShmLink
 ) -> None:
     result = PrivateResult("room", Contents(5, "float32", 40, b"")).rows

@@ -89,7 +89,7 @@ def frozen_in_transfer(group: ServerGroup) -> Iterator[None]:
     while time.monotonic() < until:
         if UNDER_WAY & report(group.language)["rooms"].keys():
             with frozen(group):
-                time.sleep(0.2)  # what was confirmed before is moved out by now
+                time.sleep(0.2)  # what was confirmed before is copied out by now
                 if report(group.language)["rooms"].get("offered"):
                     yield
                     return

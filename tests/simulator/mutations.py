@@ -55,8 +55,8 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(
             ReceiverCore, "_fail",
             (
-                "        # Blocks of a window that is being moved",
-                "            self._absolve(entry.room)\n        # Blocks of a window that is being moved",
+                "        # Blocks of a window that is being copied",
+                "            self._absolve(entry.room)\n        # Blocks of a window that is being copied",
             ),
         ),
     ),
@@ -74,12 +74,12 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
             SenderCore, "_advance",
             ("if not self._complete(entry):", "if not entry.transfer_infos:"),
             (
-                "entry.machine.to(SenderState.TRANSFERRING)",
-                "entry.state is SenderState.TRANSFERRING or entry.machine.to(SenderState.TRANSFERRING)",
+                "entry.machine.transition_to(SenderState.TRANSFERRING)",
+                "entry.state is SenderState.TRANSFERRING or entry.machine.transition_to(SenderState.TRANSFERRING)",
             ),
             (
-                "entry.machine.to(SenderState.READY)",
-                "entry.state is SenderState.READY or entry.machine.to(SenderState.READY)",
+                "entry.machine.transition_to(SenderState.READY)",
+                "entry.state is SenderState.READY or entry.machine.transition_to(SenderState.READY)",
             ),
         ),
     ),
@@ -127,7 +127,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
             ("if not self._is_in_use(self._sessions.mooncake_session, self._epoch):", "if True:"),
         ),
     ),
-    "blocks stay with the mover until it is done": (
+    "blocks stay with the copier until it is done": (
         change(
             ReceiverCore, "_on_progress",
             (
@@ -135,12 +135,12 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
                 "        entry.last = done\n        self.allocator.release((entry.room, entry.window), entry.blocks)\n",
             ),
         ),
-        change(ReceiverCore, "on_moved", ("self.allocator.release((room, window), entry.blocks)", "pass")),
+        change(ReceiverCore, "on_copied", ("self.allocator.release((room, window), entry.blocks)", "pass")),
         change(ReceiverCore, "check_integrity", ("if held !=", "if False and held !=")),
     ),
     "blocks stay with a view until it is over": (
         change(
-            ReceiverCore, "on_moved",
+            ReceiverCore, "on_copied",
             (
                 "            self.views[room] = (room, window), tuple(entry.blocks)\n",
                 "            self._viewed -= len(entry.blocks)\n"
