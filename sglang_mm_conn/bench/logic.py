@@ -18,7 +18,7 @@ from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import decode_from_encoder, decode_from_language, encode
 from sglang_mm_conn.core.receiver import Peer, ReceiverCore
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import SenderCore, Session
+from sglang_mm_conn.core.sender import RegisteredSession, SenderCore
 
 _SESSION = "10.0.0.1:17001"
 _ENCODER, _LANGUAGE = "encoder process", "language process"
@@ -34,7 +34,7 @@ def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, fl
         BlockAllocator(geometry.blocks), geometry, first_offer=None, claim_timeout=30.0, max_embedding_bytes=1 << 30
     )
     sender.register(
-        Session(
+        RegisteredSession(
             mooncake_session_id=_SESSION, peer=_LANGUAGE, incarnation=new_id(), server=server, rank=0, size=1,
             geometry=geometry,
         ),

@@ -82,7 +82,7 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
     """Every way, plain copies first. Raises MemoryUnavailable."""
     import torch
 
-    from sglang_mm_conn.core.layout import Geometry, window_runs
+    from sglang_mm_conn.core.layout import Geometry, window_extents
     from sglang_mm_conn.datapath.mooncake import Staging
     from sglang_mm_conn.datapath.shm import ShmPath
     from sglang_mm_conn.memory.pool import BlockPool
@@ -91,7 +91,7 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
     blocks = list(range(-(-nbytes // block_bytes)))
     random.Random(0).shuffle(blocks)
     geometry = Geometry(block_bytes, len(blocks), 1)
-    runs = window_runs(geometry, blocks, nbytes)
+    extents = window_extents(geometry, blocks, nbytes)
     expected = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
     sent, result = device.empty(nbytes, near), device.empty(nbytes, near)
     device.copy([(sent, 0, expected, 0, nbytes)])
@@ -116,7 +116,7 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
 
     for place in device.places:
         staging = Staging(1, nbytes, device, place)
-        fill = partial(staging.fill, staging.memory, sent, runs)
+        fill = partial(staging.fill, staging.memory, sent, extents)
         add(f"encoder: into staging, {place}", within if place == near else out, fill, partial(copy, staging.memory))
         staging.close()
 
@@ -124,12 +124,14 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
         pool = BlockPool(geometry, shared=place == "cpu", device=device, place=place)
         if pool.segment is not None:
             link = ShmPath(device).open(_register(pool))
-            write = partial(link.write, sent, runs)
+            write = partial(link.write, sent, extents)
             read_all = partial(pool.read, blocks, nbytes=nbytes)
             add("encoder: into the pool, shared memory", out, write, read_all)
             link.close()
         else:  # an engine would have written it
-            device.copy((pool.regions[run.region], run.offset, sent, run.start, run.length) for run in runs)
+            device.copy(
+                (pool.regions[extent.region], extent.offset, sent, extent.start, extent.length) for extent in extents
+            )
         result.zero_()
         device.drain()
         read = partial(pool.read, blocks, result, nbytes)

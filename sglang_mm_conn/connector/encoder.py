@@ -29,7 +29,7 @@ from sglang_mm_conn.core.errors import (
     ProtocolError,
     WriterSlotTaken,
 )
-from sglang_mm_conn.core.layout import Geometry, Run, window_runs
+from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
@@ -44,7 +44,7 @@ from sglang_mm_conn.core.messages import (
     encode,
 )
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import SenderCore, SenderRoom, Session, WindowWrite
+from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, SenderRoom, WindowWrite
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.sharding import session_port
 from sglang_mm_conn.core.states import Poll
@@ -82,11 +82,11 @@ class DataCall:
     def link(self) -> WriteLink | None:
         return None if self.use is None else self.use.link
 
-    def runs(self) -> list[Run]:
+    def extents(self) -> list[Extent]:
         """Where the bytes of the window go."""
         write, row_bytes = self.write, self.entry.row_bytes
         first, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
-        return window_runs(write.session.geometry, write.blocks, nbytes, first)
+        return window_extents(write.session.geometry, write.blocks, nbytes, first)
 
 
 @dataclass
@@ -349,7 +349,7 @@ class EncoderEndpoint:
         if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
             raise LinkBusy(f"session {message.mooncake_session_id} is another process's, which lives")
         goes_on = self._links.open(message)
-        session = Session(
+        session = RegisteredSession(
             mooncake_session_id=message.mooncake_session_id,
             peer=peer,
             incarnation=message.incarnation,
@@ -392,7 +392,7 @@ class EncoderEndpoint:
         )  # fmt: skip
         self._tell(ended)
 
-    def _is_alive(self, session: Session) -> bool:
+    def _is_alive(self, session: RegisteredSession) -> bool:
         peer = self._peers.get(session.peer)
         return peer is not None and self._clock() - peer.last_seen < _ALIVE_HEARTBEATS * self.settings.heartbeat
 
@@ -517,7 +517,7 @@ class EncoderEndpoint:
         except Exception as failure:
             return f"the embedding was not computed: {failure}", False
         try:
-            link.write(call.source.rows, call.runs())
+            link.write(call.source.rows, call.extents())
         except DataPathError as failure:
             return str(failure), failure.in_doubt
         except Exception as failure:

@@ -1,6 +1,6 @@
 """The encoders a language rank knows: looking them up, connecting, registering, noticing that they are gone.
 
-It drives the control client; what becomes of rooms is told to the callbacks. Everything but ``use`` runs on the
+It drives the control client; what becomes of rooms is told to the callbacks. Everything but ``use`` extents on the
 control thread, lookups and first registrations (which may be slow) on a small pool.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sglang_mm_conn.connector.runtime import Runtime
-from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.connector.sessions import LocalSessions
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address
 from sglang_mm_conn.control.client import ControlClient
@@ -62,7 +62,7 @@ class Encoders:
 
     def __init__(
         self,
-        sessions: Sessions,
+        sessions: LocalSessions,
         key: DeploymentKey | None,
         incarnation: str,
         *,

@@ -155,7 +155,7 @@ class FollowerEndpoint:
             return {"rooms": dict(Counter(entry.poll().name.lower() for entry in self._rooms.values()))}
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
-        """Run something large off the caller's thread; rings ``completions`` when it is done."""
+        """Extent something large off the caller's thread; rings ``completions`` when it is done."""
         future = self._readers.submit(work)
         future.add_done_callback(lambda _: self.completions.ring())
         return future

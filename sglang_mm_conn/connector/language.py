@@ -20,7 +20,7 @@ from sglang_mm_conn.connector.encoders import Encoders
 from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.revocation import Revocation
 from sglang_mm_conn.connector.runtime import Runtime
-from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.connector.sessions import LocalSessions
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.wakeup import Wakeup
@@ -96,7 +96,7 @@ class LanguageEndpoint:
             claim_timeout=settings.claim_timeout,
             max_embedding_bytes=settings.max_embedding_bytes,
         )
-        self._sessions = Sessions(
+        self._sessions = LocalSessions(
             settings, self.pool, host=host, incarnation=self.incarnation, server=server, rank=rank, size=size,
             widest_row_bytes=widest_row_bytes, dtype=dtype, runtime=runtime,
         )  # fmt: skip
@@ -205,7 +205,7 @@ class LanguageEndpoint:
             return self.core.report()
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
-        """Run something large off the caller's thread; rings ``completions`` when it is done."""
+        """Extent something large off the caller's thread; rings ``completions`` when it is done."""
 
         def finish() -> Value:
             value = work()
@@ -268,15 +268,15 @@ class LanguageEndpoint:
         self._warm.trim()
         with self._lock:
             self._perform(self.core.tick(self._clock()))
-            suspects = {peer.incarnation: peer.data_path for peer in self.core.suspects()}
-        for incarnation, path in suspects.items():
+            quarantined = {peer.incarnation: peer.data_path for peer in self.core.quarantined_peers()}
+        for incarnation, path in quarantined.items():
             slot = self._encoders.slot_of(incarnation)
             if path == "shm" and slot is not None and self._sessions.retire_writer(slot):
                 self._encoders.replace_slot(incarnation)
                 with self._lock:
                     logger.info("Encoder process %s cannot write any more: its blocks are free again", incarnation)
                     self._perform(self.core.writer_gone(incarnation, self._clock()))
-        self._encoders.forget_slots(keep=set(suspects))
+        self._encoders.forget_slots(keep=set(quarantined))
         with self._lock:
             self.revocation.tick(self._clock())
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from enum import Enum
 
-from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.connector.sessions import LocalSessions
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Revocation:
 
     def __init__(
         self,
-        sessions: Sessions,
+        sessions: LocalSessions,
         executor: Executor,
         *,
         patience: float,
@@ -91,7 +91,7 @@ class Revocation:
         self._work = self._executor.submit(work)
 
     def _finished(self) -> object | None:
-        """The result of the work under way; None while it runs. Work that failed is begun anew at a later tick."""
+        """The result of the work under way; None while it extents. Work that failed is begun anew at a later tick."""
         if self._work is None or not self._work.done():
             return None
         error = self._work.exception()

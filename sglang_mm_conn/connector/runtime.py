@@ -53,7 +53,7 @@ class Runtime:
         return time.monotonic()
 
     def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
-        """A daemon thread that runs ``target``."""
+        """A daemon thread that extents ``target``."""
         thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
         return thread

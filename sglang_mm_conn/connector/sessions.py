@@ -16,7 +16,7 @@ from sglang_mm_conn.memory.pool import BlockPool
 logger = logging.getLogger(__name__)
 
 
-class Sessions:
+class LocalSessions:
     """One session for shared memory, and one for Mooncake that is made when it is first needed.
 
     The engine listens on all interfaces, so a deployment on one host never makes it.
@@ -160,5 +160,3 @@ class Sessions:
     def close(self) -> None:
         """The Mooncake engine ends with the process."""
         self._give_port_up()
-
-

@@ -1,4 +1,4 @@
-"""Where the bytes of a window lie: blocks in allocation order, regions, merged runs."""
+"""Where the bytes of a window lie: blocks in allocation order, regions, merged extents."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Geometry:
         return -(-tokens * row_bytes // self.block_bytes)
 
 
-class Run(msgspec.Struct, frozen=True):
+class Extent(msgspec.Struct, frozen=True):
     """``length`` bytes at ``offset`` in region ``region``, which are bytes ``start``... of the embedding."""
 
     region: int
@@ -44,9 +44,9 @@ class Run(msgspec.Struct, frozen=True):
     start: int
 
 
-def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int, first_byte: int = 0) -> list[Run]:
-    """The runs that a window of ``nbytes`` occupies, neighbouring blocks merged within a region. ``first_byte``: where
-    in the embedding it begins.
+def window_extents(geometry: Geometry, blocks: Sequence[int], nbytes: int, first_byte: int = 0) -> list[Extent]:
+    """The extents that a window of ``nbytes`` occupies, neighbouring blocks merged within a region. ``first_byte``:
+    where in the embedding it begins.
 
     Token order is the order of ``blocks`` (allocation order), whatever their numbers are. Raises ProtocolError where
     a block does not exist, occurs twice, or the blocks hold less than ``nbytes``.
@@ -58,7 +58,7 @@ def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int, first_by
     if blocks and not (min(blocks) >= 0 and max(blocks) < geometry.blocks):
         wrong = next(block for block in blocks if not 0 <= block < geometry.blocks)
         raise ProtocolError(f"block {wrong} is not one of {geometry.blocks}")
-    runs: list[Run] = []
+    extents: list[Extent] = []
     per_region, block_bytes = geometry.blocks_per_region, geometry.block_bytes
     count = -(-nbytes // block_bytes)  # blocks that hold any of it
     first = 0
@@ -71,6 +71,6 @@ def window_runs(geometry: Geometry, blocks: Sequence[int], nbytes: int, first_by
             end += 1
         start = first * block_bytes
         length = min(end * block_bytes, nbytes) - start
-        runs.append(Run(region, number * block_bytes, length, first_byte + start))
+        extents.append(Extent(region, number * block_bytes, length, first_byte + start))
         first = end
-    return runs
+    return extents

@@ -237,7 +237,7 @@ class ReceiverCore:
                 self._absolve(room)
         return self._serve_waiting(now)
 
-    def suspects(self) -> set[Peer]:
+    def quarantined_peers(self) -> set[Peer]:
         """Peers that quarantined blocks wait for, each with the way in that it may still write through."""
         return {held.peer for held in self.quarantine.values()}
 

@@ -19,7 +19,7 @@ import msgspec
 
 from sglang_mm_conn.core.actions import Action, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
-from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.layout import Geometry, window_extents
 from sglang_mm_conn.core.messages import (
     Abort,
     Announce,
@@ -52,7 +52,7 @@ DONE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
+class RegisteredSession:
     """One language rank's session, as registered: who speaks for it and the shape of its memory."""
 
     mooncake_session_id: str
@@ -94,7 +94,7 @@ class WindowWrite(msgspec.Struct, frozen=True):
     """One data call: rows ``first_token``... of the source into ``blocks`` of ``session``."""
 
     room: str
-    session: Session
+    session: RegisteredSession
     window: int
     epoch: int
     blocks: tuple[int, ...]
@@ -161,7 +161,7 @@ class SenderCore:
 
     def __init__(self, *, queues: int, send_timeout: float, claim_timeout: float) -> None:
         self.rooms: dict[str, SenderRoom] = {}
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, RegisteredSession] = {}
         self.tombstones = Tombstones()
         # (room, session) -> until, answer: to be repeated after a lost connection
         self._done: OrderedDict[tuple[str, str], tuple[float, Message]] = OrderedDict()
@@ -178,7 +178,7 @@ class SenderCore:
 
     # -- sessions ------------------------------------------------------------------------------------------------
 
-    def register(self, session: Session, now: float) -> list[Action]:
+    def register(self, session: RegisteredSession, now: float) -> list[Action]:
         """A session's memory was checked and attached. Announces to it the rooms of its server."""
         actions: list[Action] = []
         old = self.sessions.get(session.mooncake_session_id)
@@ -292,7 +292,7 @@ class SenderCore:
             return self._on_init(entry, session, message, now)
         return self._on_resume(entry, session, message)
 
-    def _on_init(self, entry: SenderRoom, session: Session, message: Init, now: float) -> list[Action]:
+    def _on_init(self, entry: SenderRoom, session: RegisteredSession, message: Init, now: float) -> list[Action]:
         info = entry.transfer_infos.get(session.mooncake_session_id)
         if info is not None:
             repeated = info.window == 0 and self._same_offer(info, message)
@@ -319,7 +319,7 @@ class SenderCore:
         )
         return self._advance(entry)
 
-    def _on_resume(self, entry: SenderRoom, session: Session, message: Resume) -> list[Action]:
+    def _on_resume(self, entry: SenderRoom, session: RegisteredSession, message: Resume) -> list[Action]:
         info = entry.transfer_infos.get(session.mooncake_session_id)
         if info is None:
             refused = Progress(
@@ -346,7 +346,7 @@ class SenderCore:
         # The seed's bug: without new work for the same queue the transfer would hang for ever.
         return [self._chunk(entry)]
 
-    def _on_abort(self, session: Session, message: Abort, now: float) -> list[Action]:
+    def _on_abort(self, session: RegisteredSession, message: Abort, now: float) -> list[Action]:
         if session.server != server_of(message.room):  # also before it is announced: an abort would end it at once
             raise ProtocolError(f"session of server {session.server} aborts room {message.room}")
         entry = self.rooms.get(message.room)
@@ -494,16 +494,16 @@ class SenderCore:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _sessions_of(self, server: str) -> list[Session]:
+    def _sessions_of(self, server: str) -> list[RegisteredSession]:
         return [session for session in self.sessions.values() if session.server == server]
 
-    def _current(self, session: Session) -> Session:
+    def _current(self, session: RegisteredSession) -> RegisteredSession:
         """``session`` as it speaks now: its connection may have been replaced while a write was under way."""
         current = self.sessions.get(session.mooncake_session_id)
         return session if current is None or current.incarnation != session.incarnation else current
 
     @staticmethod
-    def _announcement(entry: SenderRoom, session: Session) -> Send:
+    def _announcement(entry: SenderRoom, session: RegisteredSession) -> Send:
         return Send(
             session.peer,
             Announce(room=entry.room, total_tokens=entry.total_tokens, row_bytes=entry.row_bytes, dtype=entry.dtype),
@@ -543,20 +543,25 @@ class SenderCore:
         )
 
     @staticmethod
-    def _offer_problem(entry: SenderRoom, session: Session, message: Init | Resume, remaining: int) -> str:
+    def _offer_problem(entry: SenderRoom, session: RegisteredSession, message: Init | Resume, remaining: int) -> str:
         """Why the offer cannot be taken; empty where it can. Nothing is written on an unchecked index or length."""
         if message.epoch not in session.epochs:
             return f"epoch {message.epoch} is over, {max(session.epochs)} is the newest"
         if message.allocated_tokens > remaining:
             return f"allocated_tokens={message.allocated_tokens}, but {remaining} rows remain"
         try:
-            window_runs(session.geometry, message.dst_embedding_indices, message.allocated_tokens * entry.row_bytes)
+            window_extents(session.geometry, message.dst_embedding_indices, message.allocated_tokens * entry.row_bytes)
         except ProtocolError as error:
             return str(error)
         return ""
 
     def _truth(
-        self, entry: SenderRoom, info: TransferEmbeddingInfo, session: Session, refused: str, refused_window: int = 0
+        self,
+        entry: SenderRoom,
+        info: TransferEmbeddingInfo,
+        session: RegisteredSession,
+        refused: str,
+        refused_window: int = 0,
     ) -> Send:
         """What is confirmed for (room, session): the answer to completion, to a repeated and to a refused offer."""
         if info.state is WindowState.DONE and not refused:
@@ -584,7 +589,7 @@ class SenderCore:
             ),
         )
 
-    def _verdict_message(self, room: str, session: Session, entry: SenderRoom | None) -> Failed:
+    def _verdict_message(self, room: str, session: RegisteredSession, entry: SenderRoom | None) -> Failed:
         """What a session is told about a room that has ended or was never here."""
         if entry is not None and entry.verdict is not None:
             info = entry.transfer_infos.get(session.mooncake_session_id)
@@ -599,7 +604,7 @@ class SenderCore:
         return Failed(room=room, reason=as_text(verdict.reason) or "the room has ended", code=code, drained=drained)
 
     def _fail(
-        self, entry: SenderRoom, reason: str, code: int, now: float, *, except_session: Session | None = None
+        self, entry: SenderRoom, reason: str, code: int, now: float, *, except_session: RegisteredSession | None = None
     ) -> list[Action]:
         if entry.machine.final:
             return []

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register
 
 
@@ -17,12 +17,12 @@ class WriteLink(Protocol):
     name: str
     synchronous: bool  # whether nothing more lands once ``write`` has ended, however it ended
 
-    def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
-        """Write bytes of ``source``, an embedding (uint8, one dimension), to ``runs``; returns when all of them are in
-        place.
+    def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
+        """Write bytes of ``source``, an embedding (uint8, one dimension), to ``extents``; returns when all of them are
+        in place.
 
-        The runs were checked against the session's geometry, and lie within ``source``. Raises DataPathError; where it
-        is ``in_doubt``, bytes may still land, and the link has taken care that its own source memory is not reused.
+        The extents were checked against the session's geometry, and lie within ``source``. Raises DataPathError; where
+        it is ``in_doubt``, bytes may still land, and the link has taken care that its own source memory is not reused.
         """
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ What was measured of the engine (0.3.13) and decides this module:
 - a peer that comes back on the same session id cannot be reached through an engine that knew its predecessor: it is
   served through another engine;
 - GPU memory is registered like any other; the non-CUDA build would write to its addresses as if they were the host's;
-- nothing authenticates a write: runs are checked against what was registered before they come here;
+- nothing authenticates a write: extents are checked against what was registered before they come here;
 - calls before ``initialize`` crash, a fork()ed child that uses the engine hangs (spawn only).
 """
 
@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, MemoryUnavailable
-from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.device import Device
@@ -141,7 +141,7 @@ class Staging:
         with self._lock:
             self._free.append(slot)
 
-    def fill(self, slot: torch.Tensor, source: torch.Tensor, pieces: Sequence[Run]) -> None:
+    def fill(self, slot: torch.Tensor, source: torch.Tensor, pieces: Sequence[Extent]) -> None:
         """Copy ``pieces`` of ``source`` to the slot, end to end. When this returns they are there for the engine, which
         knows no streams, to read."""
         ends = list(itertools.accumulate(piece.length for piece in pieces))
@@ -177,17 +177,17 @@ class _Engine:
         self.retired = False
 
 
-class Turns:
-    """So many at the same time, first come, first served: who gives a turn back and asks again comes after those who
-    wait, or a large write would keep the small ones waiting to its end."""
+class FairSemaphore:
+    """A semaphore of ``count`` permits that serves waiting threads in the order of their arrival. A large write takes
+    many permits one after the other; with an unfair semaphore the small writes would wait until it ends."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
         self._free = count
         self._waiting: deque[threading.Event] = deque()
 
-    def take(self, *, wait: bool) -> bool:
-        """Whether this is the caller's turn; with ``wait`` it will be."""
+    def acquire(self, *, wait: bool) -> bool:
+        """Whether the caller has a permit now; with ``wait`` it waits until it has."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -198,7 +198,7 @@ class Turns:
             self._waiting.append(handed_over)
         return handed_over.wait()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().set()
@@ -216,15 +216,15 @@ class MooncakeLink:
         self._path = path
         self._register = register
         self._bases = [region.address for region in register.regions]
-        self._turns = Turns(BATCHES)  # pieces outstanding to one peer count over all threads
+        self._permits = FairSemaphore(BATCHES)  # pieces outstanding to one peer count over all threads
         self._one_waits = threading.Lock()  # the engine keeps a core busy with it: not one for each thread
 
-    def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
+    def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
         under_way: deque[ExitStack] = deque()  # oldest first
         try:
-            for pieces in _batches(runs, self._path.slot_bytes):
-                # Who waits for a turn holds none: otherwise two writers could wait for each other.
-                while not self._turns.take(wait=not under_way):
+            for pieces in _batches(extents, self._path.slot_bytes):
+                # Never wait for a permit while holding one: two writers could wait for each other.
+                while not self._permits.acquire(wait=not under_way):
                     under_way.popleft().close()
                 batch = ExitStack()
                 batch.enter_context(self._batch(source, pieces))
@@ -235,8 +235,8 @@ class MooncakeLink:
                     rest.callback(batch.close)
 
     @contextmanager
-    def _batch(self, source: torch.Tensor, pieces: Sequence[Run]) -> Iterator[None]:
-        """One batch, on its way inside, complete at the end. Gives the caller's turn back."""
+    def _batch(self, source: torch.Tensor, pieces: Sequence[Extent]) -> Iterator[None]:
+        """One batch, on its way inside, complete at the end. Releases the caller's permit."""
         try:
             # Each batch may go through another engine: they are complete, or not, independently.
             with self._path.engine_for(self._register) as entry:
@@ -252,9 +252,9 @@ class MooncakeLink:
                     raise DataPathError(f"Mooncake write of {len(pieces)} pieces returned {code}", in_doubt=True)
                 entry.staging.give_back(slot)
         finally:
-            self._turns.give_back()
+            self._permits.release()
 
-    def _begin(self, engine: Any, slot: torch.Tensor, pieces: Sequence[Run]) -> int:
+    def _begin(self, engine: Any, slot: torch.Tensor, pieces: Sequence[Extent]) -> int:
         """The batch's number; 0 or a negative code, as it may be without its sign, where the engine has refused it."""
         at, addresses, targets, lengths = 0, [], [], []
         for piece in pieces:
@@ -269,18 +269,18 @@ class MooncakeLink:
         self._path.forget(self._register.target)
 
 
-def _batches(runs: Sequence[Run], slot_bytes: int) -> list[list[Run]]:
-    """Cut ``runs`` into pieces, and these into batches that fit a staging slot and the limit on pieces."""
-    batches: list[list[Run]] = [[]]
+def _batches(extents: Sequence[Extent], slot_bytes: int) -> list[list[Extent]]:
+    """Cut ``extents`` into pieces, and these into batches that fit a staging slot and the limit on pieces."""
+    batches: list[list[Extent]] = [[]]
     room = slot_bytes
-    for run in runs:
+    for extent in extents:
         done = 0
-        while done < run.length:
+        while done < extent.length:
             if room == 0 or len(batches[-1]) == MAX_PIECES:
                 batches.append([])
                 room = slot_bytes
-            length = min(run.length - done, room, PIECE_BYTES)
-            batches[-1].append(Run(run.region, run.offset + done, length, run.start + done))
+            length = min(extent.length - done, room, PIECE_BYTES)
+            batches[-1].append(Extent(extent.region, extent.offset + done, length, extent.start + done))
             done += length
             room -= length
     return batches
@@ -310,13 +310,13 @@ class MooncakePath:
         self._engines: list[_Engine] = []
         # Targets whose last write failed. The first contact to one that hangs blocks an engine for a minute, so they
         # are tried through an engine of their own.
-        self._suspects: set[str] = set()
+        self._failing_targets: set[str] = set()
 
     def open(self, register: Register) -> MooncakeLink:
         if not register.target or any(region.address == 0 for region in register.regions):
             raise DataPathUnavailable("the language server registered no memory with Mooncake")
         with self._lock:
-            self._suspects.discard(register.target)  # it has just spoken
+            self._failing_targets.discard(register.target)  # it has just spoken
         with self.engine_for(register):
             pass  # an engine that cannot be had is noticed here, not at the first write
         return MooncakeLink(self, register)
@@ -327,7 +327,7 @@ class MooncakePath:
         with self._lock:
             entry = next((one for one in self._engines if self._fits(one, register)), None)
             if entry is None:
-                only = register.target if register.target in self._suspects else ""
+                only = register.target if register.target in self._failing_targets else ""
                 engine = self._make_engine()
                 staging = Staging(BATCHES if only else self._slots, self.slot_bytes, self._device, self._place)
                 entry = _Engine(engine, staging, only)
@@ -340,11 +340,11 @@ class MooncakePath:
         try:
             yield entry
             if entry.only and not entry.retired:  # it works again: back to the engine that all share
-                self._suspects.discard(register.target)
+                self._failing_targets.discard(register.target)
                 entry.retired = True
         except BaseException:
             entry.retired = True  # what it still does with the staging memory is unknown
-            self._suspects.add(register.target)
+            self._failing_targets.add(register.target)
             raise
         finally:
             with self._lock:
@@ -357,10 +357,10 @@ class MooncakePath:
 
     def forget(self, target: str) -> None:
         """Nobody writes to ``target`` any more. Waits for nothing: an engine may be in the making under the lock."""
-        self._suspects.discard(target)
+        self._failing_targets.discard(target)
 
     def _fits(self, entry: _Engine, register: Register) -> bool:
-        only = register.target if register.target in self._suspects else ""
+        only = register.target if register.target in self._failing_targets else ""
         known = entry.known.get(register.target, register.incarnation)
         return not entry.retired and entry.only == only and known == register.incarnation
 

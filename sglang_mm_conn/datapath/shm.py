@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_mm_conn.core.errors import DataPathUnavailable
-from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment
@@ -31,9 +31,10 @@ class ShmLink:
             self._segment.close()  # it holds the writer's lock
             raise
 
-    def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
+    def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
         self._device.copy(
-            (self._pool, run.region * self._region_bytes + run.offset, source, run.start, run.length) for run in runs
+            (self._pool, extent.region * self._region_bytes + extent.offset, source, extent.start, extent.length)
+            for extent in extents
         )
 
     def close(self) -> None:

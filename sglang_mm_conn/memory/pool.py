@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sglang_mm_conn.core.errors import MemoryUnavailable, ProtocolError
-from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.layout import Geometry, window_extents
 from sglang_mm_conn.core.messages import Region
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.device import Device
@@ -43,9 +43,7 @@ class BlockPool:
     ``regions[i]`` is a uint8 tensor over region i. Who may touch which block is not decided here: see core.receiver.
     """
 
-    def __init__(
-        self, geometry: Geometry, *, shared: bool, device: Device | None = None, place: str = "cpu"
-    ) -> None:
+    def __init__(self, geometry: Geometry, *, shared: bool, device: Device | None = None, place: str = "cpu") -> None:
         """Raises MemoryUnavailable."""
         self.geometry = geometry
         self._device = device or Device()
@@ -83,8 +81,8 @@ class BlockPool:
             self._device.drain()
         region_bytes = self.geometry.region_bytes
         self._device.copy(
-            (target, run.start, self._whole, run.region * region_bytes + run.offset, run.length)
-            for run in window_runs(self.geometry, blocks, nbytes, first_byte)
+            (target, extent.start, self._whole, extent.region * region_bytes + extent.offset, extent.length)
+            for extent in window_extents(self.geometry, blocks, nbytes, first_byte)
         )
 
     def view(self, blocks: Sequence[int], nbytes: int, over: Callable[[], None]) -> torch.Tensor:

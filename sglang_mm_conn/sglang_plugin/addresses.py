@@ -24,12 +24,12 @@ def reached_at(host: str | None) -> str:
     """
     address = bind_address(host)
     parsed = ipaddress.ip_address(address)
-    if parsed.is_loopback or parsed.is_unspecified or not _is_ours(address):
+    if parsed.is_loopback or parsed.is_unspecified or not _is_local_address(address):
         return str(get_local_ip_auto(host))
     return address
 
 
-def _is_ours(address: str) -> bool:
+def _is_local_address(address: str) -> bool:
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         try:
             probe.bind((address, 0))

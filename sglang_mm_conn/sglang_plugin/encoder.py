@@ -24,15 +24,13 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.heap import keep_freed
 from sglang_mm_conn.sglang_plugin.addresses import bind_address, reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
-from sglang_mm_conn.sglang_plugin.names import FLAG, is_ours
+from sglang_mm_conn.sglang_plugin.names import FLAG, uses_connector
 from sglang_mm_conn.sglang_plugin.processes import DpWorkers, replace_spawn_targets, tell_route
 
 logger = logging.getLogger(__name__)
 
 # What sglang keeps on EmbeddingData for its own transports; everything else travels as metadata.
-_NOT_METADATA = frozenset(
-    {"req_id", "embedding", "send_time", "dtype", "shape", "error_msg", "error_code", "modality"}
-)
+_NOT_METADATA = frozenset({"req_id", "embedding", "send_time", "dtype", "shape", "error_msg", "error_code", "modality"})
 _manager: EmbeddingManager | None = None  # in a process that holds embeddings
 _dp_workers: DpWorkers | None = None  # in the process that starts the server
 _key: DeploymentKey | None = None
@@ -70,7 +68,7 @@ def keep_on_device(original: Any, self: Any, ctx: Any, *, keep_on_gpu: bool) -> 
 
 def _stays_on_device(encoder: Any, ctx: Any) -> bool:
     return (
-        is_ours(encoder.server_args)
+        uses_connector(encoder.server_args)
         and Settings.from_env(os.environ).embedding_place != "cpu"
         and not ctx.is_health_check
         and not get_mm().enable_prefix_mm_cache
@@ -81,7 +79,7 @@ def _stays_on_device(encoder: Any, ctx: Any) -> bool:
 def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """After ``MMEncoder.__init__``: one manager in the process that holds the embeddings (rank 0)."""
     global _manager
-    if not is_ours(server_args) or self.rank != 0:
+    if not uses_connector(server_args) or self.rank != 0:
         return
     from sglang.srt.runtime_context import get_serving
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from sglang_mm_conn.control.authentication import DeploymentKey, is_loopback
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, SERVER_ENV, is_ours
+from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, SERVER_ENV, uses_connector
 from sglang_mm_conn.sglang_plugin.processes import use_our_application
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def _resolve_kv_backend(server_args: Any, previous: Any) -> None:
     """KV between prefill and decode is sglang's Mooncake, untouched; many of its checks want that word."""
     from sglang.srt.arg_groups.overrides import declare_resolution
 
-    if is_ours(server_args):
+    if uses_connector(server_args):
         declare_resolution(server_args, BACKEND, disaggregation_transfer_backend="mooncake")
     previous(server_args)
 
@@ -52,7 +52,7 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
     from sglang_mm_conn.sglang_plugin import seams
 
     cfg = resolving_view(server_args)
-    if not is_ours(server_args) or not (cfg.encoder_only or cfg.language_only):
+    if not uses_connector(server_args) or not (cfg.encoder_only or cfg.language_only):
         previous(server_args)
         return
     explicit = server_args.encoder_transfer_backend

@@ -40,7 +40,7 @@ from sglang_mm_conn.memory.heap import keep_freed
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.idle import wake_on
-from sglang_mm_conn.sglang_plugin.names import BACKEND, is_ours, server_incarnation
+from sglang_mm_conn.sglang_plugin.names import BACKEND, server_incarnation, uses_connector
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _DISPATCHED_SECONDS = 300.0
 
 def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``create_mm_receiver``: ours for a server with the flag, sglang's for any other."""
-    if not is_ours(server_args):
+    if not uses_connector(server_args):
         return original(server_args, *args, **kwargs)
     if kwargs.get("scheduler") is not None:
         return SchedulerReceiver(server_args, kwargs["dtype"], kwargs["hf_config"], kwargs["scheduler"])

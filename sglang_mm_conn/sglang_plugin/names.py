@@ -14,7 +14,7 @@ SERVER_ENV = "SGLANG_MM_CONN_SERVER"
 APP_ENV = "SGLANG_MM_CONN_APP"
 
 
-def is_ours(server_args: Any) -> bool:
+def uses_connector(server_args: Any) -> bool:
     """Whether the server of ``server_args`` was given the flag: the raw field keeps it in every process."""
     return getattr(server_args, "disaggregation_transfer_backend", None) == BACKEND
 

@@ -38,7 +38,7 @@ from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import ConnError, DataPathError, DataPathUnavailable
-from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
@@ -101,7 +101,7 @@ class Gates:
         with self._lock:
             return self._gates[room, window]
 
-    def _enter(self, source: torch.Tensor, runs: Sequence[Run], register: Register) -> Gate | None:
+    def _enter(self, source: torch.Tensor, runs: Sequence[Extent], register: Register) -> Gate | None:
         at = source.data_ptr()
         with self._lock:
             rooms = [
@@ -127,7 +127,7 @@ class Gates:
             gate = self._gates.get((room, window))
             return gate if gate is not None and gate.rank in (None, register.rank) else None
 
-    def write(self, link: WriteLink, register: Register, source: torch.Tensor, runs: Sequence[Run]) -> None:
+    def write(self, link: WriteLink, register: Register, source: torch.Tensor, runs: Sequence[Extent]) -> None:
         gate = self._enter(source, runs, register)
         if gate is None:
             link.write(source, runs)
@@ -148,17 +148,17 @@ class Gates:
         link.write(source, second)
 
 
-def cut(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+def cut(runs: Sequence[Extent]) -> tuple[list[Extent], list[Extent]]:
     """Both halves of a window."""
-    first: list[Run] = []
-    second: list[Run] = []
+    first: list[Extent] = []
+    second: list[Extent] = []
     middle = runs[0].start + sum(run.length for run in runs) // 2
     for run in runs:
         head = min(max(middle - run.start, 0), run.length)
         if head:
-            first.append(Run(run.region, run.offset, head, run.start))
+            first.append(Extent(run.region, run.offset, head, run.start))
         if head < run.length:
-            second.append(Run(run.region, run.offset + head, run.length - head, run.start + head))
+            second.append(Extent(run.region, run.offset + head, run.length - head, run.start + head))
     return first, second
 
 
@@ -172,7 +172,7 @@ class GatedLink:
         self._gates = gates
         self._register = register
 
-    def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
+    def write(self, source: torch.Tensor, runs: Sequence[Extent]) -> None:
         self._gates.write(self._link, self._register, source, runs)
 
     def close(self) -> None:

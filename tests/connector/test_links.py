@@ -10,7 +10,7 @@ import torch
 
 from sglang_mm_conn.connector.links import LinkBusy, Links
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable
-from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Region, Register
 from sglang_mm_conn.datapath.base import WriteLink
 
@@ -29,7 +29,7 @@ class FakeLink:
     synchronous: bool = True
     closed: bool = False
 
-    def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
+    def write(self, source: torch.Tensor, runs: Sequence[Extent]) -> None:
         raise AssertionError("not written here")
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from sglang_mm_conn.connector.metadata import encode_metadata
 from sglang_mm_conn.connector.paths import encoder_data_paths
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
-from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.settings import Settings
@@ -214,7 +214,7 @@ class NotedPath:
         link.synchronous = self._synchronous
         write = link.write
 
-        def noted(source: torch.Tensor, runs: Sequence[Run]) -> None:
+        def noted(source: torch.Tensor, runs: Sequence[Extent]) -> None:
             self.threads.append(threading.current_thread().name)
             write(source, runs)
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.layout import Geometry, window_extents
 from sglang_mm_conn.core.messages import (
     Abort,
     Init,
@@ -29,7 +29,7 @@ from sglang_mm_conn.core.messages import (
 )
 from sglang_mm_conn.core.receiver import Peer, ReceiverCore
 from sglang_mm_conn.core.rooms import new_room_base
-from sglang_mm_conn.core.sender import SenderCore, Session, WindowWrite
+from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, WindowWrite
 from sglang_mm_conn.core.states import Poll
 
 SERVER = "5e" * 8
@@ -62,7 +62,7 @@ class Rank:
 
     index: int
     incarnation: str
-    session: Session
+    session: RegisteredSession
     core: ReceiverCore
     memory: bytearray
     peer: str
@@ -124,7 +124,7 @@ class Wire:
         self._connections = 0
         self.ranks: list[Rank] = []
         for index in range(ranks):
-            session = Session(
+            session = RegisteredSession(
                 mooncake_session_id=f"10.0.0.{index + 1}:{17001 + index}",
                 peer="none",
                 incarnation=f"{index:02x}" * 8,
@@ -347,11 +347,11 @@ class Wire:
         start, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
         assert write.first_token + write.tokens <= tokens
         source = source_of(write.room, tokens * row_bytes)[start : start + nbytes]
-        for number, run in enumerate(window_runs(self.geometry, write.blocks, nbytes)):
+        for number, extent in enumerate(window_extents(self.geometry, write.blocks, nbytes)):
             if (number % 2 == 0 and not first) or (number % 2 == 1 and not second):
                 continue
-            at = run.region * self.geometry.region_bytes + run.offset
-            rank.memory[at : at + run.length] = source[run.start : run.start + run.length]
+            at = extent.region * self.geometry.region_bytes + extent.offset
+            rank.memory[at : at + extent.length] = source[extent.start : extent.start + extent.length]
         for block in write.blocks:
             owner = rank.owner(block)
             assert owner == (write.room, write.window), f"window {write.window} was written into {owner}'s block"
@@ -365,10 +365,10 @@ class Wire:
         for block in copy.blocks:
             assert rank.core.allocator._held.get(block) == (copy.room, copy.window), "copied out of somebody's block"
         result = rank.results.setdefault(copy.room, bytearray(copy.total_tokens * copy.row_bytes))
-        for run in window_runs(self.geometry, copy.blocks, copy.tokens * copy.row_bytes):
-            at = run.region * self.geometry.region_bytes + run.offset
-            to = copy.first_token * copy.row_bytes + run.start
-            result[to : to + run.length] = rank.memory[at : at + run.length]
+        for extent in window_extents(self.geometry, copy.blocks, copy.tokens * copy.row_bytes):
+            at = extent.region * self.geometry.region_bytes + extent.offset
+            to = copy.first_token * copy.row_bytes + extent.start
+            result[to : to + extent.length] = rank.memory[at : at + extent.length]
         self.perform_rank(rank, rank.core.on_copied(copy.room, copy.window, error, self.now))
         return copy
 

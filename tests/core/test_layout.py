@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.core.layout import Geometry, Run, window_runs
+from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
 
 
 @st.composite
@@ -18,7 +18,7 @@ def windows(draw: st.DrawFn) -> tuple[Geometry, list[int], int]:
     count = draw(st.integers(1, geometry.blocks))
     blocks = draw(st.permutations(range(geometry.blocks)))[:count]
     if draw(st.booleans()):
-        blocks = sorted(blocks)  # runs that can be merged
+        blocks = sorted(blocks)  # extents that can be merged
     return geometry, blocks, draw(st.integers(0, count * geometry.block_bytes))
 
 
@@ -27,35 +27,43 @@ def test_runs_cover_exactly_the_bytes_in_token_order_whatever_the_blocks_numbers
     window: tuple[Geometry, list[int], int],
 ) -> None:
     geometry, blocks, nbytes = window
-    runs = window_runs(geometry, blocks, nbytes)
+    extents = window_extents(geometry, blocks, nbytes)
     places = [
-        (run.region * geometry.region_bytes + run.offset + byte, run.start + byte)
-        for run in runs
-        for byte in range(run.length)
+        (extent.region * geometry.region_bytes + extent.offset + byte, extent.start + byte)
+        for extent in extents
+        for byte in range(extent.length)
     ]
     # Byte i of the window is byte i % block_bytes of the block that was allocated (i // block_bytes)-th.
     assert places == [
         (blocks[i // geometry.block_bytes] * geometry.block_bytes + i % geometry.block_bytes, i) for i in range(nbytes)
     ]
     assert len({place for place, _ in places}) == nbytes  # no overlap
-    for run in runs:
-        assert run.length > 0 and run.offset >= 0 and run.offset + run.length <= geometry.region_bytes
-    for before, after in itertools.pairwise(runs):
+    for extent in extents:
+        assert extent.length > 0 and extent.offset >= 0 and extent.offset + extent.length <= geometry.region_bytes
+    for before, after in itertools.pairwise(extents):
         assert before.region != after.region or before.offset + before.length != after.offset, "could be merged"
 
 
 def test_neighbours_are_merged_within_a_region_and_never_across_regions() -> None:
     geometry = Geometry(block_bytes=10, blocks_per_region=4, regions=2)
-    assert window_runs(geometry, [2, 3, 4, 5, 0], 43) == [Run(0, 20, 20, 0), Run(1, 0, 20, 20), Run(0, 0, 3, 40)]
+    assert window_extents(geometry, [2, 3, 4, 5, 0], 43) == [
+        Extent(0, 20, 20, 0),
+        Extent(1, 0, 20, 20),
+        Extent(0, 0, 3, 40),
+    ]
 
 
 def test_a_later_window_begins_where_the_one_before_it_ended() -> None:
-    runs = window_runs(Geometry(10, 8, 1), [5, 1], 15, 20)
-    assert runs == [Run(0, 50, 10, 20), Run(0, 10, 5, 30)]
+    extents = window_extents(Geometry(10, 8, 1), [5, 1], 15, 20)
+    assert extents == [Extent(0, 50, 10, 20), Extent(0, 10, 5, 30)]
 
 
 def test_blocks_out_of_order_keep_the_order_of_allocation() -> None:
-    assert window_runs(Geometry(10, 8, 1), [5, 1, 0], 30) == [Run(0, 50, 10, 0), Run(0, 10, 10, 10), Run(0, 0, 10, 20)]
+    assert window_extents(Geometry(10, 8, 1), [5, 1, 0], 30) == [
+        Extent(0, 50, 10, 0),
+        Extent(0, 10, 10, 10),
+        Extent(0, 0, 10, 20),
+    ]
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 500))
@@ -70,7 +78,7 @@ def test_blocks_for_and_capacity_agree_also_for_rows_that_straddle_blocks(
 def test_a_row_may_straddle_two_blocks_that_are_not_neighbours() -> None:
     geometry = Geometry(block_bytes=10, blocks_per_region=8, regions=1)
     assert geometry.capacity(2, 6) == 3
-    assert window_runs(geometry, [7, 2], 18) == [Run(0, 70, 10, 0), Run(0, 20, 8, 10)]  # row 1: 4 bytes and 2
+    assert window_extents(geometry, [7, 2], 18) == [Extent(0, 70, 10, 0), Extent(0, 20, 8, 10)]  # row 1: 4 bytes and 2
 
 
 @pytest.mark.parametrize(
@@ -79,9 +87,9 @@ def test_a_row_may_straddle_two_blocks_that_are_not_neighbours() -> None:
 )
 def test_bad_blocks_and_lengths_are_refused_before_a_byte_moves(blocks: list[int], nbytes: int, named: str) -> None:
     with pytest.raises(ProtocolError, match=named):
-        window_runs(Geometry(block_bytes=10, blocks_per_region=4, regions=2), blocks, nbytes)
+        window_extents(Geometry(block_bytes=10, blocks_per_region=4, regions=2), blocks, nbytes)
 
 
 def test_a_bad_block_behind_the_last_byte_is_refused_too() -> None:
     with pytest.raises(ProtocolError, match="99"):
-        window_runs(Geometry(10, 4, 2), [0, 99], 5)
+        window_extents(Geometry(10, 4, 2), [0, 99], 5)

@@ -502,7 +502,7 @@ def test_what_is_no_proof_leaves_the_blocks_in_quarantine(name: str) -> None:
     wire.inject_to_rank(NO_PROOFS[name](room))
     assert wire.rank.core.allocator.quarantined_count == 8
     assert {held.blocks for held in wire.rank.core.quarantine.values()} == {tuple(range(8))}
-    assert wire.rank.core.suspects()
+    assert wire.rank.core.quarantined_peers()
 
 
 @pytest.mark.parametrize("name", PROOFS)
@@ -511,7 +511,7 @@ def test_each_proof_frees_the_blocks_once(name: str) -> None:
     wire.abort(room)
     assert wire.rank.core.allocator.quarantined_count == 8
     wire.inject_to_rank(PROOFS[name](room))
-    assert wire.rank.core.allocator.free_count == 16 and not wire.rank.core.suspects()
+    assert wire.rank.core.allocator.free_count == 16 and not wire.rank.core.quarantined_peers()
     assert wire.inject_to_rank(PROOFS[name](room)) == []
 
 

@@ -26,7 +26,7 @@ from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Message, Progress, Resume
 from sglang_mm_conn.core.rooms import new_room_base
-from sglang_mm_conn.core.sender import SenderCore, Session, WindowWrite
+from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, WindowWrite
 from sglang_mm_conn.core.states import Poll
 
 BLOCKS, BLOCK_BYTES = 8, 12
@@ -410,7 +410,7 @@ class SenderMachine(RuleBasedStateMachine):
         self.connections += 1
         rank.peer = f"connection {self.connections}"
         self.speaks[rank.peer] = (rank, rank.incarnation)
-        session = Session(
+        session = RegisteredSession(
             mooncake_session_id=rank.session,
             peer=rank.peer,
             incarnation=rank.incarnation,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, MemoryUnavailable
-from sglang_mm_conn.core.layout import Geometry, Run, window_runs
+from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
 from sglang_mm_conn.core.messages import Region, Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath import mooncake
@@ -21,10 +21,10 @@ from sglang_mm_conn.datapath.mooncake import (
     BATCHES,
     MAX_PIECES,
     PIECE_BYTES,
+    FairSemaphore,
     MooncakeLink,
     MooncakePath,
     Staging,
-    Turns,
     engine_factory,
 )
 from sglang_mm_conn.memory.device import Device, Piece
@@ -155,7 +155,7 @@ def test_the_right_bytes_land_whatever_the_staging_holds(staging_bytes: int, nby
     link, engine, staging = bed.link()
     blocks = [99, 3, 4, 5, 49, 50, 51, *range(60, 99), *range(6, 49), 0, 1, 2, *range(52, 60)]
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
-    link.write(source, window_runs(bed.geometry, blocks, nbytes))
+    link.write(source, window_extents(bed.geometry, blocks, nbytes))
     assert torch.equal(bed.received(blocks, nbytes), source)
     assert all(sum(length for *_, length in batch) <= bed.path.slot_bytes for batch in engine.batches)
     assert set(engine.sessions) == {SESSION}
@@ -168,7 +168,7 @@ def test_a_batch_has_no_more_pieces_than_the_link_bears() -> None:
     link, engine, _ = bed.link()
     blocks = list(range(0, 6000, 2))  # no two are neighbours
     source = torch.randint(0, 256, (6000,), dtype=torch.uint8)
-    link.write(source, window_runs(bed.geometry, blocks, 6000))
+    link.write(source, window_extents(bed.geometry, blocks, 6000))
     assert [len(batch) for batch in engine.batches] == [*[MAX_PIECES] * 5, 3000 - 5 * MAX_PIECES]
     assert engine.most_pieces == BATCHES * MAX_PIECES == 1024
     assert torch.equal(bed.received(blocks, 6000), source)
@@ -179,7 +179,7 @@ def test_a_large_run_travels_in_pieces_side_by_side() -> None:
     bed = Bed(Geometry(nbytes, 2, 1), staging_bytes=SLOTS * nbytes)
     link, engine, _ = bed.link()
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
-    link.write(source, window_runs(bed.geometry, [1], nbytes))
+    link.write(source, window_extents(bed.geometry, [1], nbytes))
     assert [[length for *_, length in batch] for batch in engine.batches] == [[PIECE_BYTES] * 3 + [5]]
     assert torch.equal(bed.received([1], nbytes), source)
 
@@ -187,7 +187,7 @@ def test_a_large_run_travels_in_pieces_side_by_side() -> None:
 def test_a_batch_ends_where_the_staging_slot_is_full() -> None:
     bed = Bed(Geometry(1000, 10, 1), staging_bytes=SLOTS * 300)
     link, engine, _ = bed.link()
-    link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+    link.write(torch.ones(1000, dtype=torch.uint8), window_extents(bed.geometry, [4], 1000))
     assert [[length for *_, length in batch] for batch in engine.batches] == [[300], [300], [300], [100]]
 
 
@@ -198,14 +198,14 @@ def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_n
     bed = Bed(Geometry(64, 4, 1))
     link, engine, staging = bed.link()
     engine.codes = [failure]
-    runs = window_runs(bed.geometry, [0], 64)
+    extents = window_extents(bed.geometry, [0], 64)
     with pytest.raises((DataPathError, RuntimeError)) as caught:
-        link.write(torch.ones(64, dtype=torch.uint8), runs)
+        link.write(torch.ones(64, dtype=torch.uint8), extents)
     if isinstance(failure, int):
         assert isinstance(caught.value, DataPathError) and caught.value.in_doubt
     assert len(staging._free) == SLOTS - 1
     for _ in range(9):
-        link.write(torch.ones(64, dtype=torch.uint8), runs)
+        link.write(torch.ones(64, dtype=torch.uint8), extents)
     # The next write to that target has an engine of its own; where it goes well, the shared one serves it again.
     assert [len(one.batches) for one in bed.engines] == [1, 1, 8]
     assert len(bed.path._engines) == 1, "engines that are given up are not collected"
@@ -215,32 +215,32 @@ def test_a_target_that_fails_again_and_again_does_not_cost_the_others_their_engi
     bed = Bed(Geometry(64, 4, 1))
     link, engine, _ = bed.link()
     other = bed.path.open(bed.register("2", "10.0.0.2:2"))
-    runs, source = window_runs(bed.geometry, [0], 64), torch.ones(64, dtype=torch.uint8)
+    extents, source = window_extents(bed.geometry, [0], 64), torch.ones(64, dtype=torch.uint8)
     engine.codes = [-1]
     with pytest.raises(DataPathError):
-        link.write(source, runs)
-    other.write(source, runs)
+        link.write(source, extents)
+    other.write(source, extents)
     shared = bed.engines[-1]
     bed.codes = [-1]  # of every engine that is made from now on
     for _ in range(3):
         with pytest.raises(DataPathError):
-            link.write(source, runs)
-        other.write(source, runs)
+            link.write(source, extents)
+        other.write(source, extents)
     assert len(shared.batches) == 4 and set(shared.sessions) == {"10.0.0.2:2"}
     link.close()
-    assert not bed.path._suspects
+    assert not bed.path._failing_targets
 
 
 def test_a_target_is_not_trusted_again_for_the_batch_behind_the_one_that_failed() -> None:
     bed = Bed(Geometry(1000, 4, 1), staging_bytes=SLOTS * 300)
     link, engine, _ = bed.link()
-    runs, source = window_runs(bed.geometry, [0], 1000), torch.ones(1000, dtype=torch.uint8)
+    extents, source = window_extents(bed.geometry, [0], 1000), torch.ones(1000, dtype=torch.uint8)
     bed.codes = [5, 0]
     engine.codes = [5]
     for _ in range(2):  # through the shared engine, then through one of its own
         with pytest.raises(DataPathError):
-            link.write(source, runs)
-    assert len(bed.engines[1].batches) == 2 and bed.path._suspects == {SESSION}
+            link.write(source, extents)
+    assert len(bed.engines[1].batches) == 2 and bed.path._failing_targets == {SESSION}
 
 
 def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() -> None:
@@ -249,7 +249,7 @@ def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() ->
     other = bed.path.open(bed.register("2", "10.0.0.2:2"))
     gone = weakref.ref(engine)
     bed.engines.clear()
-    runs = window_runs(bed.geometry, [0], 64)
+    extents = window_extents(bed.geometry, [0], 64)
     source = torch.ones(64, dtype=torch.uint8)
 
     def fail_meanwhile() -> None:
@@ -257,11 +257,11 @@ def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() ->
         assert alive is not None
         alive.codes = [-1]
         with pytest.raises(DataPathError):
-            link.write(source, runs)
+            link.write(source, extents)
         assert len(bed.path._engines) == 1, "a write is still under way"
 
     engine.during = fail_meanwhile
-    other.write(source, runs)
+    other.write(source, extents)
     assert not bed.path._engines, "nobody uses it any more"
     del engine
     deadline = time.monotonic() + 30
@@ -294,7 +294,7 @@ def test_as_many_writers_as_there_are_workers_find_a_slot_each() -> None:
 def test_the_next_batch_is_on_its_way_before_the_last_one_is_waited_for() -> None:
     bed = Bed(Geometry(1000, 10, 1), staging_bytes=SLOTS * 300)
     link, engine, _ = bed.link()
-    link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+    link.write(torch.ones(1000, dtype=torch.uint8), window_extents(bed.geometry, [4], 1000))
     assert engine.events == ["begin 1", "begin 2", "end 1", "begin 3", "end 2", "begin 4", "end 3", "end 4"]
 
 
@@ -315,13 +315,13 @@ def test_a_failed_batch_stops_the_window_when_the_one_behind_it_has_ended_too(
     link, engine, staging = bed.link()
     engine.codes = list(codes)
     with pytest.raises(DataPathError) as caught:
-        link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+        link.write(torch.ones(1000, dtype=torch.uint8), window_extents(bed.geometry, [4], 1000))
     assert caught.value.in_doubt
     assert engine.events == events
     assert len(staging._free) == SLOTS - sum(code != 0 for code in codes), "slots of failed batches do not come back"
     # The engine of its own that the target has now bears a window of many batches too.
     source = torch.randint(0, 256, (1000,), dtype=torch.uint8)
-    link.write(source, window_runs(bed.geometry, [5], 1000))
+    link.write(source, window_extents(bed.geometry, [5], 1000))
     assert torch.equal(bed.received([5], 1000), source)
 
 
@@ -350,7 +350,7 @@ def test_a_batch_on_its_way_ends_before_the_failure_of_the_next_one_is_told(
     engine.during = lambda: seen.append(list(bed.path._engines))
     seen: list[list[object]] = []
     with pytest.raises((DataPathError, RuntimeError, MemoryError)) as caught:
-        link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+        link.write(torch.ones(1000, dtype=torch.uint8), window_extents(bed.geometry, [4], 1000))
     assert engine.under_way == 0 and engine.events[-1] == "end 1"
     assert len(seen[0]) == 1 and not bed.path._engines, "given up, but not before its last batch had ended"
     assert len(staging._free) == SLOTS - (1 if first == 0 else 2)
@@ -366,7 +366,7 @@ def test_a_failure_that_leaves_nothing_in_doubt_does_not_hide_one_that_does() ->
         staging.take()
     engine.codes = [-1]
     with pytest.raises(DataPathError) as caught:
-        link.write(torch.ones(1000, dtype=torch.uint8), window_runs(bed.geometry, [4], 1000))
+        link.write(torch.ones(1000, dtype=torch.uint8), window_extents(bed.geometry, [4], 1000))
     assert caught.value.in_doubt and engine.events == ["begin 1", "end 1"]
 
 
@@ -379,10 +379,10 @@ def test_a_window_goes_on_through_another_engine_when_a_bystander_has_lost_the_f
     def fail_meanwhile() -> None:
         engine.codes = [-1]
         with pytest.raises(DataPathError):
-            other.write(source[:10], [Run(0, 9000, 10, 0)])
+            other.write(source[:10], [Extent(0, 9000, 10, 0)])
 
     engine.during = fail_meanwhile
-    link.write(source, window_runs(bed.geometry, [4], 1000))
+    link.write(source, window_extents(bed.geometry, [4], 1000))
     assert torch.equal(bed.received([4], 1000), source)
     assert [one.under_way for one in bed.engines] == [0, 0]
     assert [len(one.batches) for one in bed.engines] == [3, 2], "two of the window's and the one that failed; the rest"
@@ -397,7 +397,7 @@ def test_many_writers_to_one_peer_share_what_the_link_bears_and_none_waits_for_e
 
     def work(number: int) -> None:
         for _ in range(5):
-            link.write(sources[number], window_runs(bed.geometry, places[number], blocks))
+            link.write(sources[number], window_extents(bed.geometry, places[number], blocks))
 
     threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(WRITERS)]
     for thread in threads:
@@ -411,25 +411,25 @@ def test_many_writers_to_one_peer_share_what_the_link_bears_and_none_waits_for_e
         assert torch.equal(bed.received(place, blocks), source)
 
 
-def test_a_turn_that_is_given_back_goes_to_who_has_waited_longest() -> None:
-    turns = Turns(1)
-    assert turns.take(wait=False)
+def test_a_released_permit_goes_to_the_thread_that_has_waited_longest() -> None:
+    permits = FairSemaphore(1)
+    assert permits.acquire(wait=False)
     order: list[int] = []
     threads = []
     for number in range(3):
-        threads.append(threading.Thread(target=lambda number=number: order.append(number * turns.take(wait=True))))
+        threads.append(threading.Thread(target=lambda number=number: order.append(number * permits.acquire(wait=True))))
         threads[-1].start()
         deadline = time.monotonic() + 30
         while len(turns._waiting) <= number:
             assert time.monotonic() < deadline
             time.sleep(0.001)
     for number, thread in enumerate(threads):
-        turns.give_back()
-        assert not turns.take(wait=False), "who gives a turn back comes after those who wait"
+        permits.release()
+        assert not permits.acquire(wait=False), "who gives a turn back comes after those who wait"
         thread.join(30)
         assert order == list(range(number + 1))
-    turns.give_back()
-    assert turns.take(wait=False)
+    permits.release()
+    assert permits.acquire(wait=False)
 
 
 # -- engines -------------------------------------------------------------------------------------------------------
@@ -445,10 +445,10 @@ def test_one_engine_serves_all_sessions_and_registers_its_staging_once() -> None
 
 def test_a_session_id_that_returns_with_another_process_gets_another_engine() -> None:
     bed = Bed(Geometry(64, 4, 1))
-    runs = window_runs(bed.geometry, [0], 64)
+    extents = window_extents(bed.geometry, [0], 64)
 
     def write(incarnation: str, session: str = SESSION) -> None:
-        bed.path.open(bed.register(incarnation, session)).write(torch.ones(64, dtype=torch.uint8), runs)
+        bed.path.open(bed.register(incarnation, session)).write(torch.ones(64, dtype=torch.uint8), extents)
 
     for incarnation in ("1", "2", "2", "3"):
         write(incarnation)
@@ -498,7 +498,7 @@ def test_the_engine_reads_staging_memory_only_when_the_copies_into_it_have_happe
     for device in (AsynchronousDevice(), AsynchronousDevice(0.5), CarelessDevice()):
         bed = Bed(Geometry(64, 50, 2), 44, device, place)
         link, _, _ = bed.link()
-        link.write(source, window_runs(bed.geometry, list(range(20)), 700))
+        link.write(source, window_extents(bed.geometry, list(range(20)), 700))
         arrived = torch.equal(bed.received(list(range(20)), 700), source)
         assert arrived is not isinstance(device, CarelessDevice), device
 
@@ -510,7 +510,7 @@ def test_host_staging_is_pinned_until_its_engine_is_destroyed() -> None:
     assert device.pinned == [staging.memory.data_ptr()]
     engine.codes = [5]
     with pytest.raises(DataPathError):
-        link.write(torch.ones(64, dtype=torch.uint8), window_runs(bed.geometry, [0], 64))
+        link.write(torch.ones(64, dtype=torch.uint8), window_extents(bed.geometry, [0], 64))
     deadline = time.monotonic() + 30
     while device.pinned:
         assert time.monotonic() < deadline, "still pinned"

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.core.layout import Geometry, window_runs
+from sglang_mm_conn.core.layout import Geometry, window_extents
 from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath.shm import ShmLink, ShmPath
@@ -70,7 +70,7 @@ def test_what_is_read_is_what_was_written_for_scattered_blocks(
     for region in pool.regions:
         region.fill_(0xEE)
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
-    link.write(source, window_runs(GEOMETRY, blocks, nbytes))
+    link.write(source, window_extents(GEOMETRY, blocks, nbytes))
     target = torch.zeros(nbytes, dtype=torch.uint8)
     pool.read(blocks, target, nbytes)
     assert torch.equal(target, source)
@@ -84,14 +84,14 @@ def test_what_is_read_is_what_was_written_for_scattered_blocks(
 def test_a_window_is_read_into_the_middle_of_a_result(pool: BlockPool, link: ShmLink) -> None:
     result = torch.zeros(100, dtype=torch.uint8)
     source = torch.arange(40, dtype=torch.uint8)
-    link.write(source, window_runs(GEOMETRY, [9, 2], 40))
+    link.write(source, window_extents(GEOMETRY, [9, 2], 40))
     pool.read([9, 2], result, 40, 30)
     assert torch.equal(result[30:70], source) and not result[:30].any() and not result[70:].any()
 
 
 def test_a_window_is_written_from_the_middle_of_an_embedding(pool: BlockPool, link: ShmLink) -> None:
     embedding, result = torch.arange(100, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
-    link.write(embedding, window_runs(GEOMETRY, [9, 2], 40, 30))
+    link.write(embedding, window_extents(GEOMETRY, [9, 2], 40, 30))
     pool.read([9, 2], result, 40)
     assert torch.equal(result, embedding[30:70])
 
@@ -100,9 +100,9 @@ def test_rows_that_were_copied_out_are_no_view_of_blocks_that_the_next_room_is_w
     pool: BlockPool, link: ShmLink
 ) -> None:
     result = PrivateResult("room", Contents(5, "float32", 40, b"")).rows
-    link.write(torch.full((40,), 1, dtype=torch.uint8), window_runs(GEOMETRY, [9, 2], 40))
+    link.write(torch.full((40,), 1, dtype=torch.uint8), window_extents(GEOMETRY, [9, 2], 40))
     pool.read([9, 2], result, 40)
-    link.write(torch.full((40,), 2, dtype=torch.uint8), window_runs(GEOMETRY, [9, 2], 40))
+    link.write(torch.full((40,), 2, dtype=torch.uint8), window_extents(GEOMETRY, [9, 2], 40))
     assert bool((result == 1).all())
 
 

@@ -11,7 +11,7 @@ import torch
 
 from sglang_mm_conn.connector.encoder import DataCall
 from sglang_mm_conn.core.errors import DataPathUnavailable, WriterSlotTaken
-from sglang_mm_conn.core.layout import Run
+from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register
 from tests.simulator.kernel import Process, Violation
 
@@ -63,7 +63,7 @@ class SimulatedLink:
         self.target = target
         self.calls = 0
 
-    def write(self, source: torch.Tensor, runs: Sequence[Run]) -> None:
+    def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
         raise Violation("the simulation writes piece by piece")
 
     @property
@@ -121,14 +121,14 @@ class Write:
         self.room = call.write.room
         self.window = call.write.window
         self.over = False  # the data call has returned; bytes that land now are late
-        source, runs = call.source.rows, call.runs()
+        source, extents = call.source.rows, call.extents()
         # Mooncake: rows leave through staging memory, which is filled before the engine is called.
         self._source = source if self.link.synchronous else source.clone()
-        self.pieces: deque[Run] = deque()
-        for run in runs:
-            half = run.length // 2
-            self.pieces.append(Run(run.region, run.offset, half, run.start))
-            self.pieces.append(Run(run.region, run.offset + half, run.length - half, run.start + half))
+        self.pieces: deque[Extent] = deque()
+        for extent in extents:
+            half = extent.length // 2
+            self.pieces.append(Extent(extent.region, extent.offset, half, extent.start))
+            self.pieces.append(Extent(extent.region, extent.offset + half, extent.length - half, extent.start + half))
 
     def land(self) -> None:
         """The next piece lands; P2 is that it hits nobody else's block."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_mm_conn.connector.encoders import Encoders
 from sglang_mm_conn.connector.revocation import Revocation
-from sglang_mm_conn.connector.sessions import Sessions
+from sglang_mm_conn.connector.sessions import LocalSessions
 from sglang_mm_conn.core import rooms
 from sglang_mm_conn.core.receiver import ReceiverCore
 from sglang_mm_conn.core.sender import SenderCore
@@ -110,7 +110,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(SenderCore, "on_written", ("drained=not in_doubt", "drained=True")),
     ),
     "a silent writer may still write": (
-        change(Sessions, "retire_writer", ("return self._pool", "return True or self._pool")),
+        change(LocalSessions, "retire_writer", ("return self._pool", "return True or self._pool")),
     ),
     "the old engine is destroyed before its blocks are free": (
         change(
