@@ -123,9 +123,7 @@ class EmbeddingManager(BaseKVManager):
                 runtime=runtime,
             )
         else:
-            self.language = FollowerEndpoint(
-                args.settings, rank=args.rank, host_index=args.host_index, runtime=runtime
-            )
+            self.language = FollowerEndpoint(args.settings, rank=args.rank, host_index=args.host_index, runtime=runtime)
 
     def register_to_bootstrap(self) -> tuple[BootstrapInfo, DeploymentKey | None] | None:
         """What the encoder's bootstrap route answers, and to whom; None for a language rank, which only asks."""
@@ -197,8 +195,8 @@ class EmbeddingSender(BaseKVSender):
     def failure_exception(self) -> None:
         """Raise TransferFailed where the room failed."""
         if self.ended.done() and not self.ended.result().success:
-            verdict = self.ended.result()
-            raise TransferFailed(self.room, verdict.reason, verdict.code)
+            outcome = self.ended.result()
+            raise TransferFailed(self.room, outcome.reason, outcome.code)
 
     def fail(self, reason: str, code: int) -> None:
         """The encode failed: the language ranks are told why. Changes nothing where the room has ended."""
@@ -259,8 +257,8 @@ class EmbeddingReceiver(BaseKVReceiver):
     def failure_exception(self) -> None:
         """Raise TransferFailed where the room failed."""
         if self.poll() is Poll.Failed:
-            verdict = self._endpoint.verdict(self.room)
-            raise TransferFailed(self.room, verdict.reason, verdict.code)
+            outcome = self._endpoint.outcome(self.room)
+            raise TransferFailed(self.room, outcome.reason, outcome.code)
 
     def abort(self) -> None:
         """Give the room up. Its blocks are reused only when nobody can write them any more."""

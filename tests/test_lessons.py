@@ -132,7 +132,7 @@ CORRUPTION: dict[str, list[str]] = {
         f"{CORE_SENDER}::test_a_second_init_does_not_overwrite_the_progress_of_the_first",
     ],
     "a resume was applied unchecked": [
-        f"{CORE_SENDER}::test_a_resume_that_does_not_fit_is_answered_with_the_truth_and_changes_nothing",
+        f"{CORE_SENDER}::test_a_resume_that_does_not_fit_is_answered_with_the_confirmed_state_and_changes_nothing",
         f"{CORE_SENDER}::test_an_early_resume_in_mid_write_is_refused_not_applied",
         SENDER_MACHINE,
     ],

@@ -24,7 +24,7 @@ from sglang_mm_conn.bench.ways.base import Config
 
 Say = Callable[[str, float], None]  # what is done now, and which part of the whole is done already
 
-FEW_PARKED, MANY_PARKED = 10, 1000
+FEW_UNCLAIMED, MANY_UNCLAIMED = 10, 1000
 # A room's last message: control thread, a thread of libzmq at each end, control thread, whoever waits for the room. A
 # write at once by the caller is before all of them; memcpy has the last one too.
 WAKES = 4
@@ -63,7 +63,7 @@ class Special:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BenchResult:
     """What has been measured so far."""
 
     results: list[Result] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Outcome:
     pieces: dict[int, int] = field(default_factory=dict)  # by size: the piece that suited the engine best
 
 
-def carry_out(plan: Plan, say: Say, outcome: Outcome) -> None:
+def carry_out(plan: Plan, say: Say, outcome: BenchResult) -> None:
     """Adds to ``outcome`` as it goes. Raises BenchError where a way does not start, fails, or delivers wrong bytes."""
     from sglang_mm_conn.control.authentication import generate
 
@@ -91,7 +91,7 @@ def _share(say: Say, step: int, steps: int) -> Say:
     return lambda text, part: say(text, (step + part) / steps)
 
 
-def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: Outcome, say: Say) -> None:
+def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: BenchResult, say: Say) -> None:
     work = effort(nbytes, quick=plan.quick)
     in_flight = max([1, *(flow for flow, _ in work.flows)])
     config = Config(nbytes, plan.width, in_flight, plan.block_size, device=plan.device)
@@ -120,18 +120,18 @@ def _one_size(plan: Plan, nbytes: int, key_file: str, outcome: Outcome, say: Say
                     outcome.results.append(pair.run(count, nbytes, flow, number))
 
 
-def _special_cases(plan: Plan, key_file: str, outcome: Outcome, say: Say) -> None:
+def _special_cases(plan: Plan, key_file: str, outcome: BenchResult, say: Say) -> None:
     """Of this connector's ways that are measured at all, without variations; of memcpy the first use of its memory."""
     ways = [way for way in plan.ways if way.base in (LIMIT, *CONNECTOR) and not way.variations]
     outcome.specials.extend(_small_rooms(plan, outcome))
     for number, way in enumerate(ways):
         if way.base in CONNECTOR:
-            say(f"{way.name}: one room among parked rooms", 0.5 * number / len(ways))
-            outcome.specials.extend(_among_parked(plan, way, key_file))
+            say(f"{way.name}: one room among unclaimed rooms", 0.5 * number / len(ways))
+            outcome.specials.extend(_among_unclaimed(plan, way, key_file))
     outcome.specials.extend(_first_use(plan, ways, key_file, lambda text, part: say(text, 0.5 + 0.5 * part)))
 
 
-def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
+def _small_rooms(plan: Plan, outcome: BenchResult) -> list[Special]:
     """How close flows of small rooms come to an estimate of what their logic leaves time for: what a room takes in
     memcpy's flow (to be made, named, copied and compared), and the logic of the side that has more of it. And one alone
     to memcpy's time with the threads woken that pass its last message on, of which memcpy has one.
@@ -149,24 +149,24 @@ def _small_rooms(plan: Plan, outcome: Outcome) -> list[Special]:
     return [*specials, Special(what, "shm", "ms", alone[LIMIT] + waking, alone["shm"])]
 
 
-def _among_parked(plan: Plan, way: Way, key_file: str) -> list[Special]:
+def _among_unclaimed(plan: Plan, way: Way, key_file: str) -> list[Special]:
     nbytes = 64 * KIB
     rooms, rounds = 100, 5 if plan.quick else max(10, plan.rounds)  # the p99 leaves out five of 500
     config = Config(nbytes=nbytes, width=plan.width, in_flight=1, block_size=plan.block_size)
     payload = PayloadFile(nbytes)
-    seconds: dict[int, list[float]] = {FEW_PARKED: [], MANY_PARKED: []}
+    seconds: dict[int, list[float]] = {FEW_UNCLAIMED: [], MANY_UNCLAIMED: []}
     with ExitStack() as stack:
         stack.callback(payload.close)
         pairs = {}
-        for parked in seconds:
-            pairs[parked] = stack.enter_context(Pair(way, config, (payload.path, nbytes, 1), key_file))
-            pairs[parked].run(5, nbytes)
-            pairs[parked].park(parked, nbytes)
+        for unclaimed in seconds:
+            pairs[unclaimed] = stack.enter_context(Pair(way, config, (payload.path, nbytes, 1), key_file))
+            pairs[unclaimed].run(5, nbytes)
+            pairs[unclaimed].park(unclaimed, nbytes)
         for _ in range(rounds):
-            for parked, pair in pairs.items():
-                seconds[parked] += pair.run(rooms, nbytes).seconds
-    what = f"64 KiB room among {MANY_PARKED} parked rooms, compared with {FEW_PARKED}"
-    few, many = seconds[FEW_PARKED], seconds[MANY_PARKED]
+            for unclaimed, pair in pairs.items():
+                seconds[unclaimed] += pair.run(rooms, nbytes).seconds
+    what = f"64 KiB room among {MANY_UNCLAIMED} unclaimed rooms, compared with {FEW_UNCLAIMED}"
+    few, many = seconds[FEW_UNCLAIMED], seconds[MANY_UNCLAIMED]
     return [
         Special(f"{what}: p50", way.name, "ms", statistics.median(few) * 1e3, statistics.median(many) * 1e3),
         Special(f"{what}: p99", way.name, "ms", quantile(few, 0.99) * 1e3, quantile(many, 0.99) * 1e3),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_mm_conn.bench.campaign import Outcome, Plan
+    from sglang_mm_conn.bench.campaign import BenchResult, Plan
 
 DOCUMENT = Path("docs/performance.md")
 SIZES = "64K,1M,16M,128M,512M"
@@ -81,12 +81,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--fragmented", action="store_true", help="also measure shm and mooncake with +fragmented")
     parser.add_argument("--windows", action="store_true", help="also measure shm and mooncake with +windows")
     parser.add_argument("--copied", action="store_true", help="also measure shm and mooncake with +copied")
-    parser.add_argument(
-        "--width", type=int, default=4096, metavar="N", help="bfloat16 values in a row (default: 4096)"
-    )
+    parser.add_argument("--width", type=int, default=4096, metavar="N", help="bfloat16 values in a row (default: 4096)")
     parser.add_argument("--block-size", type=int, default=128, metavar="ROWS", help="rows in a block (default: 128)")
     parser.add_argument(
-        "--no-special", action="store_true", help="leave the special cases (parked rooms, first use) out"
+        "--no-special", action="store_true", help="leave the special cases (unclaimed rooms, first use) out"
     )
     parser.add_argument(
         "--stream-above", metavar="SIZE",
@@ -182,7 +180,7 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from sglang_mm_conn.bench import document, machine, measurement, report, ways
-    from sglang_mm_conn.bench.campaign import Outcome, carry_out
+    from sglang_mm_conn.bench.campaign import BenchResult, carry_out
     from sglang_mm_conn.bench.pairs import BenchError
 
     plan = plan_of(args)
@@ -202,7 +200,7 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
     console.print(machine.line(facts), style="dim", highlight=False)
     if ways.STOCK_CANNOT_PICKLE and not any(way.base in ways.STOCK for way in plan.ways):
         console.print("sglang's own ways are left out: on this Python they drop every embedding", style="yellow")
-    outcome = Outcome()
+    outcome = BenchResult()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=1.0)
@@ -272,7 +270,7 @@ def _options(args: argparse.Namespace) -> str:
     return " ".join(flags)
 
 
-def _figures(outcome: Outcome, rows: Any, facts: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def _figures(outcome: BenchResult, rows: Any, facts: dict[str, Any], plan: Plan) -> dict[str, Any]:
     from dataclasses import asdict
 
     from sglang_mm_conn.bench import measurement

@@ -72,9 +72,9 @@ def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, fl
 
 
 def seconds_per_wake(wakes: int) -> float:
-    """Wall time until a thread that waits knows of a ring by another; both were at rest before. A median."""
+    """Wall time until a thread that waits is woken by another; both were at rest before. A median."""
     wakeup = Wakeup()
-    rung: list[float] = []
+    notified: list[float] = []
     heard: list[float] = []
 
     def wait() -> None:
@@ -89,11 +89,11 @@ def seconds_per_wake(wakes: int) -> float:
     thread.start()
     for _ in range(wakes):
         time.sleep(_REST_SECONDS)
-        rung.append(time.monotonic())
-        wakeup.ring()
+        notified.append(time.monotonic())
+        wakeup.notify()
     thread.join()
     wakeup.close()
-    return statistics.median(end - begin for begin, end in zip(rung, heard, strict=True))
+    return statistics.median(end - begin for begin, end in zip(notified, heard, strict=True))
 
 
 def _frame(actions: list[Action]) -> bytes:

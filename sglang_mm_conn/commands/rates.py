@@ -87,7 +87,7 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
     from sglang_mm_conn.datapath.shm import ShmPath
     from sglang_mm_conn.memory.pool import BlockPool
 
-    near = device.places[-1]  # where embeddings are made and used
+    near = device.memory_devices[-1]  # where embeddings are made and used
     blocks = list(range(-(-nbytes // block_bytes)))
     random.Random(0).shuffle(blocks)
     geometry = Geometry(block_bytes, len(blocks), 1)
@@ -114,14 +114,19 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
     add(within, within, partial(copy, sent, result), partial(copy, result))
     unpin()
 
-    for place in device.places:
-        staging = Staging(1, nbytes, device, place)
+    for memory_device in device.memory_devices:
+        staging = Staging(1, nbytes, device, memory_device)
         fill = partial(staging.fill, staging.memory, sent, extents)
-        add(f"encoder: into staging, {place}", within if place == near else out, fill, partial(copy, staging.memory))
+        add(
+            f"encoder: into staging, {memory_device}",
+            within if memory_device == near else out,
+            fill,
+            partial(copy, staging.memory),
+        )
         staging.close()
 
-    for place in device.places:
-        pool = BlockPool(geometry, shared=place == "cpu", device=device, place=place)
+    for memory_device in device.memory_devices:
+        pool = BlockPool(geometry, shared=memory_device == "cpu", device=device, memory_device=memory_device)
         if pool.segment is not None:
             link = ShmPath(device).open(_register(pool))
             write = partial(link.write, sent, extents)
@@ -135,7 +140,12 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
         result.zero_()
         device.drain()
         read = partial(pool.read, blocks, result, nbytes)
-        add(f"language: out of the pool, {place}", within if place == near else into, read, partial(copy, result))
+        add(
+            f"language: out of the pool, {memory_device}",
+            within if memory_device == near else into,
+            read,
+            partial(copy, result),
+        )
         pool.close()
     return rates
 

@@ -1,8 +1,9 @@
 """The encoder's end: announces rooms, writes windows, answers language ranks.
 
 Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
-data calls, but for copies in memory that are short (``_at_once``); one registrar attaches memory. All state is in the
-core and a few tables, under one lock that is never held during a data call, an attachment, or a socket operation.
+data calls, but for copies in memory that are short (``_should_write_inline``); one registrar attaches memory. All state
+is in the core and a few tables, under one lock that is never held during a data call, an attachment, or a socket
+operation.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from functools import partial
 
 import torch
 
-from sglang_mm_conn.connector.links import LinkBusy, Links, Use
+from sglang_mm_conn.connector.links import LinkBusy, LinkLease, Links
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
-from sglang_mm_conn.control.complaints import Complaints
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import (
     ConnError,
@@ -75,12 +76,12 @@ class DataCall:
     write: WindowWrite
     entry: SenderRoom
     source: Source  # kept until the write has returned, and the copies that it waits for have happened
-    use: Use | None  # of the link, which stays open until the call has returned
+    lease: LinkLease | None  # of the link, which stays open until the call has returned
     refusal: str = ""  # why there is no link
 
     @property
     def link(self) -> WriteLink | None:
-        return None if self.use is None else self.use.link
+        return None if self.lease is None else self.lease.link
 
     def extents(self) -> list[Extent]:
         """Where the bytes of the window go."""
@@ -117,8 +118,8 @@ class EncoderEndpoint:
         self.widest_row_bytes = widest_row_bytes
         self._clock = runtime.clock
         self._device = runtime.device
-        self._at_once_bytes = runtime.at_once_bytes
-        self._alone_bytes = runtime.alone_bytes
+        self._inline_limit_bytes = runtime.inline_limit_bytes
+        self._uncontended_inline_limit_bytes = runtime.uncontended_inline_limit_bytes
         self._lock = threading.Lock()
         self.core = SenderCore(queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout)
         self._links = Links(data_paths)
@@ -127,7 +128,7 @@ class EncoderEndpoint:
         self._listeners: dict[str, Callable[[Ended], None]] = {}
         self._registering: set[str] = set()  # attaching may take long: they hear heartbeats meanwhile
         self._to_register: dict[str, Register] = {}  # the newest of each peer that waits for the registrar
-        self._complaints = Complaints(logger)
+        self._rate_limited_log = RateLimitedLog(logger)
         self._next_heartbeat = 0.0
         self.transfer_queues: list[queue.SimpleQueue[TransferEmbeddingChunk | None]] = [
             queue.SimpleQueue() for _ in range(settings.queues)
@@ -167,7 +168,7 @@ class EncoderEndpoint:
         with self._lock:
             ended = self._perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
             self._listeners.setdefault(room, listener)
-        self._tell(ended)
+        self._notify_listeners(ended)
 
     def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
         """The embedding of ``room`` is there: [tokens, width], contiguous. It must never change: a write may be under
@@ -184,7 +185,7 @@ class EncoderEndpoint:
         row_bytes = embedding.shape[1] * embedding.element_size()
         checksum = self._checksum(source) if self.settings.checksum else None
         blocks = -(-embedding.shape[0] // self.settings.block_size)
-        at_once: list[TransferEmbeddingChunk] = []
+        inline: list[TransferEmbeddingChunk] = []
         with self._lock:
             entry = self.core.rooms.get(room)
             if entry is None:
@@ -197,10 +198,10 @@ class EncoderEndpoint:
             actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
             if not entry.machine.final:
                 self._sources[room] = source  # before the chunk is queued, and never in place of another
-            ended = self._perform(actions, at_once)
-        self._tell(ended)
-        for chunk in at_once:
-            if rows.numel() <= self._at_once_bytes:
+            ended = self._perform(actions, inline)
+        self._notify_listeners(ended)
+        for chunk in inline:
+            if rows.numel() <= self._inline_limit_bytes:
                 self._serve(chunk)
             else:  # the caller has other things to do: it writes no window of a large embedding
                 self._control.call(partial(self._serve, chunk))
@@ -214,7 +215,7 @@ class EncoderEndpoint:
         """The encode of ``room`` failed; its language ranks are told."""
         with self._lock:
             ended = self._perform(self.core.fail(room, reason, code, self._clock()))
-        self._tell(ended)
+        self._notify_listeners(ended)
 
     def poll(self, room: str) -> Poll | None:
         """None where the room is not (any more) in the tables."""
@@ -230,7 +231,7 @@ class EncoderEndpoint:
 
     def _on_frame(self, peer: str, frame: bytes) -> None:
         now = self._clock()
-        at_once: list[TransferEmbeddingChunk] = []
+        inline: list[TransferEmbeddingChunk] = []
         try:
             message = decode_from_language(frame, self.settings.max_frame_bytes)
             if isinstance(message, Register):
@@ -248,9 +249,9 @@ class EncoderEndpoint:
                 return
             with self._lock:
                 actions = self.core.on_message(peer, message, now)
-                ended = self._perform(actions, at_once)
+                ended = self._perform(actions, inline)
         except ProtocolError as error:
-            self._complaints.log(peer, logging.WARNING, "Control message from %s refused: %s", peer, error)
+            self._rate_limited_log.log(peer, logging.WARNING, "Control message from %s refused: %s", peer, error)
             return
         if isinstance(message, Resume):
             for action in actions:
@@ -259,15 +260,15 @@ class EncoderEndpoint:
                         "Resume transfer triggered: room=%s, queue_idx=%d, src_blocks=%d",
                         action.room, action.queue_idx, len(action.embedding_indices),
                     )  # fmt: skip
-        self._tell(ended)
-        for chunk in at_once:
+        self._notify_listeners(ended)
+        for chunk in inline:
             self._serve(chunk)
 
     def _on_tick(self) -> None:
         now = self._clock()
         with self._lock:
             ended = self._perform(self.core.tick(now))
-        self._tell(ended)
+        self._notify_listeners(ended)
         for peer, known in list(self._peers.items()):
             if now - known.last_seen > self.settings.peer_timeout:
                 self._drop_peer(peer, f"the language server was silent for {self.settings.peer_timeout:g} s")
@@ -294,7 +295,7 @@ class EncoderEndpoint:
             ended = self._perform(self.core.session_lost(known.session, reason, self._clock()))
             self._links.close(known.session)
         logger.warning("Language rank %s lost: %s", known.session, reason)
-        self._tell(ended)
+        self._notify_listeners(ended)
 
     # -- registration (registrar thread) -------------------------------------------------------------------------
 
@@ -321,7 +322,7 @@ class EncoderEndpoint:
         try:
             problem = self._mismatch(message)
             if problem:
-                self._complaints.log(
+                self._rate_limited_log.log(
                     peer, logging.ERROR, "Language rank %s refused: %s", message.mooncake_session_id, problem
                 )
                 self._send(peer, Refused(reason=problem, kind="mismatch"))
@@ -330,7 +331,9 @@ class EncoderEndpoint:
         except (LinkBusy, WriterSlotTaken) as error:  # a registration that was overtaken: the next may do
             self._send(peer, Refused(reason=str(error), kind="register_first"))
         except (DataPathUnavailable, ProtocolError) as error:
-            self._complaints.log(peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error)
+            self._rate_limited_log.log(
+                peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error
+            )
             self._send(peer, Refused(reason=as_text(str(error)), kind="data_path", data_path=message.data_path))
         except Exception as error:
             logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
@@ -348,7 +351,7 @@ class EncoderEndpoint:
             return  # overtaken, on a connection that is broken: whoever speaks now speaks through another
         if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
             raise LinkBusy(f"session {message.mooncake_session_id} is another process's, which lives")
-        goes_on = self._links.open(message)
+        same_session = self._links.open(message)
         session = RegisteredSession(
             mooncake_session_id=message.mooncake_session_id,
             peer=peer,
@@ -368,7 +371,7 @@ class EncoderEndpoint:
         with self._lock:
             ended: list[Ended] = []
             known = self.core.sessions.get(message.mooncake_session_id)
-            if not goes_on:
+            if not same_session:
                 ended += self._perform(
                     self.core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
                 )
@@ -384,13 +387,13 @@ class EncoderEndpoint:
                 self._send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
         if message.oldest_epoch:
             self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
-        self._complaints.log(
+        self._rate_limited_log.log(
             peer, logging.INFO,
             "Language rank %d of %d registered: session=%s epoch=%d path=%s pool=%d blocks of %d bytes",
             message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,
             session.geometry.blocks, message.block_bytes,
         )  # fmt: skip
-        self._tell(ended)
+        self._notify_listeners(ended)
 
     def _is_alive(self, session: RegisteredSession) -> bool:
         peer = self._peers.get(session.peer)
@@ -453,7 +456,7 @@ class EncoderEndpoint:
             logger.exception("Writing windows of room %s failed", chunk.room)
             self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
 
-    def _at_once(self, chunk: TransferEmbeddingChunk) -> bool:
+    def _should_write_inline(self, chunk: TransferEmbeddingChunk) -> bool:
         """Under the lock. Whether no worker need be woken, since the writes wait for nobody, being copies in memory,
         and are short: those of a small embedding that is taken as a whole, and all of an embedding beside which no
         other is here (the workers write several in parallel), as long as they are not large together."""
@@ -461,10 +464,10 @@ class EncoderEndpoint:
         offers = entry.offers
         if not all(self._links.synchronous(session, info.epoch) for session, info in offers):
             return False
-        if len(self._sources) == 1 and entry.offered_bytes <= self._alone_bytes:
+        if len(self._sources) == 1 and entry.offered_bytes <= self._uncontended_inline_limit_bytes:
             return True
         whole = all(info.allocated_tokens == entry.total_tokens for _, info in offers)
-        return whole and entry.total_tokens * entry.row_bytes <= self._at_once_bytes
+        return whole and entry.total_tokens * entry.row_bytes <= self._inline_limit_bytes
 
     def _write_window(self, room: str) -> bool:
         call = self.begin_window(room)
@@ -476,26 +479,26 @@ class EncoderEndpoint:
 
     def begin_window(self, room: str) -> DataCall | None:
         """The next data call for ``room``, its link pinned until ``end_window``; None where there is none now."""
-        use, refusal = None, ""
+        lease, refusal = None, ""
         with self._lock:
             write = self.core.begin_write(room)
             if write is None:
                 return None
             entry, source = self.core.rooms[room], self._sources[room]
             try:
-                # In the same breath as begin_write: between the two a frozen process could lose its link, the
-                # language server its doubt, and the write would find another link under the same name.
-                use = self._links.use(write.session.mooncake_session_id, write.epoch)
+                # Pin the link in the same critical section as begin_write. Otherwise a process that is suspended
+                # between the two could find a different link under the same name after the old one was revoked.
+                lease = self._links.lease(write.session.mooncake_session_id, write.epoch)
             except DataPathError as failure:
                 refusal = str(failure)
                 self._send(write.session.peer, Refused(reason=refusal, kind="register_first"))
-            return DataCall(write, entry, source, use, refusal)
+            return DataCall(write, entry, source, lease, refusal)
 
     def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
         """The data call has returned. ``error`` says what went wrong (empty: nothing), ``in_doubt`` whether bytes may
         still land."""
-        if call.use is not None:
-            call.use.over()
+        if call.lease is not None:
+            call.lease.release()
         with self._lock:
             ended = self._perform(self.core.on_written(call.write, error, in_doubt, self._clock()))
         for action in ended:
@@ -505,7 +508,7 @@ class EncoderEndpoint:
                     action.room, call.entry.total_tokens, call.entry.windows,
                     call.link.name if call.link is not None else "none", call.entry.elapsed * 1000,
                 )  # fmt: skip
-        self._tell(ended)
+        self._notify_listeners(ended)
 
     def data_call(self, call: DataCall) -> tuple[str, bool]:
         """Returns what went wrong (empty: nothing) and whether bytes may still land."""
@@ -531,18 +534,18 @@ class EncoderEndpoint:
     def _send(self, peer: str, message: Message) -> None:
         self._control.send(peer, encode(message))
 
-    def _perform(self, actions: list[Action], at_once: list[TransferEmbeddingChunk] | None = None) -> list[Ended]:
+    def _perform(self, actions: list[Action], inline: list[TransferEmbeddingChunk] | None = None) -> list[Ended]:
         """Under the lock, so that messages leave in the order of the decisions. Returns the ends, to be told after.
 
-        Chunks that no worker need serve are left in ``at_once``, where there is one.
+        Chunks that no worker need serve are left in ``inline``, where there is one.
         """
         ended = []
         for action in actions:
             if isinstance(action, Send):
                 self._send(action.peer, action.message)
             elif isinstance(action, TransferEmbeddingChunk):
-                if at_once is not None and self._at_once(action):
-                    at_once.append(action)
+                if inline is not None and self._should_write_inline(action):
+                    inline.append(action)
                 else:
                     self.transfer_queues[action.queue_idx].put(action)
             elif isinstance(action, Release):
@@ -553,7 +556,7 @@ class EncoderEndpoint:
                 raise ConnError("unexpected action CopyOut in an encoder")
         return ended
 
-    def _tell(self, ended: list[Ended]) -> None:
+    def _notify_listeners(self, ended: list[Ended]) -> None:
         for action in ended:
             if not action.success:
                 logger.warning(

@@ -126,13 +126,13 @@ class Encoders:
             if process.path == path and process.ready:
                 self._register(process)
 
-    def tell_retired(self, path: str) -> None:
-        """Tell every registered process that writes over ``path`` which ways in are gone (control thread)."""
+    def send_retired(self, path: str) -> None:
+        """Tell every registered process that writes over ``path`` which epochs were revoked (control thread)."""
         for process in self._processes.values():
             if process.path == path and process.ready:
-                self._tell_retired(process)
+                self._send_retire_to(process)
 
-    def _tell_retired(self, process: _Process) -> None:
+    def _send_retire_to(self, process: _Process) -> None:
         epoch = self._sessions.retired_epoch(process.path)
         if epoch is not None:
             message = Retire(mooncake_session_id=self._sessions.session(process.path), epoch=epoch)
@@ -260,7 +260,7 @@ class Encoders:
         if message.mooncake_session_id != self._sessions.session(process.path):
             raise ProtocolError(f"registered session {message.mooncake_session_id}, which is not this rank's")
         if not self._sessions.is_newest(process.path, message.epoch):
-            # The way in was replaced when this process was not yet among those to be told.
+            # The engine was replaced when this process was not yet among those to be told.
             process.register_at = self._clock()
             return
         for encoder in self._encoders_of(process):
@@ -268,7 +268,7 @@ class Encoders:
             encoder.delay = _LOOK_UP_AGAIN_SECONDS
             logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
         process.ready = process.known = True
-        self._tell_retired(process)  # it may not have been among those that were told
+        self._send_retire_to(process)  # it may not have been among those that were told
         self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path, message.epoch))
 
     @staticmethod

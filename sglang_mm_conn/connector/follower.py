@@ -29,7 +29,7 @@ from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.core.tombstones import Verdict
+from sglang_mm_conn.core.tombstones import Outcome
 from sglang_mm_conn.memory.results import Contents, fault_in, read_result
 
 logger = logging.getLogger(__name__)
@@ -39,17 +39,17 @@ Value = TypeVar("Value")
 
 @dataclass
 class _Room:
-    """One room; ``verdict`` where it failed, ``result`` where it succeeded."""
+    """One room; ``outcome`` where it failed, ``result`` where it succeeded."""
 
     encoder: str
     label: str
     started: float
     deadline: float
-    verdict: Verdict | None = None
+    outcome: Outcome | None = None
     result: tuple[torch.Tensor, Contents] | None = None
 
     def poll(self) -> Poll:
-        if self.verdict is not None:
+        if self.outcome is not None:
             return Poll.Failed
         return Poll.Bootstrapping if self.result is None else Poll.Success
 
@@ -68,7 +68,7 @@ class FollowerEndpoint:
         self._clock = runtime.clock
         self._lock = threading.Lock()
         self._rooms: dict[str, _Room] = {}
-        self.completions = Wakeup()  # rung when work given to ``submit`` is done
+        self.completions = Wakeup()  # notified when work given to ``submit`` is done
         self._readers = runtime.executor(settings.copiers, "mm-conn-reader")
 
     def use_encoder(self, url: str) -> None:
@@ -112,14 +112,14 @@ class FollowerEndpoint:
             self._fail(room, entry, f"rank {self._rank} got nothing from its leader in {waited:.1f} s", 408)
 
     def _fail(self, room: str, entry: _Room, reason: str, code: int) -> None:
-        entry.verdict = Verdict(reason, code)
+        entry.outcome = Outcome(reason, code)
         logger.warning(
             "Embedding failed: room=%s rid=%s peer=%s code=%d reason=%s", room, entry.label, entry.encoder, code, reason
         )
 
-    def verdict(self, room: str) -> Verdict:
+    def outcome(self, room: str) -> Outcome:
         """Why the room failed."""
-        return self._room(room).verdict or Verdict("", 200)
+        return self._room(room).outcome or Outcome("", 200)
 
     def take(self, room: str) -> tuple[torch.Tensor, bytes]:
         """The embedding [tokens, width] and metadata of a room that ended in Success; the memory is the caller's.
@@ -138,7 +138,7 @@ class FollowerEndpoint:
         with self._lock:
             entry = self._rooms.get(room)
             if entry is not None and entry.poll() is Poll.Bootstrapping:
-                entry.verdict = Verdict(reason, code)
+                entry.outcome = Outcome(reason, code)
 
     def resume_transfer(self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int) -> None:
         """Only the leader has blocks to offer."""
@@ -155,9 +155,9 @@ class FollowerEndpoint:
             return {"rooms": dict(Counter(entry.poll().name.lower() for entry in self._rooms.values()))}
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
-        """Extent something large off the caller's thread; rings ``completions`` when it is done."""
+        """Run something large off the caller's thread; notifies ``completions`` when it is done."""
         future = self._readers.submit(work)
-        future.add_done_callback(lambda _: self.completions.ring())
+        future.add_done_callback(lambda _: self.completions.notify())
         return future
 
     def _room(self, room: str) -> _Room:

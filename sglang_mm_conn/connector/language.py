@@ -22,7 +22,7 @@ from sglang_mm_conn.connector.revocation import Revocation
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.connector.sessions import LocalSessions
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.complaints import Complaints
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
@@ -32,10 +32,10 @@ from sglang_mm_conn.core.receiver import Peer, ReceiverCore, ReceiverRoom
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.core.tombstones import Verdict
+from sglang_mm_conn.core.tombstones import Outcome
+from sglang_mm_conn.memory.buffer_cache import BufferCache
 from sglang_mm_conn.memory.pool import pool_geometry
 from sglang_mm_conn.memory.results import Contents, PrivateResult, Result, ResultMaker, ViewResult
-from sglang_mm_conn.memory.warm import WarmMemory
 
 logger = logging.getLogger(__name__)
 
@@ -72,19 +72,19 @@ class LanguageEndpoint:
         self._device = runtime.device
         self._device.require(settings)
         private = make_result is PrivateResult
-        if not private and settings.embedding_place != "cpu":
+        if not private and settings.resolved_embedding_device != "cpu":
             raise MemoryUnavailable(
-                f"SGLANG_MM_CONN_EMBEDDING_DEVICE={settings.embedding_place}: what ranks share is in host memory, "
-                "set it to cpu"
+                f"SGLANG_MM_CONN_EMBEDDING_DEVICE={settings.resolved_embedding_device}: what ranks share is in host "
+                "memory, set it to cpu"
             )
         self._lock = threading.Lock()
         shared = settings.shared_pool
         self.pool = runtime.pool(
-            pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared, place=settings.pool_device
+            pool_geometry(settings, widest_row_bytes, shared=shared), shared=shared, memory_device=settings.pool_device
         )
         # The control thread waits for no GPU, and a copy from a view to one may be under way when its last tensor goes.
         on_host = private and self._device.synchronous
-        self._at_once_bytes = runtime.at_once_bytes if on_host else 0
+        self._inline_limit_bytes = runtime.inline_limit_bytes if on_host else 0
         geometry = self.pool.geometry
         aligned = geometry.block_bytes % _ALIGNMENT == 0
         self.core = ReceiverCore(
@@ -101,15 +101,15 @@ class LanguageEndpoint:
             widest_row_bytes=widest_row_bytes, dtype=dtype, runtime=runtime,
         )  # fmt: skip
         self._size = size
-        self._warm = WarmMemory(settings.result_cache_bytes)
-        empty = self._warm.tensor
-        if settings.embedding_place != "cpu":  # torch keeps GPU memory warm by itself
-            empty = partial(self._device.empty, place=settings.embedding_place)
+        self._buffer_cache = BufferCache(settings.result_cache_bytes)
+        empty = self._buffer_cache.tensor
+        if settings.resolved_embedding_device != "cpu":  # torch keeps GPU memory warm by itself
+            empty = partial(self._device.empty, memory_device=settings.resolved_embedding_device)
         self._make_result = partial(PrivateResult, empty=empty) if private else make_result
         self._results: dict[str, Result] = {}
         self._labels: dict[str, str] = {}
-        self._complaints = Complaints(logger)
-        self.completions = Wakeup()  # rung when a room ends
+        self._rate_limited_log = RateLimitedLog(logger)
+        self.completions = Wakeup()  # notified when a room ends
         self._copiers = runtime.executor(settings.copiers, "mm-conn-copier")
         key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._encoders = Encoders(
@@ -142,7 +142,7 @@ class LanguageEndpoint:
             in_doubt_since=lambda: self.core.in_doubt_since("mooncake"),
             is_in_use=self.core.is_in_use,
             register_again=lambda: self._encoders.register_again("mooncake"),
-            revoked=self._on_way_in_gone,
+            revoked=self._on_epoch_revoked,
         )
         # The thread starts last: it uses everything above.
         self._thread = runtime.start_thread(self.embedding_thread, "mm-conn-embedding")
@@ -166,9 +166,9 @@ class LanguageEndpoint:
         """Raises ConnError where the room is unknown."""
         return self._room(room).poll()
 
-    def verdict(self, room: str) -> Verdict:
+    def outcome(self, room: str) -> Outcome:
         """Why the room failed."""
-        return self._room(room).verdict or Verdict("", 200)
+        return self._room(room).outcome or Outcome("", 200)
 
     def take(self, room: str) -> tuple[torch.Tensor, bytes]:
         """The embedding [tokens, width] and metadata of a room that ended in Success; the memory is the caller's."""
@@ -205,16 +205,16 @@ class LanguageEndpoint:
             return self.core.report()
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
-        """Extent something large off the caller's thread; rings ``completions`` when it is done."""
+        """Run something large off the caller's thread; notifies ``completions`` when it is done."""
 
         def finish() -> Value:
             value = work()
-            if self.settings.embedding_place != "cpu":
+            if self.settings.resolved_embedding_device != "cpu":
                 self._device.drain()  # what it made is there for every stream
             return value
 
         future = self._copiers.submit(finish)
-        future.add_done_callback(lambda _: self.completions.ring())
+        future.add_done_callback(lambda _: self.completions.notify())
         return future
 
     def _room(self, room: str) -> ReceiverRoom:
@@ -241,13 +241,13 @@ class LanguageEndpoint:
             elif isinstance(message, Refused):
                 self._encoders.on_refused(incarnation, message)
             else:
-                at_once: list[CopyOut] = []
+                inline: list[CopyOut] = []
                 with self._lock:
-                    self._perform(self.core.on_message(incarnation, message, self._clock()), at_once)
-                for copy in at_once:
+                    self._perform(self.core.on_message(incarnation, message, self._clock()), inline)
+                for copy in inline:
                     self._copy_out(copy)
         except ProtocolError as error:
-            self._complaints.log(
+            self._rate_limited_log.log(
                 incarnation, logging.WARNING, "Control message from encoder process %s refused: %s", incarnation, error
             )
 
@@ -265,7 +265,7 @@ class LanguageEndpoint:
 
     def _on_tick(self) -> None:
         self._encoders.tick()
-        self._warm.trim()
+        self._buffer_cache.trim()
         with self._lock:
             self._perform(self.core.tick(self._clock()))
             quarantined = {peer.incarnation: peer.data_path for peer in self.core.quarantined_peers()}
@@ -280,10 +280,10 @@ class LanguageEndpoint:
         with self._lock:
             self.revocation.tick(self._clock())
 
-    def _on_way_in_gone(self, session: str, epoch: int) -> None:
+    def _on_epoch_revoked(self, session: str, epoch: int) -> None:
         """Under the lock, from the revocation's tick."""
-        self._perform(self.core.way_in_gone(session, epoch, self._clock()))
-        self._encoders.tell_retired("mooncake")
+        self._perform(self.core.epoch_revoked(session, epoch, self._clock()))
+        self._encoders.send_retired("mooncake")
 
     # -- copiers --------------------------------------------------------------------------------------------------
 
@@ -333,12 +333,12 @@ class LanguageEndpoint:
 
     def _view_of(self, copy: CopyOut, nbytes: int) -> Result:
         """Over when the last tensor on it is gone: told on the control thread, since finalizers must not wait."""
-        over = partial(self._control.call, partial(self._view_over, copy.room))
-        return ViewResult(self.pool.view(copy.blocks, nbytes, over))
+        on_release = partial(self._control.call, partial(self._view_released, copy.room))
+        return ViewResult(self.pool.view(copy.blocks, nbytes, on_release))
 
-    def _view_over(self, room: str) -> None:
+    def _view_released(self, room: str) -> None:
         with self._lock:
-            self._perform(self.core.view_over(room, self._clock()))
+            self._perform(self.core.view_released(room, self._clock()))
 
     def _publish(self, room: str) -> str:
         """Under the lock, so that no result gets a name after it was dropped. Returns why it could not be done."""
@@ -362,17 +362,17 @@ class LanguageEndpoint:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _perform(self, actions: list[Action], at_once: list[CopyOut] | None = None) -> None:
+    def _perform(self, actions: list[Action], inline: list[CopyOut] | None = None) -> None:
         """Under the lock, so that messages leave in the order of the decisions.
 
-        Copies that take no longer than waking a copier are left in ``at_once``, where there is one.
+        Copies that take no longer than waking a copier are left in ``inline``, where there is one.
         """
         for action in actions:
             if isinstance(action, Send):
                 self._control.send(action.peer, encode(action.message))
             elif isinstance(action, CopyOut):
-                if at_once is not None and self._is_short(action):
-                    at_once.append(action)
+                if inline is not None and self._should_copy_inline(action):
+                    inline.append(action)
                 else:
                     self._copiers.submit(self._copy_out, action)
             elif isinstance(action, Ended):
@@ -380,12 +380,12 @@ class LanguageEndpoint:
             elif isinstance(action, TransferEmbeddingChunk | Release):
                 raise ConnError("unexpected action in a language rank")
 
-    def _is_short(self, copy: CopyOut) -> bool:
+    def _should_copy_inline(self, copy: CopyOut) -> bool:
         """A view copies nothing, whatever its size. A checksum reads the whole embedding, after its last window."""
         if copy.view and not self.settings.checksum:
-            return self._at_once_bytes > 0
+            return self._inline_limit_bytes > 0
         tokens = copy.total_tokens if copy.last and self.settings.checksum else copy.tokens
-        return tokens * copy.row_bytes <= self._at_once_bytes
+        return tokens * copy.row_bytes <= self._inline_limit_bytes
 
     def _ended(self, action: Ended) -> None:
         entry = self.core.rooms[action.room]
@@ -407,7 +407,7 @@ class LanguageEndpoint:
                 action.room, label, entry.peer.incarnation if entry.peer is not None else entry.encoder,
                 action.code, action.reason,
             )  # fmt: skip
-        self.completions.ring()
+        self.completions.notify()
 
     def close(self) -> None:
         """Stop all threads and unlink the segment; for tests and orderly shutdown."""

@@ -41,11 +41,11 @@ class _OpenLink:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
-    """A link that stays open until ``over`` is called, once."""
+class LinkLease:
+    """A link that stays open until ``release`` is called, once."""
 
     link: WriteLink
-    over: Callable[[], None]
+    release: Callable[[], None]
 
 
 class Links:
@@ -68,16 +68,16 @@ class Links:
         session, key = register.mooncake_session_id, (register.mooncake_session_id, register.epoch)
         with self._lock:
             known = [link for (name, _), link in self._links.items() if name == session]
-            goes_on = bool(known) and all(
+            same_session = bool(known) and all(
                 link.register.incarnation == register.incarnation and not link.closing for link in known
             )
             same = self._links.get(key)
             if same is not None and _memory(same.register) == _memory(register) and not same.closing:
-                return goes_on
+                return same_session
         same_process = all(link.register.incarnation == register.incarnation for link in known)
-        if same_process and (not goes_on or same is not None):
+        if same_process and (not same_session or same is not None):
             self.close(session)  # first: its lock on the writer slot is in the way of the new attachment
-            goes_on = False
+            same_session = False
         with self._lock:
             if key in self._links and same_process:
                 raise LinkBusy("the session's previous link has a write under way")
@@ -98,7 +98,7 @@ class Links:
         if busy:
             link.close()
             raise LinkBusy("the session's previous link has a write under way")
-        return goes_on
+        return same_session
 
     def has(self, session: str, epoch: int) -> bool:
         """Whether there is a link that has not been given up."""
@@ -112,17 +112,17 @@ class Links:
             entry = self._links.get((session, epoch))
             return entry is not None and entry.link.synchronous
 
-    def use(self, session: str, epoch: int) -> Use:
-        """The link to write through, which stays open until the use is over. Raises DataPathError where it was given
-        up."""
+    def lease(self, session: str, epoch: int) -> LinkLease:
+        """The link to write through, which stays open until the lease is released. Raises DataPathError where it was
+        given up."""
         with self._lock:
             entry = self._links.get((session, epoch))
             if entry is None or entry.closing:
-                raise DataPathError(f"the way into session {session} is gone (epoch {epoch})", in_doubt=False)
+                raise DataPathError(f"session {session}: epoch {epoch} was revoked", in_doubt=False)
             entry.writes += 1
-        return Use(entry.link, partial(self._used, (session, epoch), entry))
+        return LinkLease(entry.link, partial(self._returned, (session, epoch), entry))
 
-    def _used(self, key: tuple[str, int], entry: _OpenLink) -> None:
+    def _returned(self, key: tuple[str, int], entry: _OpenLink) -> None:
         with self._lock:
             over = entry.release()
             if over and self._links.get(key) is entry:

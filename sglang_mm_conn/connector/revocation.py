@@ -1,4 +1,4 @@
-"""Proof for the Mooncake path that nothing lands any more: the way in is replaced, and the old one destroyed.
+"""Proof for the Mooncake path that nothing lands any more: the engine is replaced, and the old one destroyed.
 
 After a data call that failed, and after an encoder that was lost in mid-write, bytes may land for as long as the old
 connection exists, whatever the encoder says. Unregistering memory does not stop them (measured over TCP: the rest of a
@@ -10,7 +10,8 @@ while:
 3. when no healthy window of the old epoch is open and no encoder can be offered one, the old engine is destroyed;
 4. the quarantined blocks of the old epoch are free, and the encoders are told to forget it.
 
-Healthy rooms go on meanwhile. An encoder that sleeps through all this wakes up with a way in that leads nowhere.
+Healthy rooms go on meanwhile. An encoder that is suspended meanwhile resumes with the address of an engine that does
+not exist.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ class Runtime:
     # Embeddings up to this size, and at a language rank windows, are copied by the thread that received the message:
     # waking another takes about as long as copying as much. 1 MiB rooms took 0.8 times as long so, and a flow of them
     # was 1.4 times as fast.
-    at_once_bytes = 2 << 20
+    inline_limit_bytes = 2 << 20
     # Of the only embedding that is at an encoder, as much is written by the control thread: it need not be woken once
     # more to say so. Rooms of 4 MiB took 0.94 times as long so; of 16 MiB 0.99 on a quiet host and down to 0.8 on a
     # busy one, where waking takes longer (``bench --ways memcpy,shm --sizes 4M,16M`` with 2 MiB here and with 16).
     # Whoever comes next waits for that one copy, beside what a turn may take anyway (control.loop.TURN_SECONDS):
     # memcpy's 16 MiB in docs/performance.md, and many times that where all cores are busy.
-    alone_bytes = 16 << 20
+    uncontended_inline_limit_bytes = 16 << 20
     # Smaller results are copied out, so that they do not keep a whole block each; a view would not be cheaper.
     view_least_bytes = HOLD_GIL_BELOW + 1
     device = Device()
@@ -106,11 +106,11 @@ class Runtime:
         """Raises what ``control.bootstrap.look_up`` raises."""
         return look_up(encoder_url, key, insecure=insecure)
 
-    def pool(self, geometry: Geometry, *, shared: bool, place: str) -> BlockPool:
+    def pool(self, geometry: Geometry, *, shared: bool, memory_device: str) -> BlockPool:
         """Raises MemoryUnavailable."""
-        return BlockPool(geometry, shared=shared, device=self.device, place=place)
+        return BlockPool(geometry, shared=shared, device=self.device, memory_device=memory_device)
 
-    def hold_port(self) -> tuple[int, Callable[[], None]]:
+    def reserve_port(self) -> tuple[int, Callable[[], None]]:
         """A port that is this process's own, and how to give it up: a bound socket that never listens."""
         holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         holder.bind(("", 0))

@@ -47,7 +47,7 @@ class LocalSessions:
         self._make_engine = lambda: runtime.mooncake_engine(settings, host)
         self.mooncake_session = ""
         # A session id is host:port, and the shard rule sums ports.
-        port, self._give_port_up = runtime.hold_port()
+        port, self._release_port = runtime.reserve_port()
         self._shm_session = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._common: dict[str, Any] = {
             "incarnation": incarnation,
@@ -84,11 +84,11 @@ class LocalSessions:
         return self._pool.segment is None or self._pool.segment.retire_writer(slot)
 
     def is_newest(self, path: str, epoch: int) -> bool:
-        """Whether ``epoch`` is the way in to offer over ``path``. Never waits."""
+        """Whether ``epoch`` is the one to offer over ``path``. Never waits."""
         return epoch == (0 if path == "shm" else self._newest_epoch)
 
     def retired_epoch(self, path: str) -> int | None:
-        """The newest way in over ``path`` that does not exist any more; None where all do. Never waits."""
+        """The newest epoch of ``path`` that was revoked; None where none was. Never waits."""
         return self._oldest_epoch - 1 if path == "mooncake" and self._oldest_epoch > 0 else None
 
     def session(self, path: str) -> str:
@@ -144,14 +144,16 @@ class LocalSessions:
         return engine
 
     def renew_mooncake(self) -> int:
-        """Make another way in for the Mooncake session. Returns the epoch of the one it replaces (which stays)."""
+        """Make the engine of the next epoch for the Mooncake session. Returns the epoch of the one it replaces (which
+        stays)."""
         with self._lock:
             replaced = max(self._engines)
             self._new_engine(replaced + 1)
         return replaced
 
     def destroy_mooncake(self, epoch: int) -> None:
-        """Take the way in of ``epoch`` down. When this returns, no write through it lands any more; takes a second."""
+        """Revoke ``epoch``: destroy its engine. When this returns, no write through it lands any more; it takes a
+        second."""
         with self._lock:
             engine = self._engines.pop(epoch)
             self._oldest_epoch = min(self._engines)
@@ -159,4 +161,4 @@ class LocalSessions:
 
     def close(self) -> None:
         """The Mooncake engine ends with the process."""
-        self._give_port_up()
+        self._release_port()

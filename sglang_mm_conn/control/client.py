@@ -13,8 +13,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.thread import ControlThread
 from sglang_mm_conn.control.traffic import Received
 
@@ -68,8 +68,8 @@ class ControlClient(ControlThread):
         on_tick: Callable[[], None],
         tick_seconds: float,
     ) -> None:
-        self._complaints = Complaints(logger)
-        super().__init__(self._send, on_frame, on_tick, tick_seconds, self._complaints)
+        self._rate_limited_log = RateLimitedLog(logger)
+        super().__init__(self._send, on_frame, on_tick, tick_seconds, self._rate_limited_log)
         self._context: zmq.Context[Any] = zmq.Context()
         self._key = key
         self._max_frame_bytes = max_frame_bytes
@@ -140,7 +140,7 @@ class ControlClient(ControlThread):
             if more:
                 # No encoder sends one. The rest must not be read: where the connection breaks in the middle of that,
                 # libzmq ends the process (a DEALER with IMMEDIATE; "Assertion failed: !_more").
-                self._complaints.log(key, logging.WARNING, "Control message of several frames: connecting anew")
+                self._rate_limited_log.log(key, logging.WARNING, "Control message of several frames: connecting anew")
                 self.connect(key, link.address)  # at the end of this turn, where a failure is logged and no more
                 return
             yield key, [batch], len(batch)

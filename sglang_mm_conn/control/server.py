@@ -14,8 +14,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.addresses import UNKNOWN_ADDRESS, peer_address
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
-from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.thread import ControlThread
 from sglang_mm_conn.control.traffic import Received
 
@@ -66,7 +66,7 @@ class ControlServer(ControlThread):
         bound = f"[{host}]" if ":" in host else host
         self._socket.bind(f"tcp://{bound}:*")
         self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
-        super().__init__(self._send, on_frame, on_tick, tick_seconds, Complaints(logger))
+        super().__init__(self._send, on_frame, on_tick, tick_seconds, RateLimitedLog(logger))
 
     def run(self) -> None:
         """Serve until ``stop``. Whatever one frame or tick raises is logged and hurts nobody else."""

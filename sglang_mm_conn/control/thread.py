@@ -6,8 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import guarded, milliseconds_until
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.traffic import Traffic
 from sglang_mm_conn.control.wakeup import Wakeup
 
@@ -21,10 +21,10 @@ class ControlThread:
         on_frame: Callable[[str, bytes], None],
         on_tick: Callable[[], None],
         tick_seconds: float,
-        complaints: Complaints,
+        rate_limited_log: RateLimitedLog,
     ) -> None:
         """``send``: see Traffic. The callbacks run on the thread of ``run``, ``on_tick`` every ``tick_seconds``."""
-        self._traffic = Traffic(send, on_frame, complaints)
+        self._traffic = Traffic(send, on_frame, rate_limited_log)
         self._on_tick = on_tick
         self._tick_seconds = tick_seconds
         self._work: deque[Callable[[], None]] = deque()
@@ -35,21 +35,21 @@ class ControlThread:
     def send(self, peer: str, frame: bytes) -> None:
         """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
         self._traffic.put(peer, frame)
-        self._ring()
+        self._notify()
 
     def call(self, work: Callable[[], None]) -> None:
         """Run ``work`` on the thread of ``run``."""
         self._work.append(work)
-        self._ring()
+        self._notify()
 
     def stop(self) -> None:
         """Make ``run`` return."""
         self._stopping = True
-        self._wakeup.ring()
+        self._wakeup.notify()
 
-    def _ring(self) -> None:
+    def _notify(self) -> None:
         if threading.get_ident() != self._thread:  # which looks after every callback
-            self._wakeup.ring()
+            self._wakeup.notify()
 
     def _wait_ms(self, next_tick: float) -> int:
         """How long a poll may wait: not at all where work is there that rang nobody, of this thread's finalizers."""

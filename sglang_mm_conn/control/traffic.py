@@ -11,8 +11,8 @@ from functools import partial
 import zmq
 
 from sglang_mm_conn.control.batches import batches, frames_in
-from sglang_mm_conn.control.complaints import Complaints
 from sglang_mm_conn.control.loop import ANSWER_SECONDS, BATCH, BATCH_BYTES, TURN_SECONDS, guarded
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
@@ -24,12 +24,15 @@ class Traffic:
     """``put`` may be called from any thread; the rest is the loop's own."""
 
     def __init__(
-        self, send: Callable[[str, bytes], None], on_frame: Callable[[str, bytes], None], complaints: Complaints
+        self,
+        send: Callable[[str, bytes], None],
+        on_frame: Callable[[str, bytes], None],
+        rate_limited_log: RateLimitedLog,
     ) -> None:
         """``send(peer, batch)`` never waits; it may raise ZMQError."""
         self._send = send
         self._on_frame = on_frame
-        self._complaints = complaints
+        self._rate_limited_log = rate_limited_log
         self._outbox: deque[tuple[str, bytes]] = deque()
 
     def put(self, peer: str, frame: bytes) -> None:
@@ -63,7 +66,7 @@ class Traffic:
                 raise ProtocolError(f"a message of {len(parts)} parts")
             frames = frames_in(parts[0])
         except ProtocolError as error:
-            self._complaints.log(peer, logging.WARNING, "Control message from %s dropped: %s", peer, error)
+            self._rate_limited_log.log(peer, logging.WARNING, "Control message from %s dropped: %s", peer, error)
             return 1
         answer_at = time.monotonic() + ANSWER_SECONDS
         for frame in frames:

@@ -1,4 +1,4 @@
-"""An eventfd that one thread waits on and any other may ring."""
+"""An eventfd that one thread waits on and any other may notify."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ class Wakeup:
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        # Reentrant: a finalizer may ring in the middle of a ring.
+        # Reentrant: a finalizer may notify in the middle of a notify.
         self._lock = threading.RLock()
         self._closed = False
-        self._rung = False
+        self._notified = False
 
     def fileno(self) -> int:
         return self._fd
 
-    def ring(self) -> None:
-        """Costs a system call only where it was not rung since the waiter last cleared it."""
-        if self._rung:
+    def notify(self) -> None:
+        """Costs a system call only where nobody has notified since the waiter last cleared it."""
+        if self._notified:
             return  # the waiter has not looked for work yet, and will see what was added before this call
         with self._lock, contextlib.suppress(BlockingIOError):
             if not self._closed:  # the descriptor may be somebody else's by then
-                self._rung = True
+                self._notified = True
                 os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)
-        # After the read: a ring that comes between the two is dropped, and the waiter looks for its work now. The other
-        # way round its write would be read away here and every later ring be dropped.
-        self._rung = False
+        # After the read: a notification that comes between the two is dropped, and the waiter looks for its work now.
+        # The other way round its write would be read away here and every later notification be dropped.
+        self._notified = False
 
     def close(self) -> None:
         with self._lock:

@@ -29,7 +29,7 @@ class CopyOut(msgspec.Struct, frozen=True):
     dtype: str
     last: bool
     checksum: int | None
-    view: bool = False  # or leave them in the blocks, which are side by side, and make the result a view of them
+    view: bool = False  # or leave them in the blocks, which are contiguous, and make the result a view of them
 
 
 class TransferEmbeddingChunk(msgspec.Struct, frozen=True):

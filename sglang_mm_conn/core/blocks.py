@@ -43,9 +43,7 @@ class BlockAllocator:
 
     def free_blocks(self) -> list[int]:
         """All of them, ascending."""
-        return [
-            block for start, length in sorted(self._lengths.items()) for block in range(start, start + length)
-        ]
+        return [block for start, length in sorted(self._lengths.items()) for block in range(start, start + length)]
 
     def allocate(self, owner: Hashable, count: int) -> list[int]:
         """Give ``owner`` ``count`` blocks in allocation order. Raises AllocatorError where fewer are free."""
@@ -83,7 +81,7 @@ class BlockAllocator:
         for block in blocks:
             self._quarantined[block] = self._held.pop(block)
 
-    def absolve(self, owner: Hashable, blocks: Sequence[int]) -> None:
+    def release_quarantined(self, owner: Hashable, blocks: Sequence[int]) -> None:
         """Free quarantined blocks of ``owner``: it is proven that no write to them can land any more."""
         self._check(self._quarantined, owner, blocks)
         for block in blocks:

@@ -40,14 +40,14 @@ class Message(Struct, frozen=True, tag_field="t", kw_only=True):
 class Register(Message, frozen=True, kw_only=True, tag="register"):
     """A language rank presents one session and the memory it may be written to through it.
 
-    A session keeps its id for life. How it is written to may be replaced: each way in has an epoch, and a window is
-    written through the way in of the epoch it was offered in, or not at all.
+    A session keeps its id for life. Its Mooncake engine may be replaced: each engine has an epoch, and a window is
+    written only through the engine of the epoch it was offered for.
     """
 
     mooncake_session_id: Name
     number: Count = 0  # of this registration: one that arrives late, from a broken connection, is known by it
     epoch: Count
-    oldest_epoch: Count = 0  # ways in of epochs below it exist no more (a Retire may have been lost)
+    oldest_epoch: Count = 0  # epochs below it were revoked (a Retire may have been lost)
     target: Text = ""  # Mooncake: the engine to write through, host:port
     incarnation: Name  # of this rank's process
     server: Name  # incarnation of its server: the prefix of its rooms
@@ -102,7 +102,7 @@ class Abort(Message, frozen=True, kw_only=True, tag="abort"):
 
 
 class Retire(Message, frozen=True, kw_only=True, tag="retire"):
-    """The way in of ``epoch`` to the session does not exist any more: the encoder may forget it."""
+    """The language rank revoked the session's ``epoch``: the encoder may forget it."""
 
     mooncake_session_id: Name
     epoch: Count

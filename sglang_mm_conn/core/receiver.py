@@ -6,12 +6,12 @@ Who owns a block, at each moment:
 - from the offer (Init, Resume) on: **the encoder**, which may write it at any moment;
 - from the encoder's Progress or Done for exactly that window on: **this side**, which copies the rows out and frees it
   (those messages are sent after the data call returned 0, and one window is written once);
-- an embedding that came in one window, in blocks side by side, may stay there as a **view**: its blocks are the
-  result's, and after it the request's, until nothing refers to them any more (``view_over``). Views hold
+- an embedding that came in one window, in contiguous blocks, may stay there as a **view**: its blocks are the
+  result's, and after it the request's, until nothing refers to them any more (``view_released``). Views hold
   ``view_blocks`` blocks together at most, and none are made while a room waits, so the others always go round;
 - a room that fails while it is offered: **quarantine**, until one of the proofs that no write is to come: Progress or
   Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone (shared memory), or
-  that the way in it was offered for was taken down (Mooncake; see connector.revocation).
+  that the epoch it was offered for was revoked (Mooncake; see connector.revocation).
 
 A room that waits for blocks holds none: the rows it has were copied out first. So waiting can never be circular.
 """
@@ -29,7 +29,7 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume, as_text
 from sglang_mm_conn.core.states import RECEIVER_TRANSITIONS, Poll, ReceiverState, StateMachine
-from sglang_mm_conn.core.tombstones import Tombstones, Verdict
+from sglang_mm_conn.core.tombstones import Outcome, Tombstones
 
 # The encoder is told a deadline that lies this much before ours, so that the journey of the message and the answer
 # cannot make the encoder's the later one.
@@ -38,7 +38,7 @@ DEADLINE_MARGIN_SHARE = 0.1
 # An encode may outlive its room by its own timeout; a tombstone must outlive the encode.
 TOMBSTONE_SECONDS = 3600.0
 # Of one encoder process: one that announces nonsense leaves room for the others.
-PARKED_LIMIT = 8192
+UNCLAIMED_LIMIT = 8192
 # Keeps one offer far below the smallest limit of a control frame; what remains follows by resume.
 MAX_OFFER_BLOCKS = 65536
 # How often an Abort that was not answered is said again.
@@ -50,7 +50,8 @@ RoomMessage = Announce | Progress | Done | Failed | Drained
 
 @dataclass(frozen=True)
 class Peer:
-    """One encoder process as this side knows it: its incarnation, our session to it, and the way in it was given."""
+    """One encoder process as this side knows it: its incarnation, our session to it, and the engine epoch it was
+    given."""
 
     incarnation: str
     mooncake_session_id: str
@@ -75,7 +76,7 @@ class ReceiverRoom:
     row_bytes: int = 0
     dtype: str = ""
     window: int = -1
-    epoch: int = 0  # of the way in that the current window was offered for
+    epoch: int = 0  # engine epoch that the current window was offered for
     blocks: list[int] = field(default_factory=list)
     allocated_tokens: int = 0
     sent_tokens: int = 0
@@ -83,7 +84,7 @@ class ReceiverRoom:
     elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was copied
     last: bool = False
     view: bool = False  # the blocks may stay the result's
-    verdict: Verdict | None = None
+    outcome: Outcome | None = None
     ended: float = 0.0
     forgotten: bool = False
 
@@ -121,7 +122,7 @@ class Quarantine:
 
 
 @dataclass(frozen=True)
-class Parked:
+class Unclaimed:
     """An announcement (or failure) of a room that no request has claimed yet."""
 
     peer: Peer
@@ -150,8 +151,8 @@ class ReceiverCore:
         self.quarantine: dict[str, Quarantine] = {}
         self.views: dict[str, tuple[tuple[str, int], tuple[int, ...]]] = {}  # room -> owner, blocks
         self.tombstones = Tombstones()
-        self.parked: dict[str, Parked] = {}
-        self._parked_of: Counter[str] = Counter()  # encoder process -> its entries in ``parked``
+        self.unclaimed: dict[str, Unclaimed] = {}
+        self._unclaimed_of: Counter[str] = Counter()  # encoder process -> its entries in ``unclaimed``
         self._peers: dict[str, Peer] = {}
         self._waiting: deque[ReceiverRoom] = deque()  # FIFO; rooms that ended meanwhile are skipped
         self._first_offer = first_offer
@@ -168,16 +169,16 @@ class ReceiverCore:
         self, room: str, encoder: str, deadline: float, now: float, required_dst_info_num: int = 1
     ) -> list[Action]:
         """A request waits for ``room`` from ``encoder``. Raises ConnError where the room was expected before."""
-        verdict = self.tombstones.get(room)
-        if room in self.rooms or (verdict is not None and verdict.code == SUCCESS_CODE):
+        outcome = self.tombstones.get(room)
+        if room in self.rooms or (outcome is not None and outcome.code == SUCCESS_CODE):
             raise ConnError(f"room {room} was expected before")
         entry = ReceiverRoom(room, encoder, deadline, now, required_dst_info_num)
         self.rooms[room] = entry
         self._next_deadline = min(self._next_deadline, deadline)
-        if verdict is not None:  # it failed, or was given up, before the request came
-            return self._fail(entry, verdict.reason, verdict.code, now)
-        parked = self._unpark(room)
-        return [] if parked is None else self.on_message(parked.peer.incarnation, parked.message, now)
+        if outcome is not None:  # it failed, or was given up, before the request came
+            return self._fail(entry, outcome.reason, outcome.code, now)
+        unclaimed = self._drop_unclaimed(room)
+        return [] if unclaimed is None else self.on_message(unclaimed.peer.incarnation, unclaimed.message, now)
 
     def abort(self, room: str, reason: str, code: int, now: float) -> list[Action]:
         """The request gives ``room`` up. Changes nothing where the room has ended or is unknown."""
@@ -195,7 +196,7 @@ class ReceiverCore:
     # -- peers ---------------------------------------------------------------------------------------------------
 
     def peer_ready(self, peer: Peer, now: float) -> list[Action]:
-        """``peer`` answered Registered: for the first time, or after a lost connection, when both compare notes."""
+        """``peer`` answered Registered: for the first time, or after a lost connection, when both resynchronize."""
         self._peers[peer.incarnation] = peer
         actions: list[Action] = []
         for entry in list(self.rooms.values()):
@@ -214,12 +215,12 @@ class ReceiverCore:
     def peer_lost(self, incarnation: str, reason: str, now: float) -> list[Action]:
         """The encoder process is gone or silent: its rooms fail. Offered blocks stay in quarantine."""
         self._peers.pop(incarnation, None)
-        for room in [room for room, item in self.parked.items() if item.peer.incarnation == incarnation]:
-            self._unpark(room)
+        for room in [room for room, item in self.unclaimed.items() if item.peer.incarnation == incarnation]:
+            self._drop_unclaimed(room)
         actions: list[Action] = []
         for entry in list(self.rooms.values()):
             if entry.peer is not None and entry.peer.incarnation == incarnation:
-                actions += self._fail(entry, reason, 502, now, tell_peer=False)
+                actions += self._fail(entry, reason, 502, now, notify_peer=False)
         return actions
 
     def encoder_failed(self, encoder: str, reason: str, code: int, now: float) -> list[Action]:
@@ -234,11 +235,11 @@ class ReceiverCore:
         """It is proven that the process ``incarnation`` does not exist any more (shared memory: its lock is free)."""
         for room, held in list(self.quarantine.items()):
             if held.peer.incarnation == incarnation and held.peer.data_path == "shm":
-                self._absolve(room)
+                self._release_quarantined(room)
         return self._serve_waiting(now)
 
     def quarantined_peers(self) -> set[Peer]:
-        """Peers that quarantined blocks wait for, each with the way in that it may still write through."""
+        """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
         return {held.peer for held in self.quarantine.values()}
 
     def in_doubt_since(self, data_path: str) -> float | None:
@@ -246,7 +247,7 @@ class ReceiverCore:
         return min((held.since for held in self.quarantine.values() if held.peer.data_path == data_path), default=None)
 
     def is_in_use(self, mooncake_session_id: str, epoch: int) -> bool:
-        """Whether a healthy window is offered, or a peer may still be offered one, for a way in up to ``epoch``."""
+        """Whether a healthy window is offered, or a peer may still be offered one, for an epoch up to ``epoch``."""
         return any(
             peer.mooncake_session_id == mooncake_session_id and peer.epoch <= epoch for peer in self._peers.values()
         ) or any(
@@ -257,11 +258,11 @@ class ReceiverCore:
             for entry in self.rooms.values()
         )
 
-    def way_in_gone(self, mooncake_session_id: str, epoch: int, now: float) -> list[Action]:
-        """The ways in up to ``epoch`` were taken down for certain: nothing lands through them any more."""
+    def epoch_revoked(self, mooncake_session_id: str, epoch: int, now: float) -> list[Action]:
+        """The epochs up to ``epoch`` were revoked for certain: nothing lands through them any more."""
         for room, held in list(self.quarantine.items()):
             if held.peer.mooncake_session_id == mooncake_session_id and held.peer.epoch <= epoch:
-                self._absolve(room)
+                self._release_quarantined(room)
         return self._serve_waiting(now)
 
     # -- messages ------------------------------------------------------------------------------------------------
@@ -323,9 +324,9 @@ class ReceiverCore:
 
     def _on_failed(self, entry: ReceiverRoom, peer: Peer, message: Failed, now: float) -> list[Action]:
         entry.peer = entry.peer or peer
-        actions = self._fail(entry, message.reason, message.code, now, tell_peer=False)
+        actions = self._fail(entry, message.reason, message.code, now, notify_peer=False)
         if message.drained:
-            self._absolve(entry.room)
+            self._release_quarantined(entry.room)
             actions += self._serve_waiting(now)
         return actions
 
@@ -397,25 +398,25 @@ class ReceiverCore:
                 or (isinstance(message, Failed) and message.drained)
                 or (isinstance(message, Progress | Done) and self._says_landed(held, message))
             ):
-                self._absolve(room)
+                self._release_quarantined(room)
                 return self._serve_waiting(now)
             return []
         if room in self.tombstones or room in self.rooms:
-            verdict = self.tombstones.get(room)
-            arrived = verdict is not None and verdict.code == SUCCESS_CODE
+            outcome = self.tombstones.get(room)
+            arrived = outcome is not None and outcome.code == SUCCESS_CODE
             # One that arrived is announced again to a rank that registers anew; the other ranks still need it.
             if isinstance(message, Announce) and not arrived:
                 return [self._abort_message(peer, room, "nobody waits for this room any more")]
             return []
         if isinstance(message, Announce | Failed):
-            self._unpark(room)  # to the end: they are kept in the order of their time
-            if self._parked_of[peer.incarnation] < PARKED_LIMIT:
+            self._drop_unclaimed(room)  # to the end: they are kept in the order of their time
+            if self._unclaimed_of[peer.incarnation] < UNCLAIMED_LIMIT:
                 if isinstance(message, Failed):
                     message = Failed(
                         room=room, reason=as_text(message.reason), code=message.code, drained=message.drained
                     )
-                self.parked[room] = Parked(peer, message, now + self._claim_timeout)
-                self._parked_of[peer.incarnation] += 1
+                self.unclaimed[room] = Unclaimed(peer, message, now + self._claim_timeout)
+                self._unclaimed_of[peer.incarnation] += 1
             elif isinstance(message, Announce):
                 return [self._abort_message(peer, room, "too many rooms are announced that no request has claimed")]
         return []
@@ -427,20 +428,20 @@ class ReceiverCore:
             return (message.window, message.total_tokens) == (held.owner[1], held.confirmed_tokens)
         return not message.refused and (message.window, message.sent_tokens) == (held.owner[1], held.confirmed_tokens)
 
-    def _unpark(self, room: str) -> Parked | None:
-        parked = self.parked.pop(room, None)
-        if parked is not None:
-            self._parked_of[parked.peer.incarnation] -= 1
-            if not self._parked_of[parked.peer.incarnation]:
-                del self._parked_of[parked.peer.incarnation]
-        return parked
+    def _drop_unclaimed(self, room: str) -> Unclaimed | None:
+        unclaimed = self.unclaimed.pop(room, None)
+        if unclaimed is not None:
+            self._unclaimed_of[unclaimed.peer.incarnation] -= 1
+            if not self._unclaimed_of[unclaimed.peer.incarnation]:
+                del self._unclaimed_of[unclaimed.peer.incarnation]
+        return unclaimed
 
     # -- the rows were copied out ---------------------------------------------------------------------------------
 
     def on_copied(self, room: str, window: int, error: str, now: float, *, view: bool = False) -> list[Action]:
         """The copier is done with the blocks of ``window``; ``error`` is empty where every row is in place.
 
-        ``view``: it made a view of them, also where there is an error; they are free after ``view_over``.
+        ``view``: it made a view of them, also where there is an error; they are free after ``view_released``.
         """
         entry = self.rooms[room]
         if window != entry.window or not entry.blocks:
@@ -463,7 +464,7 @@ class ReceiverCore:
                 entry.machine.transition_to(ReceiverState.SUCCESS)
                 entry.elapsed += now
                 entry.ended = now
-                self.tombstones.put(room, Verdict("", SUCCESS_CODE), now + TOMBSTONE_SECONDS)
+                self.tombstones.put(room, Outcome("", SUCCESS_CODE), now + TOMBSTONE_SECONDS)
                 actions.append(Ended(room, success=True))
             else:
                 entry.machine.transition_to(ReceiverState.QUEUED)
@@ -472,7 +473,7 @@ class ReceiverCore:
             del self.rooms[room]
         return actions + self._serve_waiting(now)
 
-    def view_over(self, room: str, now: float) -> list[Action]:
+    def view_released(self, room: str, now: float) -> list[Action]:
         """Nothing refers to the view of ``room`` any more, and nothing ever will."""
         owner, blocks = self.views.pop(room)
         self.allocator.release(owner, blocks)
@@ -495,16 +496,16 @@ class ReceiverCore:
                     )  # fmt: skip
             open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
             self._next_deadline = min((entry.deadline for entry in open_rooms), default=math.inf)
-        while self.parked and now >= (item := next(iter(self.parked.values()))).until:  # the oldest is the first
+        while self.unclaimed and now >= (item := next(iter(self.unclaimed.values()))).until:  # the oldest is the first
             room = item.message.room
-            self._unpark(room)
+            self._drop_unclaimed(room)
             if isinstance(item.message, Announce):
                 reason = f"no request claimed the room within {self._claim_timeout:g} s"
-                self.tombstones.put(room, Verdict(reason, 408), now + TOMBSTONE_SECONDS)
+                self.tombstones.put(room, Outcome(reason, 408), now + TOMBSTONE_SECONDS)
                 actions.append(self._abort_message(item.peer, room, reason))
             else:
-                verdict = Verdict(item.message.reason, item.message.code)
-                self.tombstones.put(room, verdict, now + TOMBSTONE_SECONDS)
+                outcome = Outcome(item.message.reason, item.message.code)
+                self.tombstones.put(room, outcome, now + TOMBSTONE_SECONDS)
         for room, held in self.quarantine.items():
             if now >= held.ask_again_at and held.peer.incarnation in self._peers:
                 self.quarantine[room] = replace(held, ask_again_at=now + ABORT_AGAIN_SECONDS)
@@ -585,19 +586,21 @@ class ReceiverCore:
         )
 
     def _offer_again(self, entry: ReceiverRoom, now: float) -> list[Action]:
-        """Repeat the current offer (the encoder answers a repeated one with the truth)."""
+        """Repeat the current offer (the encoder answers a repeated one with the confirmed state)."""
         return [self._offer(entry, now)] if entry.state is ReceiverState.OFFERED else []
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def _fail(self, entry: ReceiverRoom, reason: str, code: int, now: float, *, tell_peer: bool = True) -> list[Action]:
+    def _fail(
+        self, entry: ReceiverRoom, reason: str, code: int, now: float, *, notify_peer: bool = True
+    ) -> list[Action]:
         if entry.machine.final:
             return []
         offered = entry.state is ReceiverState.OFFERED
         entry.machine.transition_to(ReceiverState.FAILED)
-        entry.verdict = Verdict(reason, code)
+        entry.outcome = Outcome(reason, code)
         entry.ended = now
-        self.tombstones.put(entry.room, entry.verdict, now + TOMBSTONE_SECONDS)
+        self.tombstones.put(entry.room, entry.outcome, now + TOMBSTONE_SECONDS)
         actions: list[Action] = []
         if offered:
             assert entry.peer is not None
@@ -610,15 +613,15 @@ class ReceiverCore:
             )
             entry.blocks = []
         # Blocks of a window that is being copied are freed by on_copied: the copier still reads them.
-        if tell_peer and entry.peer is not None and not entry.last:
+        if notify_peer and entry.peer is not None and not entry.last:
             actions.append(self._abort_message(entry.peer, entry.room, reason))
         actions.append(Ended(entry.room, success=False, reason=reason, code=code))
         return actions
 
-    def _absolve(self, room: str) -> None:
+    def _release_quarantined(self, room: str) -> None:
         held = self.quarantine.pop(room, None)
         if held is not None:
-            self.allocator.absolve(held.owner, held.blocks)
+            self.allocator.release_quarantined(held.owner, held.blocks)
 
     @staticmethod
     def _abort_message(peer: Peer, room: str, reason: str) -> Send:
@@ -636,7 +639,7 @@ class ReceiverCore:
             "views": sum(len(blocks) for _, blocks in self.views.values()),
             "quarantined": self.allocator.quarantined_count,
             "rooms": dict(Counter(entry.state.value for entry in self.rooms.values())),
-            "unclaimed": len(self.parked),
+            "unclaimed": len(self.unclaimed),
         }
 
     def check_integrity(self) -> None:

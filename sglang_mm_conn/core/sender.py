@@ -42,7 +42,7 @@ from sglang_mm_conn.core.states import (
     StateMachine,
     WindowState,
 )
-from sglang_mm_conn.core.tombstones import Tombstones, Verdict
+from sglang_mm_conn.core.tombstones import Outcome, Tombstones
 
 # A tombstone must outlive the requests and encodes that may still name its room.
 TOMBSTONE_SECONDS = 3600.0
@@ -62,7 +62,7 @@ class RegisteredSession:
     rank: int
     size: int
     geometry: Geometry
-    epochs: tuple[int, ...] = (0,)  # the ways in that exist
+    epochs: tuple[int, ...] = (0,)  # not revoked
     number: int = 0  # of the registration
     most_writes: int = 1 << 30  # at the same time: a destination that hangs must not hold every worker
 
@@ -126,7 +126,7 @@ class SenderRoom:
     checksum: int | None = None
     unheard_since: float | None = None  # no session of its server is registered since then
     busy: bool = False  # a thread serves this room; windows of one room are written in order
-    verdict: Verdict | None = None
+    outcome: Outcome | None = None
 
     @property
     def state(self) -> SenderState:
@@ -166,7 +166,7 @@ class SenderCore:
         # (room, session) -> until, answer: to be repeated after a lost connection
         self._done: OrderedDict[tuple[str, str], tuple[float, Message]] = OrderedDict()
         self._failures: OrderedDict[str, None] = OrderedDict()  # rooms; said to every session that registers
-        # (room, session) -> epoch through which bytes may still land. Forgotten only when that way in is gone: one
+        # (room, session) -> epoch through which bytes may still land. Forgotten only when that epoch is revoked: one
         # forgotten earlier would be called drained.
         self._in_doubt: dict[tuple[str, str], int] = {}
         self._writes: Counter[str] = Counter()  # session -> writes under way
@@ -194,11 +194,11 @@ class SenderCore:
         for room in self._failures:
             # It may have failed before this rank was here, or on a connection that was lost.
             if server_of(room) == session.server and room in self.tombstones:
-                actions.append(Send(session.peer, self._verdict_message(room, session, self.rooms.get(room))))
+                actions.append(Send(session.peer, self._outcome_message(room, session, self.rooms.get(room))))
         return actions
 
     def retire(self, mooncake_session_id: str, epoch: int) -> None:
-        """The language rank took the ways in up to ``epoch`` down: no window is taken for them any more."""
+        """The language rank revoked the epochs up to ``epoch``: no window is taken for them any more."""
         for key in [key for key, one in self._in_doubt.items() if key[1] == mooncake_session_id and one <= epoch]:
             del self._in_doubt[key]
         session = self.sessions.get(mooncake_session_id)
@@ -230,9 +230,9 @@ class SenderCore:
             if (known.total_tokens, known.row_bytes, known.dtype) != (total_tokens, row_bytes, dtype):
                 raise ConnError(f"room {room} was announced before with another size")
             return []
-        verdict = self.tombstones.get(room)
-        if verdict is not None:
-            failed = self._failed(room, verdict, drained=True)
+        outcome = self.tombstones.get(room)
+        if outcome is not None:
+            failed = self._failed(room, outcome, drained=True)
             return [Ended(room, success=False, reason=failed.reason, code=failed.code)]
         entry = SenderRoom(room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now)
         self.rooms[room] = entry
@@ -262,10 +262,10 @@ class SenderCore:
         if room in self.tombstones:
             return []
         server_of(room)  # raises before anything is remembered
-        self.tombstones.put(room, Verdict(reason, code), now + TOMBSTONE_SECONDS)
+        self.tombstones.put(room, Outcome(reason, code), now + TOMBSTONE_SECONDS)
         self._remember_failure(room)
         actions: list[Action] = [
-            Send(session.peer, self._failed(room, Verdict(reason, code), drained=True))
+            Send(session.peer, self._failed(room, Outcome(reason, code), drained=True))
             for session in self._sessions_of(server_of(room))
         ]
         return [*actions, Ended(room, success=False, reason=reason, code=code, peer=f"server {server_of(room)}")]
@@ -284,7 +284,7 @@ class SenderCore:
             done = self._done.get((message.room, session.mooncake_session_id))
             if done is not None:
                 return [Send(peer, done[1])]
-            return [Send(peer, self._verdict_message(message.room, session, entry))]
+            return [Send(peer, self._outcome_message(message.room, session, entry))]
         if session.server == entry.server:
             entry.deadline = min(entry.deadline, now + message.deadline)
             self._next_check = min(self._next_check, entry.deadline)
@@ -296,7 +296,11 @@ class SenderCore:
         info = entry.transfer_infos.get(session.mooncake_session_id)
         if info is not None:
             repeated = info.window == 0 and self._same_offer(info, message)
-            return [self._truth(entry, info, session, "" if repeated or info.window > 0 else "another Init came first")]
+            return [
+                self._status_reply(
+                    entry, info, session, "" if repeated or info.window > 0 else "another Init came first"
+                )
+            ]
         refusal = self._offer_problem(entry, session, message, entry.total_tokens)
         if not refusal and session.server != entry.server:
             refusal = f"the room belongs to language server {entry.server}, not {session.server}"
@@ -327,7 +331,7 @@ class SenderCore:
             )
             return [Send(session.peer, refused)]
         if message.window == info.window and self._same_offer(info, message):
-            return [self._truth(entry, info, session, "")]  # repeated: it changes nothing
+            return [self._status_reply(entry, info, session, "")]  # repeated: it changes nothing
         if info.state is not WindowState.PARTIAL:
             refusal = f"window {info.window} is {info.state.value}"
         elif message.window != info.window + 1:
@@ -337,7 +341,7 @@ class SenderCore:
         else:
             refusal = self._offer_problem(entry, session, message, entry.total_tokens - info.sent_tokens)
         if refusal:
-            return [self._truth(entry, info, session, refusal, message.window)]
+            return [self._status_reply(entry, info, session, refusal, message.window)]
         info.machine.transition_to(WindowState.OFFERED)
         info.window = message.window
         info.epoch = message.epoch
@@ -355,7 +359,7 @@ class SenderCore:
                 return []
             if message.room not in self.tombstones:
                 # The encode may still be on its way here: it ends as soon as it announces.
-                self.tombstones.put(message.room, Verdict(message.reason, 499), now + TOMBSTONE_SECONDS)
+                self.tombstones.put(message.room, Outcome(message.reason, 499), now + TOMBSTONE_SECONDS)
             return [Send(session.peer, Drained(room=message.room))]
         info = entry.transfer_infos.get(session.mooncake_session_id)
         actions: list[Action] = []
@@ -408,8 +412,8 @@ class SenderCore:
             if in_doubt:
                 self._in_doubt[entry.room, session.mooncake_session_id] = write.epoch
             others = self._fail(entry, f"{error} (to {session.mooncake_session_id})", 502, now, except_session=session)
-            assert entry.verdict is not None
-            actions = [Send(session.peer, self._failed(entry.room, entry.verdict, drained=not in_doubt)), *others]
+            assert entry.outcome is not None
+            actions = [Send(session.peer, self._failed(entry.room, entry.outcome, drained=not in_doubt)), *others]
         elif entry.machine.final:
             info.machine.transition_to(WindowState.CLOSED)
             actions = [Send(session.peer, Drained(room=entry.room))]
@@ -418,7 +422,7 @@ class SenderCore:
             entry.elapsed = max(0.0, now - entry.source_at)
             done = info.sent_tokens == entry.total_tokens
             info.machine.transition_to(WindowState.DONE if done else WindowState.PARTIAL)
-            answer = self._truth(entry, info, session, "")
+            answer = self._status_reply(entry, info, session, "")
             actions = [answer]
             if done:
                 key = (entry.room, session.mooncake_session_id)
@@ -429,7 +433,7 @@ class SenderCore:
                 other.state is WindowState.DONE for other in entry.transfer_infos.values()
             ):
                 entry.machine.transition_to(SenderState.SUCCESS)
-                entry.verdict = Verdict("", 200)
+                entry.outcome = Outcome("", 200)
                 actions.append(Ended(entry.room, success=True))
         actions += self._drop_if_over(entry, now)
         session_id = session.mooncake_session_id
@@ -555,7 +559,7 @@ class SenderCore:
             return str(error)
         return ""
 
-    def _truth(
+    def _status_reply(
         self,
         entry: SenderRoom,
         info: TransferEmbeddingInfo,
@@ -589,19 +593,19 @@ class SenderCore:
             ),
         )
 
-    def _verdict_message(self, room: str, session: RegisteredSession, entry: SenderRoom | None) -> Failed:
+    def _outcome_message(self, room: str, session: RegisteredSession, entry: SenderRoom | None) -> Failed:
         """What a session is told about a room that has ended or was never here."""
-        if entry is not None and entry.verdict is not None:
+        if entry is not None and entry.outcome is not None:
             info = entry.transfer_infos.get(session.mooncake_session_id)
             drained = info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
-            return self._failed(room, entry.verdict, drained=drained)
-        verdict = self.tombstones.get(room) or Verdict("the encoder does not know this room", 404)
-        return self._failed(room, verdict, drained=(room, session.mooncake_session_id) not in self._in_doubt)
+            return self._failed(room, entry.outcome, drained=drained)
+        outcome = self.tombstones.get(room) or Outcome("the encoder does not know this room", 404)
+        return self._failed(room, outcome, drained=(room, session.mooncake_session_id) not in self._in_doubt)
 
     @staticmethod
-    def _failed(room: str, verdict: Verdict, *, drained: bool) -> Failed:
-        code = verdict.code if 400 <= verdict.code <= 599 else 410
-        return Failed(room=room, reason=as_text(verdict.reason) or "the room has ended", code=code, drained=drained)
+    def _failed(room: str, outcome: Outcome, *, drained: bool) -> Failed:
+        code = outcome.code if 400 <= outcome.code <= 599 else 410
+        return Failed(room=room, reason=as_text(outcome.reason) or "the room has ended", code=code, drained=drained)
 
     def _fail(
         self, entry: SenderRoom, reason: str, code: int, now: float, *, except_session: RegisteredSession | None = None
@@ -609,7 +613,7 @@ class SenderCore:
         if entry.machine.final:
             return []
         entry.machine.transition_to(SenderState.FAILED)
-        entry.verdict = Verdict(reason, code)
+        entry.outcome = Outcome(reason, code)
         self._remember_failure(entry.room)
         actions: list[Action] = []
         for session in self._sessions_of(entry.server):
@@ -618,7 +622,7 @@ class SenderCore:
             info = entry.transfer_infos.get(session.mooncake_session_id)
             drained = info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
             # One whose write is under way hears Drained when its data call returns.
-            actions.append(Send(session.peer, self._failed(entry.room, entry.verdict, drained=drained)))
+            actions.append(Send(session.peer, self._failed(entry.room, entry.outcome, drained=drained)))
         for info in entry.transfer_infos.values():
             if info.state in (WindowState.OFFERED, WindowState.PARTIAL):
                 info.machine.transition_to(WindowState.CLOSED)
@@ -631,6 +635,6 @@ class SenderCore:
         infos = entry.transfer_infos.values()
         if not entry.machine.final or any(info.state is WindowState.WRITING for info in infos):
             return []
-        assert entry.verdict is not None
-        self.tombstones.put(entry.room, entry.verdict, now + TOMBSTONE_SECONDS)
+        assert entry.outcome is not None
+        self.tombstones.put(entry.room, entry.outcome, now + TOMBSTONE_SECONDS)
         return [] if self.rooms.pop(entry.room, None) is None else [Release(entry.room)]

@@ -9,7 +9,7 @@ from typing import Any
 from sglang_mm_conn.core.errors import SettingError
 
 DATA_PATHS = ("auto", "shm", "mooncake")
-PLACES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda")
 
 
 def _integer(low: int, high: int) -> tuple[Callable[[str], Any], str]:
@@ -107,14 +107,14 @@ class Settings:
     pool_device: str = _setting(
         "SGLANG_MM_CONN_POOL_DEVICE",
         "cpu",
-        _choice(*PLACES),
+        _choice(*DEVICES),
         "memory that the engine reads and writes: a language server's pool, an encoder's staging memory; "
         "cuda: on the GPU, reached over Mooncake only (its CUDA build), on one host too",
     )
     embedding_device: str | None = _setting(
         "SGLANG_MM_CONN_EMBEDDING_DEVICE",
         None,
-        _choice(*PLACES),
+        _choice(*DEVICES),
         "where embeddings are: cuda leaves them on the encoder's GPU until they are sent, and puts them on the "
         "language server's as they arrive, in memory that sglang does not count; unset: as SGLANG_MM_CONN_POOL_DEVICE",
     )
@@ -244,7 +244,7 @@ class Settings:
         return self.data_path != "mooncake" and self.pool_device == "cpu"
 
     @property
-    def embedding_place(self) -> str:
+    def resolved_embedding_device(self) -> str:
         return self.embedding_device or self.pool_device
 
     @property

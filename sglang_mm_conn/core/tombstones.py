@@ -10,7 +10,7 @@ import msgspec
 _REASON_CHARACTERS = 200
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True):
     """How a room ended."""
 
     reason: str
@@ -18,11 +18,11 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Tombstones:
-    """Keeps the verdict on each ended room until its time, at most ``limit`` of them (oldest go first)."""
+    """Keeps the outcome on each ended room until its time, at most ``limit`` of them (oldest go first)."""
 
     def __init__(self, limit: int = 65536) -> None:
         self._limit = limit
-        self._stones: OrderedDict[str, tuple[float, Verdict]] = OrderedDict()
+        self._stones: OrderedDict[str, tuple[float, Outcome]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._stones)
@@ -30,16 +30,16 @@ class Tombstones:
     def __contains__(self, room: str) -> bool:
         return room in self._stones
 
-    def put(self, room: str, verdict: Verdict, until: float) -> None:
-        """Remember ``verdict`` until time ``until``; replaces an older verdict on the same room."""
-        if len(verdict.reason) > _REASON_CHARACTERS:
-            verdict = Verdict(verdict.reason[:_REASON_CHARACTERS], verdict.code)
-        self._stones[room] = (until, verdict)
+    def put(self, room: str, outcome: Outcome, until: float) -> None:
+        """Remember ``outcome`` until time ``until``; replaces an older outcome on the same room."""
+        if len(outcome.reason) > _REASON_CHARACTERS:
+            outcome = Outcome(outcome.reason[:_REASON_CHARACTERS], outcome.code)
+        self._stones[room] = (until, outcome)
         self._stones.move_to_end(room)
         while len(self._stones) > self._limit:
             self._stones.popitem(last=False)
 
-    def get(self, room: str) -> Verdict | None:
+    def get(self, room: str) -> Outcome | None:
         stone = self._stones.get(room)
         return None if stone is None else stone[1]
 

@@ -114,11 +114,12 @@ class Staging:
     engine may still read it.
     """
 
-    def __init__(self, slots: int, slot_bytes: int, device: Device | None = None, place: str = "cpu") -> None:
-        """In host memory, pinned where there is a GPU, or in GPU memory (``place``). Raises MemoryUnavailable."""
+    def __init__(self, slots: int, slot_bytes: int, device: Device | None = None, memory_device: str = "cpu") -> None:
+        """In host memory, pinned where there is a GPU, or in GPU memory (``memory_device``). Raises
+        MemoryUnavailable."""
         self._device = device or Device()
         self._unpin: Callable[[], None] = lambda: None
-        if place == "cpu":
+        if memory_device == "cpu":
             self.memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8)
             # Hazard: memory that is unmapped while it is pinned leaves the GPU a stale mapping of its addresses. So it
             # is unpinned at the latest when nobody refers to this any more.
@@ -126,7 +127,7 @@ class Staging:
             unpin.atexit = False
             self._unpin = unpin
         else:
-            self.memory = self._device.empty(slots * slot_bytes, place)
+            self.memory = self._device.empty(slots * slot_bytes, memory_device)
         self._free = list(self.memory.split(slot_bytes))
         self._lock = threading.Lock()
 
@@ -297,13 +298,13 @@ class MooncakePath:
         staging_bytes: int,
         writers: int,
         device: Device | None = None,
-        place: str = "cpu",
+        memory_device: str = "cpu",
     ) -> None:
         """``writers``: threads that may write at the same time; the staging memory is shared out among their batches.
-        ``place``: where it is (cpu, cuda)."""
+        ``memory_device``: where it is (cpu, cuda)."""
         self._make_engine = make_engine
         self._device = device
-        self._place = place
+        self._memory_device = memory_device
         self._slots = writers * BATCHES
         self.slot_bytes = staging_bytes // self._slots
         self._lock = threading.Lock()
@@ -329,7 +330,7 @@ class MooncakePath:
             if entry is None:
                 only = register.target if register.target in self._failing_targets else ""
                 engine = self._make_engine()
-                staging = Staging(BATCHES if only else self._slots, self.slot_bytes, self._device, self._place)
+                staging = Staging(BATCHES if only else self._slots, self.slot_bytes, self._device, self._memory_device)
                 entry = _Engine(engine, staging, only)
                 self._engines.append(entry)
                 logger.info(

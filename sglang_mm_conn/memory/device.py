@@ -70,23 +70,23 @@ class Device:
     """A process without a GPU, or whose transfers have nothing to do with it. Thread-safe, as are the others."""
 
     name = "cpu"
-    places: tuple[str, ...] = ("cpu",)  # where there is memory
+    memory_devices: tuple[str, ...] = ("cpu",)  # where there is memory
     # Whether nothing is under way any more when ``copy`` has ended, however it ended.
     synchronous = True
 
     def require(self, settings: Settings) -> None:
         """Raises MemoryUnavailable where ``settings`` ask for memory that is not there, naming the one that does."""
-        for variable, place in (
+        for variable, memory_device in (
             ("SGLANG_MM_CONN_POOL_DEVICE", settings.pool_device),
-            ("SGLANG_MM_CONN_EMBEDDING_DEVICE", settings.embedding_place),
+            ("SGLANG_MM_CONN_EMBEDDING_DEVICE", settings.resolved_embedding_device),
         ):
-            if place not in self.places:
-                raise MemoryUnavailable(f"{variable}={place}, but this process computes on {self.name}")
+            if memory_device not in self.memory_devices:
+                raise MemoryUnavailable(f"{variable}={memory_device}, but this process computes on {self.name}")
 
-    def empty(self, nbytes: int, place: str) -> torch.Tensor:
+    def empty(self, nbytes: int, memory_device: str) -> torch.Tensor:
         """New memory (uint8, one dimension) that nobody reads or writes any more. Raises MemoryUnavailable."""
-        if place not in self.places:
-            raise MemoryUnavailable(f"there is no {place} memory in a process that computes on {self.name}")
+        if memory_device not in self.memory_devices:
+            raise MemoryUnavailable(f"there is no {memory_device} memory in a process that computes on {self.name}")
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def mark(self, tensor: torch.Tensor) -> Event:
@@ -135,7 +135,7 @@ def checksum_in_pieces(device: Device, memory: torch.Tensor) -> int:
 class CudaDevice(Device):
     """A process that computes on GPU ``index``: its own memory, and the host's."""
 
-    places = ("cpu", "cuda")
+    memory_devices = ("cpu", "cuda")
     synchronous = False  # what is under way after a CUDA error is not known
 
     def __init__(self, index: int) -> None:
@@ -143,8 +143,8 @@ class CudaDevice(Device):
         self._device = torch.device("cuda", index)
         self._threads = threading.local()
 
-    def empty(self, nbytes: int, place: str) -> torch.Tensor:
-        if place == "cpu":
+    def empty(self, nbytes: int, memory_device: str) -> torch.Tensor:
+        if memory_device == "cpu":
             return torch.empty(nbytes, dtype=torch.uint8)
         # Hazard: torch's allocator hands memory out again as soon as its tensor is gone, although work that reads it
         # may still be queued; it is safe only for work queued behind that, on the stream that it was allocated on. Our
@@ -236,6 +236,6 @@ class _CudaQueue:
 def device_of(device: torch.device, settings: Settings) -> Device:
     """What a process that computes on ``device`` needs under ``settings``. Accelerators other than CUDA's count as
     none; and one that keeps embeddings and pool on the host copies to no GPU: it waits for nothing and pins nothing."""
-    if device.type != "cuda" or (settings.pool_device, settings.embedding_place) == ("cpu", "cpu"):
+    if device.type != "cuda" or (settings.pool_device, settings.resolved_embedding_device) == ("cpu", "cpu"):
         return Device()
     return CudaDevice(torch.cuda.current_device() if device.index is None else device.index)

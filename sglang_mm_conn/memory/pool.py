@@ -12,9 +12,9 @@ from sglang_mm_conn.core.errors import MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_extents
 from sglang_mm_conn.core.messages import Region
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.memory.buffer_cache import lease
 from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.segment import HEADER_BYTES, Segment, free_bytes
-from sglang_mm_conn.memory.warm import lease
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,17 @@ def pool_geometry(settings: Settings, widest_row_bytes: int, *, shared: bool) ->
 
 
 class BlockPool:
-    """``geometry.regions`` regions in a shared segment (``shared``), in anonymous memory, or in GPU memory (``place``).
+    """``geometry.regions`` regions in a shared segment (``shared``), in anonymous memory, or in GPU memory
+    (``memory_device``).
 
     Host memory is pinned where ``device`` is a GPU: copies between the two run at full rate then.
 
     ``regions[i]`` is a uint8 tensor over region i. Who may touch which block is not decided here: see core.receiver.
     """
 
-    def __init__(self, geometry: Geometry, *, shared: bool, device: Device | None = None, place: str = "cpu") -> None:
+    def __init__(
+        self, geometry: Geometry, *, shared: bool, device: Device | None = None, memory_device: str = "cpu"
+    ) -> None:
         """Raises MemoryUnavailable."""
         self.geometry = geometry
         self._device = device or Device()
@@ -52,18 +55,18 @@ class BlockPool:
         if shared:
             self.segment = Segment(payload)
             whole = torch.frombuffer(self.segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
-        elif place == "cpu":
+        elif memory_device == "cpu":
             whole = torch.frombuffer(_anonymous(payload), dtype=torch.uint8)
         else:
-            whole = self._device.empty(payload, place)
-        self._unpin = self._device.pin(whole) if place == "cpu" else lambda: None
+            whole = self._device.empty(payload, memory_device)
+        self._unpin = self._device.pin(whole) if memory_device == "cpu" else lambda: None
         self.regions = list(whole.split(geometry.region_bytes))
         self._whole = whole
-        self._on_gpu = place != "cpu"
+        self._on_gpu = memory_device != "cpu"
         logger.info(
             "Embedding pool: %d blocks of %d bytes in %d regions, %.1f MiB of %s memory",
             geometry.blocks, geometry.block_bytes, geometry.regions, payload / 2**20,
-            "shared" if shared else "private" if place == "cpu" else self._device.name,
+            "shared" if shared else "private" if memory_device == "cpu" else self._device.name,
         )  # fmt: skip
 
     def describe(self) -> list[Region]:
@@ -85,18 +88,18 @@ class BlockPool:
             for extent in window_extents(self.geometry, blocks, nbytes, first_byte)
         )
 
-    def view(self, blocks: Sequence[int], nbytes: int, over: Callable[[], None]) -> torch.Tensor:
-        """The first ``nbytes`` bytes of a window in ``blocks``, which are side by side, where they are (uint8, one
-        dimension). ``over`` is called when nothing refers to them any more (see memory.warm.lease).
+    def view(self, blocks: Sequence[int], nbytes: int, on_release: Callable[[], None]) -> torch.Tensor:
+        """The first ``nbytes`` bytes of a window in ``blocks``, which are contiguous, where they are (uint8, one
+        dimension). ``on_release`` is called when nothing refers to them any more (see memory.buffer_cache.lease).
 
         Its life is all that keeps the blocks: the pool must not be pinned for a device, which would let a copy to the
         device be under way when the last tensor goes.
         """
         first, count = blocks[0], self.geometry.blocks_for(nbytes, 1)
         if list(blocks) != list(range(first, first + len(blocks))) or count > len(blocks):
-            raise ProtocolError(f"{nbytes} bytes in blocks {list(blocks)[:8]}... are not side by side")
+            raise ProtocolError(f"{nbytes} bytes in blocks {list(blocks)[:8]}... are not contiguous")
         at = first * self.geometry.block_bytes
-        return lease(self._whole[at : at + nbytes].numpy(), over)
+        return lease(self._whole[at : at + nbytes].numpy(), on_release)
 
     def close(self) -> None:
         self._unpin()

@@ -1,4 +1,4 @@
-"""The seam to sglang 0.5.23: the only folder that imports sglang's internals, besides the public classes' bases and the
+"""The hook to sglang 0.5.23: the only folder that imports sglang's internals, besides the public classes' bases and the
 benchmark's driver of sglang's own transports (bench/stock.py).
 
 ``register`` is the entry point of group ``sglang.srt.plugins``. Without the flag it only teaches the command line the

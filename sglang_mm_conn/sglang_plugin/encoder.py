@@ -21,11 +21,11 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.memory.heap import keep_freed
+from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import bind_address, reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.names import FLAG, uses_connector
-from sglang_mm_conn.sglang_plugin.processes import DpWorkers, replace_spawn_targets, tell_route
+from sglang_mm_conn.sglang_plugin.processes import DpWorkers, publish_control_port, replace_spawn_targets
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def keep_on_device(original: Any, self: Any, ctx: Any, *, keep_on_gpu: bool) -> 
 def _stays_on_device(encoder: Any, ctx: Any) -> bool:
     return (
         uses_connector(encoder.server_args)
-        and Settings.from_env(os.environ).embedding_place != "cpu"
+        and Settings.from_env(os.environ).resolved_embedding_device != "cpu"
         and not ctx.is_health_check
         and not get_mm().enable_prefix_mm_cache
         and not (ctx.modality == Modality.VIDEO and ctx.preprocess_result.mm_inputs.get("video_audio_features"))
@@ -84,7 +84,7 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
     from sglang.srt.runtime_context import get_serving
 
     settings, host = Settings.from_env(os.environ), get_serving().host
-    keep_freed(settings.heap_kept_bytes, os.environ)
+    raise_trim_threshold(settings.heap_kept_bytes, os.environ)
     _manager = self.conn_multimodal = EmbeddingManager(
         EmbeddingArgs(
             settings=replace(settings, host=settings.host or reached_at(host)),
@@ -99,7 +99,7 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
     )
     assert _manager.encoder is not None
     info, _ = _manager.encoder.bootstrap_info
-    tell_route(info.workers[0])
+    publish_control_port(info.workers[0])
 
 
 def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, Any]]) -> Any:

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 def install() -> None:
     """Teach sglang the name. In a process spawned by a server with the flag, hook everything at once."""
-    from sglang_mm_conn.sglang_plugin import backend_enum, seams
+    from sglang_mm_conn.sglang_plugin import backend_enum, hooks
 
-    seams.check_version()
+    hooks.check_version()
     from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES, add_disagg_transfer_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
@@ -30,7 +30,7 @@ def install() -> None:
         register_resolution_hook("handle_pd_disaggregation")(_resolve_kv_backend)
         register_resolution_hook("handle_encoder_disaggregation")(_resolve_embedding_backend)
     if SERVER_ENV in os.environ:
-        seams.hook_all()
+        hooks.hook_all()
 
 
 def _resolve_kv_backend(server_args: Any, previous: Any) -> None:
@@ -49,7 +49,7 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
     """
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
-    from sglang_mm_conn.sglang_plugin import seams
+    from sglang_mm_conn.sglang_plugin import hooks
 
     cfg = resolving_view(server_args)
     if not uses_connector(server_args) or not (cfg.encoder_only or cfg.language_only):
@@ -66,8 +66,8 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
     _refuse_strangers(cfg, settings)
     declare_resolution(server_args, BACKEND, encoder_transfer_backend="zmq_to_scheduler")
     os.environ[SERVER_ENV] = new_id()
-    seams.hook_all()
-    seams.apply_and_verify()
+    hooks.hook_all()
+    hooks.apply_and_verify()
     if cfg.encoder_only:
         from sglang_mm_conn.sglang_plugin.encoder import start_processes
 

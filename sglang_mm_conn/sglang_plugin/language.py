@@ -36,7 +36,7 @@ from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_sta
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.memory.heap import keep_freed
+from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.idle import wake_on
@@ -172,7 +172,7 @@ class SchedulerReceiver(MMReceiverHTTP):
         self.scheduler_recv_socket = self.scheduler_context = self.scheduler_embedding_port = None
         self._init_mm_processor(server_args, hf_config, model_config=scheduler.model_config)
         settings = Settings.from_env(os.environ)
-        keep_freed(settings.heap_kept_bytes, os.environ)
+        raise_trim_threshold(settings.heap_kept_bytes, os.environ)
         self.manager = EmbeddingManager(
             EmbeddingArgs(
                 settings=settings,
@@ -202,7 +202,7 @@ class SchedulerReceiver(MMReceiverHTTP):
     def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
         """Every tick: take in new requests, poll the waiting ones, answer (ready requests, aborted requests)."""
         assert self.manager.language is not None
-        self.manager.language.completions.clear()  # before the rooms are looked at, so that no ring is lost
+        self.manager.language.completions.clear()  # before the rooms are looked at, so that no notification is lost
         if not self._joined_scheduler:  # it is complete now; it was not when it made this object
             self._joined_scheduler = True
             wake_on(self.scheduler, self.manager.language.completions.fileno(), lambda: bool(self.waiting_list))
@@ -211,7 +211,7 @@ class SchedulerReceiver(MMReceiverHTTP):
         requests, aborted = self._process_waiting_requests(received, WaitingEmbeddingRequest, manager=self.manager)
         if any(request.status == WaitingMMRequestStatus.SUCCESS for request in self.waiting_list):
             # Another rank is not done yet, and nothing tells this one when it is: look again at once.
-            self.manager.language.completions.ring()
+            self.manager.language.completions.notify()
         return ready_first(requests, received), aborted
 
     def _is_stale_error(self, request: Any) -> bool:

@@ -52,7 +52,7 @@ def replace_spawn_targets(dp_size: int) -> DpWorkers:
     return DpWorkers([reader for reader, _ in pipes])
 
 
-def tell_route(worker: Worker) -> None:
+def publish_control_port(worker: Worker) -> None:
     """In a DP worker: the route is told. In the process that has the route, nothing is needed."""
     if _to_route is not None:
         _to_route.send_bytes(msgspec.json.encode(worker))
@@ -88,14 +88,14 @@ def use_our_application() -> None:
 
 
 def hook_this_process() -> None:
-    """Load the plugins and make sure of ours. Raises SeamMismatch."""
+    """Load the plugins and make sure of ours. Raises IncompatibleSglang."""
     from sglang.srt.plugins import load_plugins
 
-    from sglang_mm_conn.sglang_plugin import seams
+    from sglang_mm_conn.sglang_plugin import hooks
 
     load_plugins()
-    seams.hook_all()  # loading may have failed, which sglang only logs
-    seams.apply_and_verify()
+    hooks.hook_all()  # loading may have failed, which sglang only logs
+    hooks.apply_and_verify()
 
 
 def _end_with_parent() -> None:

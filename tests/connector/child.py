@@ -234,7 +234,7 @@ class WorkersMove(Runtime):
     """Every write is a worker's, every copy-out a copier's: one that is held at a gate must not hold the control
     thread."""
 
-    at_once_bytes = alone_bytes = 0
+    inline_limit_bytes = uncontended_inline_limit_bytes = 0
 
 
 class EncoderRole:
@@ -267,7 +267,7 @@ class EncoderRole:
             widest_row_bytes=config["row_bytes"],
             send_timeout=config["send_timeout"],
             data_paths=paths,
-            runtime=Runtime() if config["at_once"] else WorkersMove(),
+            runtime=Runtime() if config["inline"] else WorkersMove(),
         )
 
     def restart(self) -> dict[str, Any]:
@@ -400,9 +400,9 @@ class RankRole:
     def poll(self, room: str) -> int:
         return int(self._rank.poll(room))
 
-    def verdict(self, room: str) -> dict[str, Any]:
-        verdict = self._rank.verdict(room)
-        return {"reason": verdict.reason, "code": verdict.code}
+    def outcome(self, room: str) -> dict[str, Any]:
+        outcome = self._rank.outcome(room)
+        return {"reason": outcome.reason, "code": outcome.code}
 
     def take(self, room: str) -> dict[str, Any]:
         tensor, raw = self._rank.take(room)
@@ -455,7 +455,7 @@ class LanguageRole(RankRole):
             rank=config["rank"],
             size=config["size"],
             make_result=partial(SharedResult, host_index=config["rank"]) if config["leads"] else PrivateResult,
-            runtime=Runtime() if config["at_once"] else WorkersMove(),
+            runtime=Runtime() if config["inline"] else WorkersMove(),
         )
         super().__init__(config, self._endpoint)
         self._history: dict[str, list[int]] = {}
@@ -554,7 +554,7 @@ class LanguageRole(RankRole):
                 "held": core.allocator.held_count,
                 "quarantined": core.allocator.quarantined_count,
                 "rooms": len(core.rooms),
-                "parked": len(core.parked),
+                "unclaimed": len(core.unclaimed),
                 "quarantine": len(core.quarantine),
                 "tombstones": len(core.tombstones),
                 "results": len(endpoint._results),

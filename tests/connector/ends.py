@@ -71,7 +71,7 @@ class Ends:
 
     def finish(self, room: str) -> torch.Tensor:
         wait_for(lambda: self.language.poll(room) in (Poll.Success, Poll.Failed), f"the end of {room}")
-        assert self.language.poll(room) is Poll.Success, self.language.verdict(room)
+        assert self.language.poll(room) is Poll.Success, self.language.outcome(room)
         embedding, _ = self.language.take(room)
         self.language.forget(room)
         return embedding

@@ -216,7 +216,7 @@ class Rank(Child):
 
     def succeeds(self, part: Part, timeout: float = PATIENCE) -> None:
         """Assert that the part arrives, and that it is the part that was sent: P1."""
-        assert self.wait_end(part, timeout) is Poll.Success, self.verdict(part)
+        assert self.wait_end(part, timeout) is Poll.Success, self.outcome(part)
         self.has(part)
         self.forget(part)
 
@@ -227,12 +227,12 @@ class Rank(Child):
     def fails(self, part: Part, timeout: float = PATIENCE) -> dict[str, Any]:
         """Assert that the part fails, and says why."""
         assert self.wait_end(part, timeout) is Poll.Failed
-        verdict = self.verdict(part)
-        assert verdict["reason"] and 400 <= verdict["code"] <= 599, verdict
-        return verdict
+        outcome = self.outcome(part)
+        assert outcome["reason"] and 400 <= outcome["code"] <= 599, outcome
+        return outcome
 
-    def verdict(self, part: Part) -> dict[str, Any]:
-        return dict(self.call("verdict", room=part.room))
+    def outcome(self, part: Part) -> dict[str, Any]:
+        return dict(self.call("outcome", room=part.room))
 
     def abort(self, part: Part, reason: str = "the client is gone") -> None:
         self.call("abort", room=part.room, reason=reason)
@@ -394,13 +394,13 @@ class World:
         send_timeout: float = PATIENCE,
         refusals: dict[str, str] | None = None,
         tamper: tuple[str, ...] = (),
-        at_once: bool = False,
+        inline: bool = False,
         host: str = HOST,
         network: str = "",
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> Encoder:
-        """An encoder process. ``at_once``: it writes small embeddings without a worker, as a real one does; no gate may
+        """An encoder process. ``inline``: it writes small embeddings without a worker, as a real one does; no gate may
         be set then, since it would hold the control thread."""
         config = {
             "host": host,
@@ -411,7 +411,7 @@ class World:
             "send_timeout": send_timeout,
             "refusals": refusals or {},
             "tamper": list(tamper),
-            "at_once": at_once,
+            "inline": inline,
         }
         return self._add(Encoder(self._zygote, "encoder", config, env or {}, self._log("encoder"), network))
 
@@ -424,14 +424,14 @@ class World:
         rank: int = 0,
         size: int = 1,
         leads: bool = False,
-        at_once: bool = True,
+        inline: bool = True,
         host: str = HOST,
         network: str = "",
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> Language:
         """A language process that is registered with ``encoders``. ``network``: as for ``Zygote.fork``. ``leads``: it
-        shares what it receives with followers. ``at_once``: it copies small windows without a copier, as a real one."""
+        shares what it receives with followers. ``inline``: it copies small windows without a copier, as a real one."""
         config = {
             "host": host,
             "settings": self.settings(**settings),
@@ -441,7 +441,7 @@ class World:
             "rank": rank,
             "size": size,
             "leads": leads,
-            "at_once": at_once,
+            "inline": inline,
         }
         language = self._add(Language(self._zygote, "language", config, env or {}, self._log("language"), network))
         for encoder in encoders:

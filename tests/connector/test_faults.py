@@ -102,8 +102,8 @@ def test_a_room_whose_encoder_dies_fails_soon_and_names_the_encoder(world: World
     else:
         start_and_hold(encoder, language, part)
     encoder.kill()
-    verdict = language.fails(part, timeout=NOTICED)
-    assert encoder.url in verdict["reason"] and verdict["code"] == 502
+    outcome = language.fails(part, timeout=NOTICED)
+    assert encoder.url in outcome["reason"] and outcome["code"] == 502
     safe.unharmed()
     language.wait_all_free()
     world.transfer(other, language)
@@ -194,8 +194,8 @@ def test_blocks_of_a_writer_frozen_in_mid_write_are_not_reused_until_it_answers_
     start_and_hold(encoder, language, part)
     blocks = sorted(language.room(part)["blocks"])
     encoder.freeze()
-    verdict = language.fails(part, timeout=NOTICED)
-    assert encoder.url in verdict["reason"]
+    outcome = language.fails(part, timeout=NOTICED)
+    assert encoder.url in outcome["reason"]
     still_quarantined(language, blocks)
     safe.unharmed()
     for _ in range(3):
@@ -383,7 +383,7 @@ def test_an_encode_that_nobody_claims_is_released_after_the_claim_timeout(world:
     safe.unharmed()
     stats = encoder.stats()
     assert (stats["rooms"], stats["sources"], stats["listeners"]) == (0, 0, 0)
-    assert language.stats()["parked"] == 0
+    assert language.stats()["unclaimed"] == 0
     language.expect(late, encoder)
     encoder.offer(late)
     language.succeeds(late)
@@ -408,9 +408,9 @@ def test_a_room_that_outlives_its_deadline_fails_on_both_sides_in_time(world: Wo
     language.expect(part, encoder, timeout=2)
     encoder.announce(part)  # and the embedding never comes
     encoder.wait_ended(part, timeout=4)
-    verdict = language.fails(part, timeout=4)
+    outcome = language.fails(part, timeout=4)
     assert time.monotonic() - started < 4
-    assert verdict["code"] in (408, 504) and "not finished" in verdict["reason"]
+    assert outcome["code"] in (408, 504) and "not finished" in outcome["reason"]
     safe.unharmed()
     language.wait_all_free()
 
@@ -470,8 +470,8 @@ def test_a_failed_data_call_ends_its_room_and_the_worker_lives_on(world: World, 
         encoder.call("gate", room=part.room, window=0, action=failure)
         language.expect(part, encoder)
         encoder.offer(part)
-        verdict = language.fails(part, timeout=NOTICED)
-        assert "data call" in verdict["reason"] and not encoder.wait_ended(part)["success"]
+        outcome = language.fails(part, timeout=NOTICED)
+        assert "data call" in outcome["reason"] and not encoder.wait_ended(part)["success"]
     safe.unharmed()
     for _ in range(3):
         world.transfer(encoder, language)

@@ -103,7 +103,7 @@ def test_a_leader_that_publishes_nothing_costs_a_room_its_deadline_and_no_more(
     assert follower.poll(room) is Poll.Bootstrapping
     time.now += 0.2
     assert follower.poll(room) is Poll.Failed
-    assert follower.verdict(room).code == 408 and "rank 1 got nothing from its leader" in follower.verdict(room).reason
+    assert follower.outcome(room).code == 408 and "rank 1 got nothing from its leader" in follower.outcome(room).reason
     result.publish()
     assert follower.poll(room) is Poll.Failed, "Failed is final"
 
@@ -119,15 +119,15 @@ def test_a_result_that_cannot_be_mapped_fails_the_room_and_says_why(
         assert follower.poll(room) is Poll.Failed
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    verdict = follower.verdict(room)
-    assert verdict.code == 500 and "rank 1 cannot read" in verdict.reason and "Too many open files" in verdict.reason
+    outcome = follower.outcome(room)
+    assert outcome.code == 500 and "rank 1 cannot read" in outcome.reason and "Too many open files" in outcome.reason
 
 
 def test_an_aborted_room_is_not_looked_at_again(follower: FollowerEndpoint, room: str, result: SharedResult) -> None:
     follower.expect(room, ENCODER, 10, "")
     follower.abort(room, "the client is gone")
     result.publish()
-    assert follower.poll(room) is Poll.Failed and follower.verdict(room).reason == "the client is gone"
+    assert follower.poll(room) is Poll.Failed and follower.outcome(room).reason == "the client is gone"
 
 
 def test_rooms_are_known_once_and_nothing_is_kept_of_them(follower: FollowerEndpoint, room: str) -> None:
@@ -137,7 +137,7 @@ def test_rooms_are_known_once_and_nothing_is_kept_of_them(follower: FollowerEndp
     with pytest.raises(ConnError, match="its leader offers"):
         follower.resume_transfer(room, [0], 0, 1)
     follower.forget(room)
-    for ask in (follower.poll, follower.verdict, follower.take):
+    for ask in (follower.poll, follower.outcome, follower.take):
         with pytest.raises(ConnError, match="unknown"):
             ask(room)
     follower.abort(room, "unknown: harmless")
@@ -163,7 +163,7 @@ def test_one_copy_crosses_and_every_rank_of_the_host_has_it(world: World) -> Non
         rank.expect(part, encoder)
     encoder.offer(part)
     for rank in (leader, *followers):
-        assert rank.wait_end(part) is Poll.Success, rank.verdict(part)
+        assert rank.wait_end(part) is Poll.Success, rank.outcome(part)
     for rank in (*followers, leader):
         rank.has(part)  # grids and all
     calls = encoder.calls(part)
@@ -195,7 +195,7 @@ def test_two_hosts_get_two_copies_each_in_windows_of_its_own(shm_world: World) -
     assert followers[1].poll(part) is Poll.Bootstrapping
     encoder.release(part, window=1)
     for rank in (*leaders, *followers):
-        assert rank.wait_end(part) is Poll.Success, rank.verdict(part)
+        assert rank.wait_end(part) is Poll.Success, rank.outcome(part)
         rank.has(part)
     calls = encoder.calls(part)
     for rank, windows in ((0, 3), (1, 12)):
@@ -214,7 +214,7 @@ def test_a_slow_rank_finds_the_result_as_long_as_the_leader_keeps_it(shm_world: 
     for part in (early, late):
         leader.expect(part, encoder)
         encoder.offer(part)
-        assert leader.wait_end(part) is Poll.Success, leader.verdict(part)
+        assert leader.wait_end(part) is Poll.Success, leader.outcome(part)
     slow.thaw()
     slow.expect(late, encoder)  # a rank that hears of the request when everything is over
     for part in (early, late):

@@ -162,7 +162,7 @@ def test_an_embedding_that_could_not_be_computed_fails_its_room_alone(way: str) 
     with opened(way, Broken(), Device(), checksum=False) as ends:
         room = ends.begin(torch.zeros(TOKENS, ROW_BYTES // 4))
         wait_for(lambda: ends.language.poll(room) is Poll.Failed, "the room fails")
-        assert "was not computed: CUDA error" in ends.language.verdict(room).reason
+        assert "was not computed: CUDA error" in ends.language.outcome(room).reason
         wait_for(lambda: ends.language.core.allocator.free_count == BLOCKS, "nothing is in doubt: every block is free")
         rows = torch.ones(TOKENS, ROW_BYTES // 4)
         assert torch.equal(ends.transfer(rows), rows)

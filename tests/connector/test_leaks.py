@@ -11,7 +11,7 @@ from sglang_mm_conn.memory.segment import DIRECTORY
 from tests.connector.processes import BLOCK_SIZE, BLOCKS, Encoder, Language, World, wait_for
 
 ENCODER_TABLES = ("rooms", "sources", "listeners", "queued")
-LANGUAGE_TABLES = ("rooms", "results", "labels", "parked", "quarantine", "held", "quarantined")
+LANGUAGE_TABLES = ("rooms", "results", "labels", "unclaimed", "quarantine", "held", "quarantined")
 
 
 def run_rooms(world: World, encoder: Encoder, language: Language, rooms: int, seed: int) -> int:

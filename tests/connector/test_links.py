@@ -70,11 +70,11 @@ def links(path: FakePath) -> Links:
 
 @contextmanager
 def using(links: Links, epoch: int) -> Iterator[WriteLink]:
-    use = links.use(SESSION, epoch)
+    lease = links.lease(SESSION, epoch)
     try:
-        yield use.link
+        yield lease.link
     finally:
-        use.over()
+        lease.release()
 
 
 def changed(**change: object) -> Register:
@@ -88,7 +88,7 @@ def test_a_link_that_is_given_up_in_mid_write_closes_when_the_write_has_returned
         assert not path.links[0].closed, "closing would say that this process cannot write any more"
         assert not links.has(SESSION, 0)
         with pytest.raises(DataPathError):
-            links.use(SESSION, 0)
+            links.lease(SESSION, 0)
         with pytest.raises(LinkBusy):
             links.open(REGISTER)
     assert path.links[0].closed and len(links) == 0
@@ -110,7 +110,7 @@ def test_a_new_epoch_stands_beside_the_old_one_until_that_is_retired(links: Link
     links.close(SESSION, up_to=0)
     assert [link.closed for link in path.links] == [True, False] and links.has(SESSION, 1)
     with pytest.raises(DataPathError, match="epoch 0"):
-        links.use(SESSION, 0)
+        links.lease(SESSION, 0)
 
 
 def test_who_presents_anothers_session_without_memory_to_show_does_not_cost_it_its_link(

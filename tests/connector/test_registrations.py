@@ -277,7 +277,7 @@ def test_the_grant_of_a_session_that_is_not_this_ranks_is_refused() -> None:
     assert not rank.ready
 
 
-def test_grants_of_a_way_in_that_is_not_the_newest_are_answered_at_the_next_tick_only() -> None:
+def test_grants_of_an_epoch_that_is_not_the_newest_are_answered_at_the_next_tick_only() -> None:
     rank = Rank()
     for _ in range(100):
         rank.encoders.on_registered("encoder", msgspec.structs.replace(GRANT, epoch=7))
@@ -287,7 +287,7 @@ def test_grants_of_a_way_in_that_is_not_the_newest_are_answered_at_the_next_tick
     assert rank.registrations() == 2
 
 
-def test_a_process_that_was_registering_while_a_way_in_was_taken_down_is_told_when_it_is_ready() -> None:
+def test_a_process_that_was_registering_while_an_epoch_was_revoked_is_told_when_it_is_ready() -> None:
     """Those that were ready are told at that moment; this one would keep its old link for ever."""
     rank = Rank()
     rank.sessions.retired = 3

@@ -66,7 +66,7 @@ class CountedExecutor(ThreadPoolExecutor):
 class WatchedRuntime(Runtime):
     """The real one; it notes what an endpoint had when its first thread started, and then watches lock and core."""
 
-    at_once_bytes = alone_bytes = 0  # these embeddings are small, and copiers shall copy them
+    inline_limit_bytes = uncontended_inline_limit_bytes = 0  # these embeddings are small, and copiers shall copy them
     view_least_bytes = 1
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def transfer(ends: Ends, number: int, tokens: int = 100) -> None:
     encoder.add_transfer_request(room, rows, encode_metadata({}, 1 << 20))
     wait_for(lambda: language.poll(room) in (Poll.Success, Poll.Failed), f"the end of {room}")
     if number % 4 != 3:
-        assert language.poll(room) is Poll.Success, language.verdict(room)
+        assert language.poll(room) is Poll.Success, language.outcome(room)
         assert torch.equal(language.take(room)[0].view(torch.float32).reshape(tokens, WIDTH), rows)
     language.forget(room)
 
@@ -223,7 +223,9 @@ class NotedPath:
 
 
 @contextmanager
-def noting_ends(at_once_rows: int, alone_rows: int, *, synchronous: bool = True) -> Iterator[tuple[Ends, NotedPath]]:
+def noting_ends(
+    inline_rows: int, uncontended_rows: int, *, synchronous: bool = True
+) -> Iterator[tuple[Ends, NotedPath]]:
     """Both ends that copy as many rows at once, and of an embedding that is alone, and what notes who writes."""
     noted: list[NotedPath] = []
 
@@ -232,31 +234,31 @@ def noting_ends(at_once_rows: int, alone_rows: int, *, synchronous: bool = True)
         return {"shm": noted[0]}
 
     runtime = WatchedRuntime()
-    runtime.at_once_bytes = at_once_rows * WIDTH * 4
-    runtime.alone_bytes = alone_rows * WIDTH * 4
+    runtime.inline_limit_bytes = inline_rows * WIDTH * 4
+    runtime.uncontended_inline_limit_bytes = uncontended_rows * WIDTH * 4
     with both_ends(runtime, data_paths) as ends:
         yield ends, noted[0]
 
 
 @pytest.mark.parametrize(
-    ("alone_rows", "windows"),
+    ("uncontended_rows", "windows"),
     [(40, {20: "c", 40: "cc"}), (31, {20: "c", 40: "wc"}), (19, {20: "w", 40: "wc"}), (7, {20: "w", 40: "ww"})],
 )
 @pytest.mark.parametrize("tokens", [20, 40])
 @pytest.mark.parametrize("synchronous", [True, False])
 def test_no_worker_is_woken_for_a_small_window_unless_its_write_may_wait_for_others(
-    synchronous: bool, tokens: int, alone_rows: int, windows: dict[int, str]
+    synchronous: bool, tokens: int, uncontended_rows: int, windows: dict[int, str]
 ) -> None:
     """The pool holds 32 rows. Expected is who writes each window: a worker, or whoever hears that it can be written. A
     control thread that waited would leave every other room's messages unread."""
-    with noting_ends(7, alone_rows, synchronous=synchronous) as (ends, path):
+    with noting_ends(7, uncontended_rows, synchronous=synchronous) as (ends, path):
         transfer(ends, 1, tokens)
     by = "".join("w" if name.startswith("mm-conn-transfer-") else "c" for name in path.threads)
     assert by == (windows[tokens] if synchronous else "w" * len(windows[tokens]))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "at_once_rows", "alone_rows", "first"),
+    ("tokens", "inline_rows", "uncontended_rows", "first"),
     [
         (20, 20, 33, "MainThread"),
         (20, 19, 33, "mm-conn-embedding"),
@@ -265,9 +267,9 @@ def test_no_worker_is_woken_for_a_small_window_unless_its_write_may_wait_for_oth
     ],
 )
 def test_who_hands_over_an_embedding_that_is_not_small_writes_none_of_its_windows(
-    tokens: int, at_once_rows: int, alone_rows: int, first: str
+    tokens: int, inline_rows: int, uncontended_rows: int, first: str
 ) -> None:
-    with noting_ends(at_once_rows, alone_rows) as (ends, path):
+    with noting_ends(inline_rows, uncontended_rows) as (ends, path):
         encoder, language, url, _ = ends
         room = new_room_base(language.server)
         encoder.announce(room, tokens, WIDTH * 4, "float32", lambda ended: None)
@@ -299,7 +301,7 @@ def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_
 ) -> None:
     """Half of the pool, 16 rows, may be views; copying one row is too much for the control thread here."""
     runtime = WatchedRuntime()
-    runtime.at_once_bytes = WIDTH * 4 - 1
+    runtime.inline_limit_bytes = WIDTH * 4 - 1
     with both_ends(runtime, checksum=checksum) as ends:
         transfer(ends, 1, tokens)
     (copiers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-copier"]
@@ -307,14 +309,14 @@ def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_
 
 
 @pytest.mark.parametrize(
-    ("checksum", "at_once_rows", "copies"), [(False, 32, 0), (False, 31, 3), (True, 32, 1), (True, 31, 4)]
+    ("checksum", "inline_rows", "copies"), [(False, 32, 0), (False, 31, 3), (True, 32, 1), (True, 31, 4)]
 )
 def test_no_mover_is_woken_for_a_small_window_unless_the_whole_embedding_is_read_after_it(
-    checksum: bool, at_once_rows: int, copies: int
+    checksum: bool, inline_rows: int, copies: int
 ) -> None:
     """The pool holds 32 rows: three windows, and one of four rows."""
     runtime = WatchedRuntime()
-    runtime.at_once_bytes = at_once_rows * WIDTH * 4
+    runtime.inline_limit_bytes = inline_rows * WIDTH * 4
     with both_ends(runtime, checksum=checksum) as ends:
         transfer(ends, 1, 100)
     (copiers,) = [executor for executor in runtime.executors if executor.name == "mm-conn-copier"]

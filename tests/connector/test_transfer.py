@@ -26,10 +26,10 @@ def receive_all(language: Language, parts: list[Part]) -> None:
     language.wait_all_free()
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["by workers", "at once"])
-def test_rooms_of_mixed_sizes_at_once_keep_their_bytes_apart(world: World, at_once: bool) -> None:
-    encoder = world.encoder(at_once=at_once)
-    language = world.language(encoder, at_once=at_once)
+@pytest.mark.parametrize("inline", [False, True], ids=["by workers", "at once"])
+def test_rooms_of_mixed_sizes_at_once_keep_their_bytes_apart(world: World, inline: bool) -> None:
+    encoder = world.encoder(inline=inline)
+    language = world.language(encoder, inline=inline)
     sizes = random.Random(1)
     parts = [
         world.part(language, sizes.choice([1, 7, 100, 333, POOL_TOKENS, POOL_TOKENS + 1]), sizes.choice([8, 96, WIDTH]))
@@ -56,7 +56,7 @@ def test_an_announcement_may_come_before_the_request_that_claims_it(world: World
     language = world.language(encoder)
     part = world.part(language, 40)
     encoder.offer(part)
-    wait_for(lambda: language.stats()["parked"] == 1, "the announcement is parked")
+    wait_for(lambda: language.stats()["unclaimed"] == 1, "the announcement is unclaimed")
     language.expect(part, encoder)
     language.succeeds(part)
 

@@ -64,7 +64,7 @@ class Ends:
 
     def finish(self, room: str) -> torch.Tensor:
         wait_for(lambda: self.language.poll(room) in (Poll.Success, Poll.Failed), f"the end of {room}")
-        assert self.language.poll(room) is Poll.Success, self.language.verdict(room)
+        assert self.language.poll(room) is Poll.Success, self.language.outcome(room)
         taken = self.language.take(room)[0]
         self.language.forget(room)
         return taken

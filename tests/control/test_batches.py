@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from sglang_mm_conn.control.batches import MOST_BYTES, MOST_FRAMES, batches, frames_in
 from sglang_mm_conn.control.client import ControlClient
-from sglang_mm_conn.control.complaints import LINES
 from sglang_mm_conn.control.loop import BATCH
+from sglang_mm_conn.control.rate_limited_log import LINES
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_mm_conn.control.client import ControlClient
-from sglang_mm_conn.control.complaints import Complaints
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.control.thread import ControlThread
 from tests.connector.processes import wait_for
@@ -104,7 +104,7 @@ def test_work_that_was_left_before_the_end_is_done(control: ControlThread) -> No
 def test_what_one_piece_of_work_sends_leaves_before_the_next_is_done() -> None:
     """The next may be a long copy."""
     sent: list[str] = []
-    control = ControlThread(lambda peer, batch: sent.append(peer), nothing, nothing, 1000.0, Complaints(LOGGER))
+    control = ControlThread(lambda peer, batch: sent.append(peer), nothing, nothing, 1000.0, RateLimitedLog(LOGGER))
     control.call(lambda: control.send("first", b"frame"))
     control.call(lambda: sent.append("work"))
     control._run_work()

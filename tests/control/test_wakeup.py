@@ -1,4 +1,4 @@
-"""The bell between threads: no ring is lost, though one that is still to be heard is not repeated."""
+"""The wake-up between threads: no notification is lost, and one that is pending is not repeated."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def heard(wakeup: Wakeup, seconds: float = 0.0) -> bool:
 def test_it_is_heard_until_it_is_cleared_and_again_after_that() -> None:
     wakeup = Wakeup()
     assert not heard(wakeup)
-    wakeup.ring()
-    wakeup.ring()
+    wakeup.notify()
+    wakeup.notify()
     assert heard(wakeup)
     wakeup.clear()
     assert not heard(wakeup)
     wakeup.clear()  # for nothing
-    wakeup.ring()
+    wakeup.notify()
     assert heard(wakeup)
     wakeup.close()
-    wakeup.ring()  # changes nothing any more
+    wakeup.notify()  # changes nothing any more
 
 
 def test_no_work_that_was_added_before_a_ring_is_left_undone() -> None:
     wakeup, work, done = Wakeup(), deque[int](), 0
     threads = [
-        threading.Thread(target=lambda: [(work.append(number), wakeup.ring()) for number in range(20_000)])
+        threading.Thread(target=lambda: [(work.append(number), wakeup.notify()) for number in range(20_000)])
         for _ in range(3)
     ]
     for thread in threads:
@@ -50,16 +50,16 @@ def test_no_work_that_was_added_before_a_ring_is_left_undone() -> None:
     wakeup.close()
 
 
-def test_a_finalizer_may_ring_in_the_middle_of_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finalizer_may_notify_in_the_middle_of_a_notify(monkeypatch: pytest.MonkeyPatch) -> None:
     wakeup, write = Wakeup(), os.eventfd_write
 
     def finalized_meanwhile(fd: int, value: int) -> None:
-        wakeup._rung = False
+        wakeup._notified = False
         monkeypatch.setattr(os, "eventfd_write", write)
-        wakeup.ring()
+        wakeup.notify()
         write(fd, value)
 
     monkeypatch.setattr(os, "eventfd_write", finalized_meanwhile)
-    wakeup.ring()
+    wakeup.notify()
     assert heard(wakeup)
     wakeup.close()

@@ -436,7 +436,7 @@ class Wire:
         """Nothing is left of any room but tombstones: every block is free."""
         assert not self.encoder.rooms
         for rank in self.ranks:
-            assert not rank.core.quarantine and not rank.core.parked
+            assert not rank.core.quarantine and not rank.core.unclaimed
             assert rank.core.allocator.free_count == self.geometry.blocks
             for room in list(rank.core.rooms):
                 rank.core.forget(room)

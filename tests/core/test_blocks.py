@@ -68,10 +68,10 @@ Operation = Callable[[BlockAllocator], None]
         lambda a: a.quarantine("other", [0]),
         lambda a: a.quarantine("owner", [3]),  # a second time
         lambda a: a.quarantine("owner", [0, 3]),
-        lambda a: a.absolve("owner", [0]),  # not in quarantine
-        lambda a: a.absolve("other", [3]),
-        lambda a: a.absolve("owner", [3, 3]),
-        lambda a: a.absolve("owner", [3, 0]),
+        lambda a: a.release_quarantined("owner", [0]),  # not in quarantine
+        lambda a: a.release_quarantined("other", [3]),
+        lambda a: a.release_quarantined("owner", [3, 3]),
+        lambda a: a.release_quarantined("owner", [3, 0]),
     ],
 )
 def test_a_wrong_owner_or_a_second_time_is_refused_and_changes_nothing(operation: Operation) -> None:
@@ -101,11 +101,13 @@ def test_quarantined_blocks_are_counted_and_not_handed_out() -> None:
     assert (allocator.free_count, allocator.held_count, allocator.quarantined_count) == (0, 0, 2)
     with pytest.raises(AllocatorError):
         allocator.allocate("b", 1)
-    allocator.absolve("a", [1, 0])
+    allocator.release_quarantined("a", [1, 0])
     assert allocator.allocate("b", 2) == [0, 1]
 
 
-@pytest.mark.parametrize("damage", [
+@pytest.mark.parametrize(
+    "damage",
+    [
         lambda a: a._add_run(0, 1),
         lambda a: a._remove_run(2),
         lambda a: a._held.clear(),
@@ -174,8 +176,8 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.doubtful[owner] |= set(blocks)
 
     @rule(owner=owners, blocks=subset)
-    def absolve(self, owner: str, blocks: list[int]) -> None:
-        self._try(self.allocator.absolve, owner, blocks, self.doubtful)
+    def release_quarantined(self, owner: str, blocks: list[int]) -> None:
+        self._try(self.allocator.release_quarantined, owner, blocks, self.doubtful)
 
     @invariant()
     def nothing_is_doubled_or_lost(self) -> None:

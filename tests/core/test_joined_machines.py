@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_mm_conn.core.receiver import PARKED_LIMIT
+from sglang_mm_conn.core.receiver import UNCLAIMED_LIMIT
 from tests.core.harness import Rank, Wire
 
 Index = st.integers(0, 31)
@@ -166,7 +166,7 @@ class JoinedMachine(RuleBasedStateMachine):
     def a_room_that_waits_holds_no_blocks(self) -> None:
         for rank in self.wire.ranks if hasattr(self, "wire") else ():
             rank.core.check_integrity()
-            assert len(rank.core.parked) <= PARKED_LIMIT
+            assert len(rank.core.unclaimed) <= UNCLAIMED_LIMIT
             for entry in rank.core._waiting:
                 assert not entry.blocks or entry.state.value != "queued"
 
@@ -191,7 +191,7 @@ class JoinedMachine(RuleBasedStateMachine):
         assert not wire.encoder.rooms and not wire.writing and not any(wire.chunks)
         doubtful = {(late.room, late.session.mooncake_session_id) for late in wire.late}
         for rank in wire.ranks:
-            assert rank.core.allocator.held_count == 0 and not rank.core.parked
+            assert rank.core.allocator.held_count == 0 and not rank.core.unclaimed
             for room in list(rank.core.rooms):
                 assert rank.core.rooms[room].machine.final and room in rank.ended
                 rank.core.forget(room)

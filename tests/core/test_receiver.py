@@ -169,7 +169,7 @@ def test_an_announcement_that_comes_before_its_request_waits_for_it() -> None:
     wire.announce(room, 100)
     wire.compute(room)
     wire.settle()
-    assert not wire.to_encoder and room in wire.rank.core.parked
+    assert not wire.to_encoder and room in wire.rank.core.unclaimed
     wire.expect(room)
     wire.settle()
     assert wire.succeeded(room)
@@ -193,7 +193,7 @@ def test_an_announcement_that_no_request_claims_releases_its_encode_soon() -> No
     wire.compute(room)
     wire.deliver()
     wire.tick(29.0)
-    assert room in wire.rank.core.parked
+    assert room in wire.rank.core.unclaimed
     wire.tick(1.0)
     wire.settle()
     assert wire.encoder_ended[room].code == 499 and "no request claimed" in wire.encoder_ended[room].reason
@@ -263,19 +263,19 @@ def test_a_stale_success_is_not_found_by_a_room_of_the_same_name() -> None:
         wire.expect(room)
 
 
-def test_parked_announcements_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver, "PARKED_LIMIT", 3)
+def test_unclaimed_announcements_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "UNCLAIMED_LIMIT", 3)
     wire = Wire()
     for _ in range(5):
         wire.announce(wire.room(), 10)
     wire.deliver()
-    assert len(wire.rank.core.parked) == 3
+    assert len(wire.rank.core.unclaimed) == 3
 
 
 def test_an_encoder_that_announces_nonsense_leaves_room_for_the_announcements_of_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(receiver, "PARKED_LIMIT", 3)
+    monkeypatch.setattr(receiver, "UNCLAIMED_LIMIT", 3)
     core = Wire().rank.core
     for incarnation in ("mad", "sane"):
         core.peer_ready(Peer(incarnation, "127.0.0.1:1", "shm"), 0.0)
@@ -286,9 +286,9 @@ def test_an_encoder_that_announces_nonsense_leaves_room_for_the_announcements_of
 
     said = [announce("mad") for _ in range(5)]
     assert [len(actions) for actions in said] == [0, 0, 0, 1, 1], "what is too much is aborted"
-    assert not announce("sane") and len(core.parked) == 4
+    assert not announce("sane") and len(core.unclaimed) == 4
     core.tick(1e6)
-    assert not core.parked and not announce("mad") and not announce("sane"), "what has gone counts no more"
+    assert not core.unclaimed and not announce("mad") and not announce("sane"), "what has gone counts no more"
 
 
 def test_an_encoder_that_cannot_be_used_fails_only_what_waits_for_it() -> None:
@@ -862,7 +862,7 @@ def test_a_lost_abort_is_said_again_until_the_blocks_are_proven_free(write_ends:
     wire.assert_baseline()
 
 
-def test_a_room_that_failed_meanwhile_is_answered_with_the_verdict() -> None:
+def test_a_room_that_failed_meanwhile_is_answered_with_the_outcome() -> None:
     wire, room = at_offered()
     wire.drop()
     wire.perform_encoder(wire.encoder.fail(room, "out of memory", 500, wire.now))
@@ -900,7 +900,7 @@ def test_announcements_of_a_lost_process_are_not_claimed_later() -> None:
     wire.deliver()
     wire.restart_encoder()
     wire.expect(room)
-    assert wire.rank.core.rooms[room].state is ReceiverState.EXPECTED and not wire.rank.core.parked
+    assert wire.rank.core.rooms[room].state is ReceiverState.EXPECTED and not wire.rank.core.unclaimed
 
 
 # -- nothing grows -------------------------------------------------------------------------------------------------
@@ -944,7 +944,7 @@ def test_check_integrity_sees_blocks_that_no_room_accounts_for() -> None:
         wire.rank.core.check_integrity()
 
 
-# -- ways in and their epochs (Mooncake) -------------------------------------------------------------------------------
+# -- engine epochs (Mooncake) ------------------------------------------------------------------------------------------
 
 
 def _in_doubt_on_mooncake() -> tuple[Wire, str]:
@@ -959,20 +959,20 @@ def _in_doubt_on_mooncake() -> tuple[Wire, str]:
     return wire, room
 
 
-def test_blocks_in_doubt_are_free_when_their_way_in_is_gone_and_not_before() -> None:
+def test_blocks_in_doubt_are_free_when_their_epoch_is_revoked_and_not_before() -> None:
     wire, _ = _in_doubt_on_mooncake()
     core, session = wire.rank.core, wire.rank.session_id
     assert core.in_doubt_since("mooncake") == wire.now and core.in_doubt_since("shm") is None
     core.writer_gone(wire.incarnation, wire.now)  # a proof for shared memory only
-    core.way_in_gone("10.9.9.9:9", 0, wire.now)  # another session
-    core.way_in_gone(session, -1, wire.now)  # an earlier way in
+    core.epoch_revoked("10.9.9.9:9", 0, wire.now)  # another session
+    core.epoch_revoked(session, -1, wire.now)  # an earlier epoch
     assert core.allocator.quarantined_count == 8
-    core.way_in_gone(session, 0, wire.now)
+    core.epoch_revoked(session, 0, wire.now)
     assert core.allocator.quarantined_count == 0 and core.in_doubt_since("mooncake") is None
     core.check_integrity()
 
 
-def test_a_way_in_is_in_use_as_long_as_a_peer_may_be_offered_it_or_a_healthy_window_is_open() -> None:
+def test_an_epoch_is_in_use_as_long_as_a_peer_may_be_offered_it_or_a_healthy_window_is_open() -> None:
     wire = Wire(path="mooncake", first_offer=1024)
     room = wire.start(2000)
     wire.deliver()

@@ -6,7 +6,7 @@ model knows the *truth*: for each offer, whether its encoder may still write it.
 
 Seen to fail when, in the core: quarantine was skipped on failure; any confirmation counted as proof for any window;
 the claimed count was not compared; another process' word was a proof; the queue was served from its tail; blocks that
-became free served nobody; an unasked Drained freed them; a destroyed way in freed those of a newer epoch, or was called
+became free served nobody; an unasked Drained freed them; a revoked epoch freed those of a newer one, or was called
 unused with a healthy window in it; an offer was not repeated to who had lost it; a waiting room had no deadline.
 """
 
@@ -191,7 +191,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         assert 1 <= offer.tokens <= self.sizes[room][0] - first
         assert offer.tokens * row <= len(offer.blocks) * BLOCK_BYTES, "more was offered than there is room for"
         assert window or self.first_offer is None or offer.tokens <= self.first_offer
-        assert offer.epoch == self.epoch or encoder.path == "shm", "offered for a way in that is on its way out"
+        assert offer.epoch == self.epoch or encoder.path == "shm", "offered for an epoch that is being revoked"
         ahead = self.waiting[: self.waiting.index(room)] if room in self.waiting else self.waiting
         assert not [one for one in ahead if one not in self.ended], "somebody has waited longer"
         self.waiting = [one for one in self.waiting if one != room]
@@ -364,7 +364,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         """The last tensor on a view is gone; until now its bytes were nobody else's."""
         offer = self.views.pop(index)
         assert [self.memory[cell] for cell in self.cells(offer)] == self.content(offer), "a view was overwritten"
-        self.perform(self.core.view_over(offer.room, self.now))
+        self.perform(self.core.view_released(offer.room, self.now))
 
     def go_on(self, choices: list[int]) -> None:
         for choice in choices:
@@ -525,27 +525,27 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.perform(self.core.writer_gone(self.unproven.pop(0).incarnation, self.now))
 
     @rule()
-    def new_way_in(self) -> None:
+    def new_epoch(self) -> None:
         """A second engine stands beside the first; the encoder registers for it."""
         if self.epoch == self.destroyed + 1:
             self.epoch += 1
             self.connect(self.encoders[1])
 
     @rule()
-    def old_way_in_is_destroyed(self) -> None:
+    def old_epoch_is_revoked(self) -> None:
         old = self.epoch - 1
         session = self.encoders[1].session
         if old <= self.destroyed or self.core.is_in_use(session, old):
             return
         for offer in self.offers:
             if offer.encoder.path == "mooncake" and offer.epoch <= old:
-                assert offer.confirmed or offer.room in self.ended, "a healthy window lost its way in"
+                assert offer.confirmed or offer.room in self.ended, "the epoch of a healthy window was revoked"
         self.destroyed = old
         doubted = set(self.core.quarantine)
-        self.perform(self.core.way_in_gone(session, old, self.now))
+        self.perform(self.core.epoch_revoked(session, old, self.now))
         for room in doubted & set(self.core.quarantine):
             last = [offer for offer in self.offers if offer.room == room][-1]
-            assert last.encoder.path == "shm" or last.epoch > old, "in doubt though its way in does not exist"
+            assert last.encoder.path == "shm" or last.epoch > old, "in doubt though its epoch was revoked"
 
     # -- what holds ----------------------------------------------------------------------------------------------
 
@@ -596,9 +596,9 @@ class ReceiverMachine(RuleBasedStateMachine):
         while self.unproven:
             self.death_is_proven()
         for _ in range(2):  # one that had begun, and one that ends every doubt
-            self.new_way_in()
+            self.new_epoch()
             self.come_to_rest()
-            self.old_way_in_is_destroyed()
+            self.old_epoch_is_revoked()
         self.come_to_rest()
         for encoder in self.encoders:
             for room, served in encoder.rooms.items():
@@ -607,7 +607,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.come_to_rest()
         assert set(self.ended) == set(self.deadlines) and not self.copies
         assert self.allocator.free_count == self.blocks, "blocks were never given back"
-        assert not self.core.quarantine and not self.core.parked
+        assert not self.core.quarantine and not self.core.unclaimed
         self.dispatch(rows=20, row=5)
         room = list(self.sizes)[-1]
         self.expect(len(self.sizes) - 1, 60.0)
@@ -673,9 +673,9 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
         (1, lambda: walk.names < 12 and walk.die(side())),
         (1, lambda: walk.names < 12 and (walk.die(side()), walk.death_is_proven(), walk.bytes_land(0, 1.0))),
         (1, lambda: walk.unproven and walk.death_is_proven()),
-        (2, walk.new_way_in),
-        (2, walk.old_way_in_is_destroyed),
-        (2, lambda: (walk.new_way_in(), walk.old_way_in_is_destroyed())),
+        (2, walk.new_epoch),
+        (2, walk.old_epoch_is_revoked),
+        (2, lambda: (walk.new_epoch(), walk.old_epoch_is_revoked())),
     ]
     for _ in range(300):
         chance.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()

@@ -1,4 +1,5 @@
-"""The encoder's core: what it takes, what it refuses with the truth, and when it says that no write is to come."""
+"""The encoder's core: what it takes, what it refuses with the confirmed state, and when it says that no write is to
+come."""
 
 from __future__ import annotations
 
@@ -241,7 +242,7 @@ def test_a_second_init_does_not_overwrite_the_progress_of_the_first() -> None:
     assert frozen(wire.encoder.rooms[room]) == before
 
 
-def test_an_init_that_arrives_in_a_later_window_is_answered_with_the_truth_and_changes_nothing() -> None:
+def test_an_init_that_arrives_in_a_later_window_is_answered_with_the_confirmed_state_and_changes_nothing() -> None:
     wire, room = at_partial()
     wire.deliver_to_encoder(wire.rank)
     before = frozen(wire.encoder.rooms[room])
@@ -371,7 +372,7 @@ def test_a_resume_queues_new_work_on_the_stored_queue() -> None:
         ({"dst_embedding_indices": [*range(7), 0]}, "twice"),
     ],
 )
-def test_a_resume_that_does_not_fit_is_answered_with_the_truth_and_changes_nothing(
+def test_a_resume_that_does_not_fit_is_answered_with_the_confirmed_state_and_changes_nothing(
     change: dict[str, object], reason: str
 ) -> None:
     wire, room = at_partial()

@@ -265,7 +265,8 @@ class SenderMachine(RuleBasedStateMachine):
     # -- what ranks say ------------------------------------------------------------------------------------------
 
     def say(self, rank: Rank, message: Init | Resume) -> None:
-        """Exactly an offer that fits is taken; any other is answered at once, with the truth, and changes nothing."""
+        """Exactly an offer that fits is taken; any other is answered at once, with the confirmed state, and changes
+        nothing."""
         self.history.append((rank, message))
         if not rank.peer:
             with pytest.raises(ProtocolError):
@@ -447,7 +448,7 @@ class SenderMachine(RuleBasedStateMachine):
             assert not room.open or one.session not in room.parts, "a lost rank's room goes on"
 
     @rule(rank=st.integers(0, 2))
-    def new_way_in(self, rank: int) -> None:
+    def new_epoch(self, rank: int) -> None:
         """A rank replaces its engine: the new epoch stands beside the old until no healthy window needs that."""
         one = self.ranks[rank % len(self.ranks)]
         if len(one.epochs) == 1 and one.peer:
@@ -456,7 +457,7 @@ class SenderMachine(RuleBasedStateMachine):
             self.register(one)
 
     @rule(rank=st.integers(0, 2))
-    def old_way_in_is_destroyed(self, rank: int) -> None:
+    def old_epoch_is_revoked(self, rank: int) -> None:
         one = self.ranks[rank % len(self.ranks)]
         parts = [room.parts.get(one.session) for room in self.rooms.values() if room.open]
         healthy = [part for part in parts if part and part.state in ("offered", "writing")]
@@ -581,7 +582,7 @@ class SenderMachine(RuleBasedStateMachine):
         assert not self.core.rooms and not self.core._writes and not self.core._deferred
         for room in self.rooms.values():
             assert room.released or not room.announced
-            for rank in self.ranks_of(room):  # whoever asks again hears the verdict, and that it may reuse its blocks
+            for rank in self.ranks_of(room):  # whoever asks again hears the outcome, and that it may reuse its blocks
                 self.say(rank, self.offer(rank, room, 1, [0], 1, 1))
 
 
@@ -622,8 +623,8 @@ def test_long_walks_in_which_most_goes_well(seed: int) -> None:
         (2, lambda: walk.connect(number(), 1)),
         (1, lambda: walk.connect(number(), number() % 4)),
         (1, lambda: walk.silence(number())),
-        (2, lambda: walk.new_way_in(number())),
-        (2, lambda: walk.old_way_in_is_destroyed(number())),
+        (2, lambda: walk.new_epoch(number())),
+        (2, lambda: walk.old_epoch_is_revoked(number())),
         (3, lambda: walk.time_passes(chance.choice([0.1, 1.0, 5.0]))),
     ]
     for _ in range(300):

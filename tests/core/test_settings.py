@@ -116,9 +116,9 @@ def test_a_pool_is_shared_memory_where_it_can_be(data_path: str, pool_device: st
 
 
 def test_embeddings_are_where_the_pool_is_unless_told_otherwise() -> None:
-    assert Settings(pool_device="cuda").embedding_place == "cuda"
-    assert Settings(pool_device="cuda", embedding_device="cpu").embedding_place == "cpu"
-    assert Settings(embedding_device="cuda").embedding_place == "cuda"
+    assert Settings(pool_device="cuda").resolved_embedding_device == "cuda"
+    assert Settings(pool_device="cuda", embedding_device="cpu").resolved_embedding_device == "cpu"
+    assert Settings(embedding_device="cuda").resolved_embedding_device == "cuda"
 
 
 def test_other_variables_are_none_of_ours() -> None:

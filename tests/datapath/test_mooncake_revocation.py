@@ -1,4 +1,4 @@
-"""What takes a way in down for certain, with the real engine: destroying it does, unregistering memory does not."""
+"""What revokes an epoch for certain, with the real engine: destroying it does, unregistering memory does not."""
 
 import gc
 import os

@@ -100,12 +100,12 @@ class Bed:
     """A path, its engines, and memory to write into."""
 
     def __init__(
-        self, geometry: Geometry, staging_bytes: int = 4096, device: Device | None = None, place: str = "cpu"
+        self, geometry: Geometry, staging_bytes: int = 4096, device: Device | None = None, memory_device: str = "cpu"
     ) -> None:
         self.geometry = geometry
         self.engines: list[FakeEngine] = []
         self.codes: list[int | Exception] = []
-        self.path = MooncakePath(self.make, staging_bytes, WRITERS, device, place)
+        self.path = MooncakePath(self.make, staging_bytes, WRITERS, device, memory_device)
         self.regions = [torch.zeros(geometry.region_bytes, dtype=torch.uint8) for _ in range(geometry.regions)]
 
     def make(self) -> FakeEngine:
@@ -420,12 +420,12 @@ def test_a_released_permit_goes_to_the_thread_that_has_waited_longest() -> None:
         threads.append(threading.Thread(target=lambda number=number: order.append(number * permits.acquire(wait=True))))
         threads[-1].start()
         deadline = time.monotonic() + 30
-        while len(turns._waiting) <= number:
+        while len(permits._waiting) <= number:
             assert time.monotonic() < deadline
             time.sleep(0.001)
     for number, thread in enumerate(threads):
         permits.release()
-        assert not permits.acquire(wait=False), "who gives a turn back comes after those who wait"
+        assert not permits.acquire(wait=False), "a thread that releases a permit queues behind the waiting ones"
         thread.join(30)
         assert order == list(range(number + 1))
     permits.release()
@@ -491,12 +491,12 @@ def test_a_session_id_brackets_an_ipv6_address(host: str, session: str) -> None:
 # -- GPU memory ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_the_engine_reads_staging_memory_only_when_the_copies_into_it_have_happened(place: str) -> None:
+@pytest.mark.parametrize("memory_device", ["cpu", "cuda"])
+def test_the_engine_reads_staging_memory_only_when_the_copies_into_it_have_happened(memory_device: str) -> None:
     """The engine knows no streams: what it is given must be there."""
     source = torch.randint(1, 256, (700,), dtype=torch.uint8)
     for device in (AsynchronousDevice(), AsynchronousDevice(0.5), CarelessDevice()):
-        bed = Bed(Geometry(64, 50, 2), 44, device, place)
+        bed = Bed(Geometry(64, 50, 2), 44, device, memory_device)
         link, _, _ = bed.link()
         link.write(source, window_extents(bed.geometry, list(range(20)), 700))
         arrived = torch.equal(bed.received(list(range(20)), 700), source)

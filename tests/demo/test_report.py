@@ -1,4 +1,4 @@
-"""The demo's verdict and its command line."""
+"""The demo's outcome and its command line."""
 
 import io
 import subprocess

@@ -181,8 +181,8 @@ class _Room:
                     raise Broken("WRONG BYTES: the room ended in Success and holds something else than was sent")
                 end.at, end.success = time.monotonic(), True
             elif state is Poll.Failed:
-                verdict = end.child.verdict(self.part)
-                end.at, end.code, end.reason = time.monotonic(), verdict["code"], verdict["reason"]
+                outcome = end.child.outcome(self.part)
+                end.at, end.code, end.reason = time.monotonic(), outcome["code"], outcome["reason"]
         elif not any(rest.successor for rest in self.rest):  # it knows the room
             ended = end.child.call("ended", room=self.part.room)
             if ended is not None:

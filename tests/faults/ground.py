@@ -34,7 +34,7 @@ MOONCAKE_TIMEOUTS = {
     "MC_TCP_STATUS_TIMEOUT_SEC": "5", "MC_TCP_PROGRESS_TIMEOUT_SEC": "5", "MC_TRANSFER_TIMEOUT": "5",
 }  # fmt: skip
 ENCODER_TABLES = ("rooms", "sources", "listeners", "queued")
-LANGUAGE_TABLES = ("rooms", "results", "labels", "parked", "quarantine", "held", "quarantined")
+LANGUAGE_TABLES = ("rooms", "results", "labels", "unclaimed", "quarantine", "held", "quarantined")
 _cables_lock = threading.Lock()
 
 
@@ -77,11 +77,11 @@ class Ground:
 
     def _encoder(self, side: int, port: int = 0) -> Encoder:
         return self.world.encoder(
-            port=port, send_timeout=DEADLINE, env=MOONCAKE_TIMEOUTS, **self._place(side), **SETTINGS
+            port=port, send_timeout=DEADLINE, env=MOONCAKE_TIMEOUTS, **self._memory_device(side), **SETTINGS
         )
 
     def _language(self, side: int) -> Language:
-        return self.world.language(env=MOONCAKE_TIMEOUTS, **self._place(side), **SETTINGS)
+        return self.world.language(env=MOONCAKE_TIMEOUTS, **self._memory_device(side), **SETTINGS)
 
     @property
     def encoders(self) -> tuple[Encoder, Encoder]:

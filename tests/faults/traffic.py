@@ -75,7 +75,7 @@ def one_room(world: World, encoder: Encoder, language: Language, tokens: int, ti
     language.expect(part, encoder, timeout)
     encoder.offer(part)
     ended = language.wait_end(part, timeout + 5)
-    assert ended is Poll.Success, language.verdict(part)
+    assert ended is Poll.Success, language.outcome(part)
     assert language.call("take", room=part.room) == part.expected(), f"WRONG BYTES in room {part.room}"
     language.forget(part)
     encoder.wait_ended(part, timeout)

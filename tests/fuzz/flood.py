@@ -97,9 +97,7 @@ def _same(message: Any) -> Callable[[Any], Iterator[bytes]]:
 def _registered(rogue: RogueEncoder) -> Iterator[bytes]:
     while True:
         yield encode(
-            Registered(
-                mooncake_session_id=rogue.knowledge.session, epoch=0, incarnation=rogue.knowledge.incarnation
-            )
+            Registered(mooncake_session_id=rogue.knowledge.session, epoch=0, incarnation=rogue.knowledge.incarnation)
         )
 
 
@@ -222,7 +220,7 @@ def measure(ground: Ground, flood: Flood, rooms: int = ROOMS) -> Measured:
                 growth = max(growth, Holdings.of(child).rss_kb - held.rss_kb)
                 now = child.stats()
         before, during, rate = statistics.median(quiet), statistics.median(beside), frames / seconds
-        spare = max(0, now["tombstones"] - stones + now.get("parked", 0)) * TOMBSTONE_BYTES // 1024
+        spare = max(0, now["tombstones"] - stones + now.get("unclaimed", 0)) * TOMBSTONE_BYTES // 1024
         spare += READ_AHEAD * 2 * LIMIT // 1024  # the longest frames, read ahead
         if growth > RSS_MARGIN_KB + spare:
             problem = f"the {flood.side} process grew by {growth >> 10} MiB"

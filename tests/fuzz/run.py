@@ -101,8 +101,8 @@ class Ground:
         self.answers = 0
         try:
             # Healthy embeddings are small: with a key workers and copiers move them, without one the control threads.
-            self.encoder = self.world.encoder(send_timeout=DEADLINE, at_once=not with_key, **settings)
-            self.language = self.world.language(self.encoder, at_once=not with_key, **settings)
+            self.encoder = self.world.encoder(send_timeout=DEADLINE, inline=not with_key, **settings)
+            self.language = self.world.language(self.encoder, inline=not with_key, **settings)
         except BaseException:
             self.world.close()
             raise

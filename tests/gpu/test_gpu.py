@@ -45,7 +45,7 @@ def test_the_right_bytes_arrive(way: str, gpu_at: str, device: CudaDevice, monke
         for number in range(4):
             expected = torch.randn(TOKENS, ROW_BYTES // 4)
             arrived = ends.transfer(slow_rows(expected) if encoder is device else expected)
-            place = ends.language.settings.embedding_place
+            place = ends.language.settings.resolved_embedding_device
             assert arrived.device.type == place and torch.equal(arrived.cpu(), expected), number
     finally:
         ends.close()

@@ -56,7 +56,7 @@ class AsynchronousDevice(Device):
     """``early``: how likely a copy is to happen before anybody waits for it."""
 
     name = "asynchronous"
-    places = ("cpu", "cuda")  # as far as anybody can tell
+    memory_devices = ("cpu", "cuda")  # as far as anybody can tell
     synchronous = False
 
     def __init__(self, early: float = 0.0, seed: int = 0) -> None:
@@ -95,7 +95,7 @@ class AsynchronousDevice(Device):
 
     # -- what a device is asked --------------------------------------------------------------------------------------
 
-    def empty(self, nbytes: int, place: str) -> torch.Tensor:
+    def empty(self, nbytes: int, memory_device: str) -> torch.Tensor:
         return torch.full((nbytes,), GARBAGE, dtype=torch.uint8)
 
     def mark(self, tensor: torch.Tensor) -> Event:

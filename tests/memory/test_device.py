@@ -62,7 +62,7 @@ def test_a_process_without_a_gpu_refuses_gpu_memory_naming_the_setting() -> None
     with pytest.raises(MemoryUnavailable, match="EMBEDDING_DEVICE=cuda"):
         Device().require(Settings(embedding_device="cuda"))
     with pytest.raises(MemoryUnavailable):
-        BlockPool(GEOMETRY, shared=False, place="cuda")
+        BlockPool(GEOMETRY, shared=False, memory_device="cuda")
     with pytest.raises(MemoryUnavailable):
         Device().empty(10, "cuda")
 
@@ -87,13 +87,13 @@ def test_an_embedding_on_a_device_that_nobody_was_told_of_is_refused() -> None:
 # -- the pool ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_a_pool_gives_blocks_back_only_when_their_rows_have_left(place: str) -> None:
+@pytest.mark.parametrize("memory_device", ["cpu", "cuda"])
+def test_a_pool_gives_blocks_back_only_when_their_rows_have_left(memory_device: str) -> None:
     device = AsynchronousDevice()
-    pool = BlockPool(GEOMETRY, shared=False, device=device, place=place)
+    pool = BlockPool(GEOMETRY, shared=False, device=device, memory_device=memory_device)
     pool.regions[1][96:120] = bytes_of(24)
     pool.regions[0][48:72] = bytes_of(24, 24)
-    target = device.empty(40, place)
+    target = device.empty(40, memory_device)
     pool.read([9, 2], target, 40)
     for region in pool.regions:
         region.fill_(0xEE)  # the next room's rows
@@ -103,25 +103,25 @@ def test_a_pool_gives_blocks_back_only_when_their_rows_have_left(place: str) -> 
 
 def test_the_same_with_a_device_that_does_not_wait_would_give_other_bytes() -> None:
     device = CarelessDevice()
-    pool = BlockPool(GEOMETRY, shared=False, device=device, place="cuda")
+    pool = BlockPool(GEOMETRY, shared=False, device=device, memory_device="cuda")
     target = device.empty(40, "cuda")
     pool.read([9, 2], target, 40)
     assert bool((target == GARBAGE).all())
     pool.close()
 
 
-@pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_a_gpu_pool_is_read_after_what_an_engine_copies_into_it_on_the_default_stream(place: str) -> None:
+@pytest.mark.parametrize("memory_device", ["cpu", "cuda"])
+def test_a_gpu_pool_is_read_after_what_an_engine_copies_into_it_on_the_default_stream(memory_device: str) -> None:
     class Engine(AsynchronousDevice):
         """Its write lands when the default stream is waited for."""
 
         def drain(self) -> None:
             pool.regions[0][:24] = bytes_of(24)
 
-    pool = BlockPool(GEOMETRY, shared=False, device=(device := Engine()), place=place)
-    target = device.empty(24, place)
+    pool = BlockPool(GEOMETRY, shared=False, device=(device := Engine()), memory_device=memory_device)
+    target = device.empty(24, memory_device)
     pool.read([0], target, 24)
-    assert torch.equal(target, bytes_of(24)) == (place == "cuda")
+    assert torch.equal(target, bytes_of(24)) == (memory_device == "cuda")
     pool.close()
 
 
@@ -137,8 +137,8 @@ def test_a_host_pool_is_pinned_as_long_as_it_is_open(shared: bool) -> None:
 def test_a_gpu_pool_is_not_pinned_and_no_segment() -> None:
     device = AsynchronousDevice()
     settings = Settings(pool_device="cuda")
-    assert not settings.shared_pool and settings.embedding_place == "cuda"
-    pool = BlockPool(GEOMETRY, shared=settings.shared_pool, device=device, place=settings.pool_device)
+    assert not settings.shared_pool and settings.resolved_embedding_device == "cuda"
+    pool = BlockPool(GEOMETRY, shared=settings.shared_pool, device=device, memory_device=settings.pool_device)
     assert not device.pinned and pool.segment is None
     assert [region.length for region in pool.describe()] == [120] * 3
     pool.close()

@@ -55,7 +55,8 @@ ENV = {
     "SGLANG_MM_CONN_DOUBT_SECONDS": "1",
     "SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1",  # how often sglang looks whether a client is still there
     # What the model frees goes back to the kernel, so that what a process holds is what is seen of it. Otherwise an
-    # encoder's heap comes and goes by 150 MB with the batches that sglang happens to make (and keeps, memory/heap.py).
+    # encoder's heap comes and goes by 150 MB with the batches that sglang happens to make (and keeps,
+    # memory/malloc.py).
     "MALLOC_MMAP_THRESHOLD_": "262144",
 }
 

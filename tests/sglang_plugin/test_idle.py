@@ -63,7 +63,7 @@ def test_a_scheduler_whose_requests_wait_sleeps_until_there_is_something_to_do(
     thread.join(0.2)
     assert thread.is_alive(), "it does not spin"
     {
-        "a room ends": ground.room_ends.ring,
+        "a room ends": ground.room_ends.notify,
         "a request": lambda: ground.tokenizer.send(b""),
         "a command": lambda: ground.rpc.send(b""),
     }[event]()
@@ -74,7 +74,7 @@ def test_a_scheduler_whose_requests_wait_sleeps_until_there_is_something_to_do(
 def test_a_room_that_ended_before_the_sleep_is_not_slept_over(context: zmq.Context[Any]) -> None:
     ground = Ground(context)
     ground.join()
-    ground.room_ends.ring()
+    ground.room_ends.notify()
     thread = ground.asleep()
     thread.join(10)
     assert not thread.is_alive()
@@ -106,7 +106,7 @@ def test_the_sleep_that_the_user_asked_for_is_kept_and_ends_with_a_room(context:
     ground.join()
     assert ground.scheduler.idle_sleeper is own
     assert not own.poller.poll(0)
-    ground.room_ends.ring()
+    ground.room_ends.notify()
     assert own.poller.poll(0) == [(ground.room_ends.fileno(), zmq.POLLIN)]
 
 

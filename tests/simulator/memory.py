@@ -38,12 +38,14 @@ class SimulatedSegment:
 
 
 class SimulatedEngine:
-    """A Mooncake engine of a language process: a way in to its pool as long as it exists."""
+    """A Mooncake engine of a language process: leads into its pool as long as it exists."""
 
-    def __init__(self, owner: LanguageProcess, port: int, ways_in: dict[str, weakref.ref[SimulatedEngine]]) -> None:
+    def __init__(
+        self, owner: LanguageProcess, port: int, engines_by_target: dict[str, weakref.ref[SimulatedEngine]]
+    ) -> None:
         self.owner = owner
         self._port = port
-        ways_in[f"10.0.0.9:{port}"] = weakref.ref(self)
+        engines_by_target[f"10.0.0.9:{port}"] = weakref.ref(self)
 
     def get_rpc_port(self) -> int:
         return self._port
@@ -71,7 +73,7 @@ class SimulatedLink:
         """Whether bytes written through it can land."""
         if self.target.dead:
             return False
-        return self.synchronous or self.target.world.ways_in[self.register.target]() is not None
+        return self.synchronous or self.target.world.engines_by_target[self.register.target]() is not None
 
     def close(self) -> None:
         if self.calls and not self.encoder.world.over:
@@ -91,8 +93,8 @@ class SimulatedPath:
     def open(self, register: Register) -> SimulatedLink:
         world = self._encoder.world
         if self.name == "mooncake":
-            way_in = world.ways_in.get(register.target)
-            engine = None if way_in is None else way_in()
+            reference = world.engines_by_target.get(register.target)
+            engine = None if reference is None else reference()
             owner = world.sessions[register.mooncake_session_id]
             return SimulatedLink("mooncake", self._encoder, register, owner if engine is None else engine.owner)
         segment = world.segments.get(register.segment)

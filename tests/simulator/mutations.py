@@ -56,7 +56,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
             ReceiverCore, "_fail",
             (
                 "        # Blocks of a window that is being copied",
-                "            self._absolve(entry.room)\n        # Blocks of a window that is being copied",
+                "            self._release_quarantined(entry.room)\n        # Blocks of a window that is being copied",
             ),
         ),
     ),
@@ -147,7 +147,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
                 "            self.allocator.release((room, window), entry.blocks)\n",
             ),
         ),
-        change(ReceiverCore, "view_over", ("        owner, blocks", "        return []\n        owner, blocks")),
+        change(ReceiverCore, "view_released", ("        owner, blocks", "        return []\n        owner, blocks")),
     ),
     "offers are repeated after a lost connection": (
         change(ReceiverCore, "_offer_again", ("if entry.state is ReceiverState.OFFERED", "if False")),

@@ -38,11 +38,11 @@ class World:
         self.languages: list[LanguageProcess] = []
         self.segments: dict[str, SimulatedSegment] = {}
         self.sessions: dict[str, LanguageProcess] = {}  # by Mooncake session id
-        self.ways_in: dict[str, weakref.ref[SimulatedEngine]] = {}  # by target
+        self.engines_by_target: dict[str, weakref.ref[SimulatedEngine]] = {}  # by target
         self.writes: list[Write] = []  # data calls under way
         self.late: list[Write] = []  # ended in doubt: their bytes may still land
         self.queue_of: dict[tuple[EncoderProcess, str], int] = {}  # by room: the transfer queue that serves it
-        self.written_at_once = 0  # data calls
+        self.written_inline = 0  # data calls
         self.numbers = itertools.count(20000)
         self.over = False  # the schedule was broken off
 
@@ -60,8 +60,8 @@ class SimulatedRuntime(Runtime):
         # None, some (up to three rows), or all windows. An encoder that writes them at once is frozen and killed only
         # between its writes: many of them write none so.
         sizes = [0, 0, 24, 1 << 20] if isinstance(process, EncoderProcess) else [0, 24, 1 << 20]
-        self.at_once_bytes = world.kernel.chance.choice(sizes)
-        self.alone_bytes = max(self.at_once_bytes, world.kernel.chance.choice(sizes))
+        self.inline_limit_bytes = world.kernel.chance.choice(sizes)
+        self.uncontended_inline_limit_bytes = max(self.inline_limit_bytes, world.kernel.chance.choice(sizes))
         self.view_least_bytes = world.kernel.chance.choice([1, 1 << 20])
 
     def clock(self) -> float:
@@ -92,18 +92,18 @@ class SimulatedRuntime(Runtime):
             raise EncoderAbsent("timed out", refused=False)
         return encoder.endpoint.bootstrap_info[0]
 
-    def pool(self, geometry: Geometry, *, shared: bool, place: str) -> BlockPool:
+    def pool(self, geometry: Geometry, *, shared: bool, memory_device: str) -> BlockPool:
         pool = BlockPool(geometry, shared=False)
         assert isinstance(self._process, LanguageProcess)
         pool.segment = self._process.segment  # type: ignore[assignment]
         return pool
 
-    def hold_port(self) -> tuple[int, Callable[[], None]]:
+    def reserve_port(self) -> tuple[int, Callable[[], None]]:
         return next(self._world.numbers), lambda: None
 
     def mooncake_engine(self, settings: Settings, host: str) -> Any:
         assert isinstance(self._process, LanguageProcess)
-        engine = SimulatedEngine(self._process, next(self._world.numbers), self._world.ways_in)
+        engine = SimulatedEngine(self._process, next(self._world.numbers), self._world.engines_by_target)
         self._world.sessions.setdefault(f"{host}:{engine.get_rpc_port()}", self._process)
         return engine
 
@@ -114,7 +114,7 @@ class SimulatedEncoder(EncoderEndpoint):
     process: EncoderProcess
 
     def data_call(self, call: DataCall) -> tuple[str, bool]:
-        return self.process.write_at_once(call)
+        return self.process.write_inline(call)
 
 
 class EncoderProcess(Process):
@@ -180,22 +180,22 @@ class EncoderProcess(Process):
         if any(write.room == room and write.encoder is self for write in self.world.writes):
             raise Violation(f"two data calls for {room} at once")
 
-    def write_at_once(self, call: DataCall) -> tuple[str, bool]:
+    def write_inline(self, call: DataCall) -> tuple[str, bool]:
         """The control thread, or whoever handed the embedding over, makes the data call, which is over before anything
         else happens."""
         if call.link is None:
             return call.refusal, False
         self._only_one(call.write.room)
         if not call.link.synchronous:
-            raise Violation(f"{call.write.room} is written at once over {call.link.name}, which may wait for others")
-        most = self.endpoint._at_once_bytes if self.handing_over else self.endpoint._alone_bytes
+            raise Violation(f"{call.write.room} is written inline over {call.link.name}, which may wait for others")
+        most = self.endpoint._inline_limit_bytes if self.handing_over else self.endpoint._uncontended_inline_limit_bytes
         if call.write.tokens * call.entry.row_bytes > most:
-            raise Violation(f"{call.write.room}: a window of {call.write.tokens} rows is written at once")
+            raise Violation(f"{call.write.room}: a window of {call.write.tokens} rows is written inline")
         write = Write(call, self, -1)
         while write.pieces:
             write.land()
         write.returned()
-        self.world.written_at_once += 1
+        self.world.written_inline += 1
         return "", False
 
     def write_returns(self, write: Write, error: str = "", in_doubt: bool = False) -> None:

@@ -226,12 +226,12 @@ class Schedule:
                 self._generate(part, flat)
                 self.seen["resumes"] += rank.endpoint.core.rooms[part.room].resumes
             elif poll is Poll.Failed:
-                verdict = rank.endpoint.verdict(part.room)
-                if not verdict.reason or not 400 <= verdict.code <= 599:
-                    raise Violation(f"part {part.number} failed without a reason: {verdict}")
-                part.outcome[rank.name] = verdict.reason
+                outcome = rank.endpoint.outcome(part.room)
+                if not outcome.reason or not 400 <= outcome.code <= 599:
+                    raise Violation(f"part {part.number} failed without a reason: {outcome}")
+                part.outcome[rank.name] = outcome.reason
                 self.seen["failed"] += 1
-                self.kernel.note(f"part {part.number} failed on {rank.name}: {verdict.code} {verdict.reason}")
+                self.kernel.note(f"part {part.number} failed on {rank.name}: {outcome.code} {outcome.reason}")
                 for other in part.server.ranks:
                     if other.name not in part.outcome:
                         self._abort(part, other)
@@ -292,8 +292,8 @@ class Schedule:
 
     def _advance(self, write: Write) -> None:
         if not write.link.synchronous and not write.link.leads_in:
-            self.seen["write to a way in that is gone"] += 1
-            self._touch_room(write.room, "its way in is gone")
+            self.seen["write through a revoked epoch"] += 1
+            self._touch_room(write.room, "its epoch was revoked")
             write.encoder.write_returns(write, "the other end is gone", True)
         elif write.pieces:
             write.land()
@@ -657,7 +657,7 @@ class Schedule:
                 "rooms": len(core.rooms),
                 "quarantined": core.allocator.quarantined_count,
                 "held": core.allocator.held_count,
-                "parked": len(core.parked),
+                "unclaimed": len(core.unclaimed),
                 "results": len(endpoint._results),
                 "labels": len(endpoint._labels),
                 "revocations under way": endpoint.revocation.stage.value != "idle",
@@ -694,7 +694,7 @@ class Schedule:
                 raise Violation(f"part {part.number} arrived though the two sides do not fit")
         for rank in self.world.languages:
             self.seen["revocations"] += rank.endpoint.revocation.count
-        self.seen["written at once"] += self.world.written_at_once
+        self.seen["written inline"] += self.world.written_inline
         self.seen["left to the control thread"] += self.world.network.left_to_servers
 
 

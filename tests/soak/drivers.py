@@ -188,8 +188,8 @@ class LanguageDriver(Driver):
         elif room.aborted:
             self.ended[f"given up by the {room.aborted.split()[0]}"] += 1
         else:
-            verdict = self._endpoint.verdict(name)
-            self.problem(f"room {room.number} ({part.tokens} rows) failed: {verdict.code} {verdict.reason}")
+            outcome = self._endpoint.outcome(name)
+            self.problem(f"room {room.number} ({part.tokens} rows) failed: {outcome.code} {outcome.reason}")
         self.ended["ended"] += 1
         self._endpoint.forget(name)
         del self._rooms[name]

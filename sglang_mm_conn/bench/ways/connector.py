@@ -164,7 +164,7 @@ class ConnectorReceiver:
                 arrived.append((name, self._endpoint.take(name)[0]))
                 del self._pending[name]
             elif state is Poll.Failed:
-                raise RuntimeError(f"{name} did not arrive: {self._endpoint.verdict(name).reason}")
+                raise RuntimeError(f"{name} did not arrive: {self._endpoint.outcome(name).reason}")
         return arrived
 
     def release(self, name: str) -> None:

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch.utils import dlpack
 
-from sglang_mm_conn.memory.warm import SMALLEST, WarmMemory, lease
+from sglang_mm_conn.memory.buffer_cache import SMALLEST, BufferCache, lease
 
 NBYTES = 3 << 20
 
 
 @pytest.fixture
-def warm() -> WarmMemory:
-    return WarmMemory(64 << 20)
+def warm() -> BufferCache:
+    return BufferCache(64 << 20)
 
 
-def test_memory_that_nobody_refers_to_is_used_again(warm: WarmMemory) -> None:
+def test_memory_that_nobody_refers_to_is_used_again(warm: BufferCache) -> None:
     first = warm.tensor(NBYTES)
     at = first.data_ptr()
     assert warm.idle_bytes == 0
@@ -59,7 +59,7 @@ KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_buffer_is_reused_only_after_the_last_tensor_over_it_is_gone(warm: WarmMemory, kind: str) -> None:
+def test_a_buffer_is_reused_only_after_the_last_tensor_over_it_is_gone(warm: BufferCache, kind: str) -> None:
     rows = warm.tensor(NBYTES)
     rows.fill_(1)
     at = rows.data_ptr()
@@ -77,7 +77,7 @@ def test_a_buffer_is_reused_only_after_the_last_tensor_over_it_is_gone(warm: War
     assert warm.tensor(NBYTES).data_ptr() == at
 
 
-def test_rows_that_a_module_has_shared_or_pickled_are_a_copy_and_the_memory_comes_back(warm: WarmMemory) -> None:
+def test_rows_that_a_module_has_shared_or_pickled_are_a_copy_and_the_memory_comes_back(warm: BufferCache) -> None:
     rows = warm.tensor(NBYTES)
     rows.fill_(1)
     copy = pickle.loads(pickle.dumps(rows))
@@ -89,7 +89,7 @@ def test_rows_that_a_module_has_shared_or_pickled_are_a_copy_and_the_memory_come
 
 
 def test_what_lies_idle_is_bounded_and_the_oldest_goes_first() -> None:
-    warm = WarmMemory(8 << 20)
+    warm = BufferCache(8 << 20)
     tensors = [warm.tensor(4 << 20) for _ in range(3)]
     places = [tensor.data_ptr() for tensor in tensors]
     while tensors:
@@ -100,7 +100,7 @@ def test_what_lies_idle_is_bounded_and_the_oldest_goes_first() -> None:
 
 
 def test_memory_is_rounded_up_by_a_quarter_at_most() -> None:
-    warm = WarmMemory(1 << 30)
+    warm = BufferCache(1 << 30)
     for nbytes in (SMALLEST, 300_000, 1 << 20, (5 << 20) + 1, (9 << 20) + 1, 100_000_001):
         rows = warm.tensor(nbytes)
         assert rows.numel() == nbytes
@@ -110,12 +110,12 @@ def test_memory_is_rounded_up_by_a_quarter_at_most() -> None:
 
 
 def test_small_results_and_a_limit_of_0_leave_nothing_idle() -> None:
-    for warm, nbytes in ((WarmMemory(1 << 30), SMALLEST - 1), (WarmMemory(0), NBYTES)):
+    for warm, nbytes in ((BufferCache(1 << 30), SMALLEST - 1), (BufferCache(0), NBYTES)):
         assert warm.tensor(nbytes).numel() == nbytes
         assert warm.idle_bytes == 0
 
 
-def test_many_threads_never_share_a_buffer(warm: WarmMemory) -> None:
+def test_many_threads_never_share_a_buffer(warm: BufferCache) -> None:
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -133,7 +133,7 @@ def test_many_threads_never_share_a_buffer(warm: WarmMemory) -> None:
     assert not wrong
 
 
-def test_a_finalizer_that_runs_while_the_cache_is_locked_does_not_wait_for_it(warm: WarmMemory) -> None:
+def test_a_finalizer_that_runs_while_the_cache_is_locked_does_not_wait_for_it(warm: BufferCache) -> None:
     cycle: Any = Owner(warm.tensor(NBYTES))
     with warm._lock:
         del cycle

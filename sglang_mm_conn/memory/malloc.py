@@ -23,7 +23,7 @@ _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PA
 _TUNABLES = ("trim_threshold", "mmap_threshold", "top_pad", "mmap_max")
 
 
-def keep_freed(nbytes: int, environ: Mapping[str, str]) -> bool:
+def raise_trim_threshold(nbytes: int, environ: Mapping[str, str]) -> bool:
     """Let up to ``nbytes`` freed bytes stay at the end of this process's heap. Returns whether that is so now.
 
     More than ``nbytes`` at once go to the kernel all together. Memory of other threads than the first lies in arenas of

@@ -10,14 +10,14 @@ import sys
 import pytest
 
 from sglang_mm_conn.memory import heap
-from sglang_mm_conn.memory.heap import keep_freed
+from sglang_mm_conn.memory.malloc import raise_trim_threshold
 
 # Faults of one request's worth of memory that is freed together, after some that came before. Straight from malloc:
 # whether torch's happens to be at the very end of the heap differs from process to process.
 REQUESTS = """
 import ctypes, os, resource, sys
-from sglang_mm_conn.memory.heap import keep_freed
-print(keep_freed(int(sys.argv[1]), os.environ))
+from sglang_mm_conn.memory.malloc import raise_trim_threshold
+print(raise_trim_threshold(int(sys.argv[1]), os.environ))
 libc = ctypes.CDLL(None)
 libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault for each page of 4 KiB
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -61,7 +61,7 @@ def test_memory_that_one_request_frees_costs_the_next_no_page_faults() -> None:
     ],
 )
 def test_what_the_user_decided_for_the_allocator_is_left_alone(environ: dict[str, str]) -> None:
-    assert not keep_freed(256 << 20, environ)
+    assert not raise_trim_threshold(256 << 20, environ)
 
 
 class Library:
@@ -85,4 +85,4 @@ def test_another_allocator_is_left_alone(names: tuple[str, ...], monkeypatch: py
         return glibc
 
     monkeypatch.setattr(heap.ctypes, "CDLL", load)
-    assert not keep_freed(256 << 20, {})
+    assert not raise_trim_threshold(256 << 20, {})

@@ -24,7 +24,7 @@ class _Account:
     left_out: int = 0
 
 
-class Complaints:
+class RateLimitedLog:
     """At most LINES lines about one peer in SECONDS; how many were left out is said with the next one. Thread-safe."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:

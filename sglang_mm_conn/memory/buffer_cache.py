@@ -22,14 +22,14 @@ import torch
 SMALLEST = 256 << 10
 
 
-def lease(memory: np.ndarray, over: Callable[[], None]) -> torch.Tensor:
-    """``memory`` (uint8, one dimension) as a tensor; ``over`` is called once, when nothing refers to it any more.
+def lease(memory: np.ndarray, on_release: Callable[[], None]) -> torch.Tensor:
+    """``memory`` (uint8, one dimension) as a tensor; ``on_release`` is called once, when nothing refers to it any more.
 
-    ``over`` may run on any thread and in the middle of anything (the garbage collector calls it too): it must take no
-    lock that is held elsewhere while memory is allocated.
+    ``on_release`` may run on any thread and in the middle of anything (the garbage collector calls it too): it must
+    take no lock that is held elsewhere while memory is allocated.
     """
     own = memory.view()  # an object of its own, which only the storage will refer to
-    weakref.finalize(own, over).atexit = False
+    weakref.finalize(own, on_release).atexit = False
     return torch.from_numpy(own)
 
 
@@ -39,7 +39,7 @@ def _size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-class WarmMemory:
+class BufferCache:
     """Hands out memory for results and takes it back when the last tensor over it is gone; thread-safe.
 
     At most ``limit`` bytes lie idle; beyond that the oldest go back to the system.

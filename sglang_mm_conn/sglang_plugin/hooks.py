@@ -19,12 +19,12 @@ SUPPORTED = ("0.5.23",)
 _ENCODER = "sglang.srt.disaggregation.encoder"
 
 
-class SeamMismatch(RuntimeError):
-    """The installed sglang does not have the seams that this plugin needs."""
+class IncompatibleSglang(RuntimeError):
+    """The installed sglang does not have the hooks that this plugin needs."""
 
 
 @dataclass(frozen=True)
-class Seam:
+class Hook:
     """One hooked function, the parameters that the hook relies on, and the hook (``module:function``)."""
 
     target: str
@@ -33,29 +33,29 @@ class Seam:
     kind: str = "AROUND"
 
 
-SEAMS = (
-    Seam(
+HOOKS = (
+    Hook(
         f"{_ENCODER}.receiver.create_mm_receiver",
         ("server_args", "dtype", "hf_config", "scheduler", "encode_urls"),
         "sglang_mm_conn.sglang_plugin.language:create_receiver",
     ),
-    Seam(
+    Hook(
         f"{_ENCODER}.server.MMEncoder.__init__",
         ("self", "server_args", "rank"),
         "sglang_mm_conn.sglang_plugin.encoder:start_manager",
         "AFTER",
     ),
-    Seam(
+    Hook(
         f"{_ENCODER}.server.MMEncoder._publish_preprocess_metadata",
         ("self", "ctx", "requests"),
         "sglang_mm_conn.sglang_plugin.encoder:announce_rooms",
     ),
-    Seam(
+    Hook(
         f"{_ENCODER}.server.MMEncoder._compute_direct_embedding",
         ("self", "ctx", "keep_on_gpu"),
         "sglang_mm_conn.sglang_plugin.encoder:keep_on_device",
     ),
-    Seam(
+    Hook(
         f"{_ENCODER}.runtime._push_embedding_to_prefill",
         ("enc", "request", "background_url_send"),
         "sglang_mm_conn.sglang_plugin.encoder:push_embedding",
@@ -93,10 +93,10 @@ NEEDED = (
 
 
 def check_version() -> None:
-    """Raise SeamMismatch, naming both versions, where the installed sglang is none of the supported ones."""
+    """Raise IncompatibleSglang, naming both versions, where the installed sglang is none of the supported ones."""
     installed = metadata.version("sglang")
     if installed not in SUPPORTED:
-        raise SeamMismatch(
+        raise IncompatibleSglang(
             f"sglang-mm-conn {metadata.version('sglang-mm-conn')} fits sglang {', '.join(SUPPORTED)}, "
             f"but {installed} is installed"
         )
@@ -117,8 +117,8 @@ def hook_all() -> None:
     _hooked = True
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for seam in SEAMS:
-        HookRegistry.register(seam.target, _load(seam.hook), HookType[seam.kind])
+    for hook in HOOKS:
+        HookRegistry.register(hook.target, _load(hook.hook), HookType[hook.kind])
 
 
 def _add_route() -> None:
@@ -132,7 +132,7 @@ def _add_route() -> None:
 
 
 def apply_and_verify() -> None:
-    """Apply the hooks and raise SeamMismatch unless every one took effect."""
+    """Apply the hooks and raise IncompatibleSglang unless every one took effect."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     problems = []
@@ -141,7 +141,7 @@ def apply_and_verify() -> None:
             _load(name)
         except (AttributeError, ImportError) as error:
             problems.append(f"{name}: {error}")
-    for target, expected in {**{seam.target: seam.parameters for seam in SEAMS}, **SPAWN_TARGETS}.items():
+    for target, expected in {**{hook.target: hook.parameters for hook in HOOKS}, **SPAWN_TARGETS}.items():
         try:
             parameters = inspect.signature(_load(target)).parameters
         except (AttributeError, ImportError) as error:
@@ -153,11 +153,11 @@ def apply_and_verify() -> None:
     if not problems:
         HookRegistry.apply_hooks()
         _add_route()
-        for seam in SEAMS:
-            if not hasattr(_load(seam.target), "__wrapped__"):
-                problems.append(f"{seam.target} could not be hooked (see the log)")
+        for hook in HOOKS:
+            if not hasattr(_load(hook.target), "__wrapped__"):
+                problems.append(f"{hook.target} could not be hooked (see the log)")
     if problems:
-        raise SeamMismatch(
+        raise IncompatibleSglang(
             f"sglang-mm-conn fits sglang {', '.join(SUPPORTED)}; the installed {metadata.version('sglang')} differs: "
             + "; ".join(problems)
         )
