@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from sglang_mm_conn.bench import command as bench
-from sglang_mm_conn.commands import keygen, rates, settings
+from sglang_mm_conn.cli import keygen, rates, settings
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.demo import command as demo
 

@@ -17,11 +17,10 @@ import torch
 from sglang.srt.disaggregation.base import BaseKVBootstrapServer, BaseKVManager, BaseKVReceiver, BaseKVSender
 from sglang.srt.disaggregation.base.conn import KVTransferMetric
 
-from sglang_mm_conn.connector.encoder import EncoderEndpoint
-from sglang_mm_conn.connector.follower import FollowerEndpoint
-from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
+from sglang_mm_conn.connector.language.follower import FollowerEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, dtype_name, encode_metadata
-from sglang_mm_conn.connector.paths import encoder_data_paths
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
@@ -30,6 +29,7 @@ from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.datapath.factory import encoder_data_paths
 from sglang_mm_conn.memory.device import device_of
 from sglang_mm_conn.memory.results import PrivateResult, ResultMaker, SharedResult
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
-from sglang_mm_conn.connector.follower import FollowerEndpoint
-from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
+from sglang_mm_conn.connector.language.follower import FollowerEndpoint
 from sglang_mm_conn.connector.metadata import encode_metadata
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.rooms import new_id, new_room_base

@@ -12,35 +12,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_mm_conn.bench.campaign import BenchResult, Plan
+    from sglang_mm_conn.bench.runner import BenchResult, Plan
 
 DOCUMENT = Path("docs/performance.md")
 SIZES = "64K,1M,16M,128M,512M"
 QUICK_SIZES = "64K,1M,16M"
-WAYS = "memcpy,shm,shm+key,mooncake,mooncake+key,zmq_to_scheduler,mooncake_stock,tcp,engine"
+TRANSPORTS = "memcpy,shm,shm+key,mooncake,mooncake+key,zmq_to_scheduler,mooncake_builtin,tcp,engine"
 ROUNDS, QUICK_ROUNDS = 7, 3
 
 _DESCRIPTION = """\
 Moves embeddings from an encoder process to a language process and measures it: over this connector, over sglang's own
-transports (their real classes, without a model), and over what bounds them. All ways are open at once and take turns
-in rounds, so that other work on the machine hits all alike. Every embedding is compared byte by byte; a wrong one
+transports (their real classes, without a model), and over what bounds them. All transports are open at once and take
+turns in rounds, so that other work on the machine hits all alike. Every embedding is compared byte by byte; a wrong one
 ends the benchmark with status 1.
 
-ways:
+transports:
   shm                this connector over shared memory
   mooncake           this connector over the Mooncake engine (TCP)
   zmq_to_scheduler   sglang's own
-  mooncake_stock     sglang's own (its GPU buffers are host memory here)
+  mooncake_builtin   sglang's own (its GPU buffers are host memory here)
   tcp                raw TCP into a preallocated buffer
-  bare               the same copies and bare ZeroMQ messages: what bounds one room alone
+  zmq_baseline       the same copies and bare ZeroMQ messages: what bounds one room alone
   memcpy             one copy into warm shared memory: the limit on one host
   engine             the Mooncake engine's own write, at its best piece size
 shm and mooncake take variations, joined by +: key (secured by a deployment key), fragmented (no two free blocks lie
-side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks); bare
-takes windows and copied; with --device cuda mooncake takes gpu_pool (pool and staging memory on the GPU)
+side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks);
+zmq_baseline takes windows and copied; with --device cuda mooncake takes gpu_pool (pool and staging memory on the GPU)
 
-With --device cuda embeddings begin and end on the GPU, where mooncake_stock's buffers are then, too. memcpy, the limit,
-is then one copy off it into pinned shared memory and one from there onto it.
+With --device cuda embeddings begin and end on the GPU, where mooncake_builtin's buffers are then, too. memcpy, the
+limit, is then one copy off it into pinned shared memory and one from there onto it.
 
 A room's time begins when its tensor is ready in the encoder process, its size having been announced before, and ends
 when its tensor is ready in the language process. rooms/s counts everything that a room costs, from its announcement.
@@ -49,7 +49,7 @@ when its tensor is ready in the language process. rooms/s counts everything that
 _EPILOG = """\
 examples:
   python -m sglang_mm_conn bench --quick
-  python -m sglang_mm_conn bench --ways memcpy,shm,shm+windows --sizes 16M,128M --rounds 9
+  python -m sglang_mm_conn bench --transports memcpy,shm,shm+windows --sizes 16M,128M --rounds 9
   python -m sglang_mm_conn bench --fragmented --windows --json figures.json --plots pictures
   python -m sglang_mm_conn bench --quick --stream-above 256K
   python -m sglang_mm_conn bench --write          put the tables into docs/performance.md
@@ -71,12 +71,15 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="about a minute or two: fewer sizes, rounds and rooms")
     parser.add_argument(
-        "--ways", default=WAYS, metavar="WAY,...",
-        help=f"default: {WAYS}; of servers: conn_multimodal,zmq_to_scheduler,mooncake",
+        "--transports", default=TRANSPORTS, metavar="TRANSPORT,...",
+        help=f"default: {TRANSPORTS}; of servers: conn_multimodal,zmq_to_scheduler,mooncake",
     )  # fmt: skip
     parser.add_argument("--sizes", metavar="SIZE,...", help=f"default: {SIZES}; with --quick: {QUICK_SIZES}")
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help=f"turns of every way (default: {ROUNDS}; with --quick: {QUICK_ROUNDS})"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help=f"rounds of every transport (default: {ROUNDS}; with --quick: {QUICK_ROUNDS})",
     )
     parser.add_argument("--fragmented", action="store_true", help="also measure shm and mooncake with +fragmented")
     parser.add_argument("--windows", action="store_true", help="also measure shm and mooncake with +windows")
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench: {error}. It needs more packages: pip install 'sglang-mm-conn[bench]'", file=sys.stderr)
         return 2
     console = Console(width=None if sys.stdout.isatty() else 140)
-    from sglang_mm_conn.bench.pairs import BenchError
+    from sglang_mm_conn.bench.process_pair import BenchError
 
     try:
         if args.what == "servers":
@@ -130,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """Raises ValueError naming the option and the value that is wrong."""
-    from sglang_mm_conn.bench import ways
-    from sglang_mm_conn.bench.campaign import Plan
+    from sglang_mm_conn.bench import transports
+    from sglang_mm_conn.bench.runner import Plan
     from sglang_mm_conn.bench.sizes import parse_size
 
     for name, least in (("rounds", 1), ("width", 1), ("block_size", 1)):
@@ -139,24 +142,31 @@ def plan_of(args: argparse.Namespace) -> Plan:
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
     try:
-        chosen = [ways.parse(name) for name in args.ways.split(",")]
+        chosen = [transports.parse(name) for name in args.transports.split(",")]
     except ValueError as error:
-        raise ValueError(f"--ways: {error}") from None
-    if args.ways == WAYS and args.device == "cuda":
-        chosen = [way for way in chosen if way.base in ways.ON_GPU] + [ways.parse("mooncake+gpu_pool")]
-    if args.ways == WAYS and ways.STOCK_CANNOT_PICKLE:
-        chosen = [way for way in chosen if way.base not in ways.STOCK]
+        raise ValueError(f"--transports: {error}") from None
+    if args.transports == TRANSPORTS and args.device == "cuda":
+        chosen = [transport for transport in chosen if transport.base in transports.ON_GPU] + [
+            transports.parse("mooncake+gpu_pool")
+        ]
+    if args.transports == TRANSPORTS and transports.BUILTIN_CANNOT_PICKLE:
+        chosen = [transport for transport in chosen if transport.base not in transports.BUILTIN]
     for variation in ("fragmented", "windows", "copied"):
         if getattr(args, variation):
-            bases = [base for base, variations in ways.VARIATIONS_OF.items() if variation in variations]
+            bases = [base for base, variations in transports.VARIATIONS_OF.items() if variation in variations]
             chosen += [
-                ways.Way(base, (variation,)) for base in bases if base in ways.CONNECTOR or ways.Way(base) in chosen
+                transports.TransportVariant(base, (variation,))
+                for base in bases
+                if base in transports.CONNECTOR or transports.TransportVariant(base) in chosen
             ]
-    for way in chosen:
-        if args.device == "cuda" and way.base not in ways.ON_GPU:
-            raise ValueError(f"--ways: {way.base} cannot be measured with --device cuda, only {', '.join(ways.ON_GPU)}")
-        if args.device != "cuda" and "gpu_pool" in way.variations:
-            raise ValueError(f"--ways: {way.name} needs --device cuda")
+    for transport in chosen:
+        if args.device == "cuda" and transport.base not in transports.ON_GPU:
+            raise ValueError(
+                f"--transports: {transport.base} cannot be measured with --device cuda, "
+                f"only {', '.join(transports.ON_GPU)}"
+            )
+        if args.device != "cuda" and "gpu_pool" in transport.variations:
+            raise ValueError(f"--transports: {transport.name} needs --device cuda")
     try:
         sizes = [
             parse_size(text, 2 * args.width)
@@ -165,7 +175,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     except ValueError as error:
         raise ValueError(f"--sizes: {error}") from None
     return Plan(
-        ways=tuple(dict.fromkeys(chosen)),
+        transports=tuple(dict.fromkeys(chosen)),
         sizes=tuple(dict.fromkeys(sizes)),
         rounds=args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
         width=args.width,
@@ -179,9 +189,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def _transfers(args: argparse.Namespace, console: Console) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from sglang_mm_conn.bench import document, machine, measurement, report, ways
-    from sglang_mm_conn.bench.campaign import BenchResult, carry_out
-    from sglang_mm_conn.bench.pairs import BenchError
+    from sglang_mm_conn.bench import host_info, markdown_blocks, measurement, report, transports
+    from sglang_mm_conn.bench.process_pair import BenchError
+    from sglang_mm_conn.bench.runner import BenchResult, carry_out
 
     plan = plan_of(args)
     if plan.device == "cuda":
@@ -189,17 +199,19 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
 
         if not torch.cuda.is_available():
             raise ValueError("--device cuda, but torch finds no GPU here")
-    block = document.TRANSFERS
+    block = markdown_blocks.TRANSFERS
     if args.stream_above is not None:
-        block = document.STREAMED
+        block = markdown_blocks.STREAMED
         _stream_above(args.stream_above)
     if args.write is not None:
         # A file that cannot take the tables is noticed before the run.
-        document.insert(args.write.read_text(), "", block)
-    facts = machine.describe()
-    console.print(machine.line(facts), style="dim", highlight=False)
-    if ways.STOCK_CANNOT_PICKLE and not any(way.base in ways.STOCK for way in plan.ways):
-        console.print("sglang's own ways are left out: on this Python they drop every embedding", style="yellow")
+        markdown_blocks.insert(args.write.read_text(), "", block)
+    facts = host_info.describe()
+    console.print(host_info.line(facts), style="dim", highlight=False)
+    if transports.BUILTIN_CANNOT_PICKLE and not any(
+        transport.base in transports.BUILTIN for transport in plan.transports
+    ):
+        console.print("sglang's own transports are left out: on this Python they drop every embedding", style="yellow")
     outcome = BenchResult()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -237,14 +249,14 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
     if args.write is not None:
         if stopped:
             raise ValueError(f"{args.write} is left as it is: the run did not come to its end")
-        note = f"{machine.line(facts)}; {plan.rounds} rounds. Options: {_options(args) or 'none'}."
-        document.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}", block)
+        note = f"{host_info.line(facts)}; {plan.rounds} rounds. Options: {_options(args) or 'none'}."
+        markdown_blocks.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}", block)
         console.print(f"tables: {args.write}", highlight=False)
     return {"": 0, "interrupted": 130}.get(stopped, 1)
 
 
 def _stream_above(size: str) -> None:
-    """For the processes of all ways, which begin later: the C library reads it when a process begins."""
+    """For the processes of all transports, which begin later: the C library reads it when a process begins."""
     from sglang_mm_conn.bench.sizes import parse_size
 
     try:
@@ -259,8 +271,8 @@ def _options(args: argparse.Namespace) -> str:
     """Those that decide what is measured, where they are not the default."""
     flags = [f"--{name}".replace("_", "-") for name in ("quick", "fragmented", "windows", "copied", "no_special")
              if getattr(args, name)]  # fmt: skip
-    if args.ways != WAYS:
-        flags.append(f"--ways {args.ways}")
+    if args.transports != TRANSPORTS:
+        flags.append(f"--transports {args.transports}")
     if args.device:
         flags.append(f"--device {args.device}")
     if args.sizes:
@@ -277,7 +289,7 @@ def _figures(outcome: BenchResult, rows: Any, facts: dict[str, Any], plan: Plan)
 
     return {
         "machine": facts,
-        "plan": {**asdict(plan), "ways": [way.name for way in plan.ways]},
+        "plan": {**asdict(plan), "transports": [transport.name for transport in plan.transports]},
         "rows": measurement.as_json(rows),
         "comparisons": [asdict(one) for one in measurement.comparisons(outcome.results)],
         "special": [special.as_json() for special in outcome.specials],

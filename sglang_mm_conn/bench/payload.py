@@ -1,8 +1,8 @@
 """The bytes that travel: random, and marked in every page with the number of the room they belong to.
 
 All encoder processes read the same memory and all language processes compare with it: a nameless file that the
-benchmark's own process holds, so that nothing is left of it however the benchmark ends. One way is active at a time.
-Where embeddings begin and end on a GPU, every process has a copy of its own there.
+benchmark's own process holds, so that nothing is left of it however the benchmark ends. One transport is active at a
+time. Where embeddings begin and end on a GPU, every process has a copy of its own there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 
-from sglang_mm_conn.bench.ways.base import DTYPE, Room
+from sglang_mm_conn.bench.transports.base import DTYPE, Room
 
 PAGE_WORDS = 512  # 4 KiB of 8-byte words
 
@@ -96,7 +96,7 @@ class CudaPayload(Payload):
 
     def mark(self, slot: int, number: int) -> None:
         self._tensors[slot].view(torch.int64)[::PAGE_WORDS] = number + 1
-        torch.cuda.current_stream().synchronize()  # not the device: rooms on their way go on
+        torch.cuda.current_stream().synchronize()  # not the device: rooms in flight go on
 
     @staticmethod
     def _marks(flat: torch.Tensor) -> np.ndarray:

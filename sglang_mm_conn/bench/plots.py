@@ -29,9 +29,9 @@ def _lines(rows, path, title, unit, figure):  # type: ignore[no-untyped-def]
     import matplotlib.pyplot as plt
 
     canvas, axes = plt.subplots(figsize=(8, 5))
-    for way in dict.fromkeys(row.way for row in rows):
-        same = sorted((row for row in rows if row.way == way), key=lambda row: row.nbytes)
-        axes.plot([row.nbytes for row in same], [figure(row) for row in same], marker="o", label=way)
+    for transport in dict.fromkeys(row.transport for row in rows):
+        same = sorted((row for row in rows if row.transport == transport), key=lambda row: row.nbytes)
+        axes.plot([row.nbytes for row in same], [figure(row) for row in same], marker="o", label=transport)
     sizes = sorted({row.nbytes for row in rows})
     axes.set(title=title, ylabel=unit, xscale="log", yscale="log")
     axes.set_xticks(sizes, [show_size(nbytes) for nbytes in sizes])
@@ -40,15 +40,15 @@ def _lines(rows, path, title, unit, figure):  # type: ignore[no-untyped-def]
 
 
 def _flows(rows: Sequence[Row], path: Path) -> Path:
-    """Rooms a second against rooms on their way, at the smallest size."""
+    """Rooms a second against rooms in flight, at the smallest size."""
     import matplotlib.pyplot as plt
 
     smallest = min(row.nbytes for row in rows)
     canvas, axes = plt.subplots(figsize=(8, 5))
     for row in rows:
         if row.nbytes == smallest and row.rooms_per_s:
-            axes.plot(list(row.rooms_per_s), list(row.rooms_per_s.values()), marker="o", label=row.way)
-    axes.set(title=f"Rooms of {show_size(smallest)}", xlabel="on their way at a time", ylabel="rooms/s", xscale="log")
+            axes.plot(list(row.rooms_per_s), list(row.rooms_per_s.values()), marker="o", label=row.transport)
+    axes.set(title=f"Rooms of {show_size(smallest)}", xlabel="rooms in flight", ylabel="rooms/s", xscale="log")
     return _save(canvas, axes, path)
 
 

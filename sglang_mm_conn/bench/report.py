@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from sglang_mm_conn.bench.campaign import Special
 from sglang_mm_conn.bench.measurement import LIMIT, Comparison, Row
+from sglang_mm_conn.bench.runner import Special
 from sglang_mm_conn.bench.sizes import show_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 HEADINGS = (
-    "way", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "x built-in", "CPU s/GB", "rooms/s",
+    "transport", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "x built-in", "CPU s/GB",
+    "rooms/s",
 )  # fmt: skip
 COMPARISON_HEADINGS = ("what", "size", "ratio", "ratio of the best")
-SPECIAL_HEADINGS = ("case", "way", "before", "after", "ratio")
+SPECIAL_HEADINGS = ("case", "transport", "before", "after", "ratio")
 
 
 def by_size(rows: Sequence[Row]) -> dict[int, list[Row]]:
@@ -28,7 +29,7 @@ def by_size(rows: Sequence[Row]) -> dict[int, list[Row]]:
 
 def cells(row: Row) -> tuple[str, ...]:
     return (
-        row.way,
+        row.transport,
         _short(row.median_ms),
         _short(row.p99_ms),
         _short(row.best_ms),
@@ -37,14 +38,14 @@ def cells(row: Row) -> tuple[str, ...]:
         _share(row.of_limit_best),
         "-" if row.times_built_in is None else f"{row.times_built_in:.1f}",
         f"{row.cpu_s_per_gbyte:.2f}",
-        ", ".join(f"{rate:,.0f} at {flow}" for flow, rate in row.rooms_per_s.items()) or "-",
+        ", ".join(f"{rate:,.0f} at {in_flight}" for in_flight, rate in row.rooms_per_s.items()) or "-",
     )
 
 
 def special_cells(special: Special) -> tuple[str, ...]:
     unit = special.unit
     one, other = f"{_short(special.one)} {unit}", f"{_short(special.other)} {unit}"
-    return (special.what, special.way, one, other, f"{special.ratio:.2f}")
+    return (special.what, special.transport, one, other, f"{special.ratio:.2f}")
 
 
 def comparison_cells(one: Comparison) -> tuple[str, ...]:
@@ -59,14 +60,16 @@ def print_report(
     for nbytes, same in by_size(rows).items():
         table = Table(title=f"{show_size(nbytes)} ({same[0].rounds} rounds)", title_justify="left")
         for heading in HEADINGS:
-            table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=heading == "way")
+            table.add_column(
+                heading, justify="left" if heading == "transport" else "right", no_wrap=heading == "transport"
+            )
         for row in same:
             table.add_row(*cells(row))
         console.print(table)
     if specials:
         table = Table(title="Special cases", title_justify="left")
         for heading in SPECIAL_HEADINGS:
-            table.add_column(heading, justify="left" if heading in ("case", "way") else "right")
+            table.add_column(heading, justify="left" if heading in ("case", "transport") else "right")
         for special in specials:
             table.add_row(*special_cells(special))
         console.print(table)
@@ -83,15 +86,15 @@ def print_report(
 
 
 def per_room_lines(rows: Sequence[Row]) -> list[str]:
-    """What each way does anew for every room, the largest figure of all sizes."""
+    """What each transport does anew for every room, the largest figure of all sizes."""
     lines: dict[str, str] = {}
     for row in rows:
         counts = {name: number for name, number in row.per_room.items() if number >= 0.005}
         text = ", ".join(f"{number:.2f} {name}" for name, number in counts.items())
-        if row.way not in lines or len(text) > len(lines[row.way]):
-            lines[row.way] = text
+        if row.transport not in lines or len(text) > len(lines[row.transport]):
+            lines[row.transport] = text
     nothing = "no thread, socket, connection, HTTP call or registration"
-    return [f"{way}: {text or nothing}" for way, text in lines.items()]
+    return [f"{transport}: {text or nothing}" for transport, text in lines.items()]
 
 
 def markdown(rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequence[Comparison]) -> str:
@@ -110,15 +113,13 @@ def markdown(rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequ
     return "\n\n".join(parts)
 
 
-LEFT = frozenset({"way", "case", "what", "transport"})
+LEFT = frozenset({"transport", "case", "what"})
 
 
 def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]], left: Collection[str] = LEFT) -> str:
     """``left``: headings of the columns with words; the others hold figures, on the right."""
     rule = "|".join("---" if heading in left else "---:" for heading in headings)
-    return "\n".join(
-        [f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
-    )
+    return "\n".join([f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _short(number: float) -> str:

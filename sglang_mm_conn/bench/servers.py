@@ -56,18 +56,18 @@ _OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plot
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one transport did in one round: the seconds of each request, and of all those of the crowd together, and
-    the pages that the servers' processes were given meanwhile."""
+class RoundResult:
+    """What one transport did in one round: the seconds of each request, and of all those of the concurrent together,
+    and the pages that the servers' processes were given meanwhile."""
 
     alone: tuple[float, ...]
-    crowd: tuple[float, ...]
-    crowd_took: float
-    crowd_faults: int
+    concurrent: tuple[float, ...]
+    concurrent_took: float
+    concurrent_faults: int
 
     @property
     def rate(self) -> float:
-        return len(self.crowd) / self.crowd_took
+        return len(self.concurrent) / self.concurrent_took
 
 
 @dataclass
@@ -75,11 +75,11 @@ class Figures:
     """What was measured of one transport, round after round."""
 
     backend: str
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[RoundResult] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
         alone = [seconds for turn in self.turns for seconds in turn.alone]
-        crowd = [seconds for turn in self.turns for seconds in turn.crowd]
+        concurrent = [seconds for turn in self.turns for seconds in turn.concurrent]
         rates = [turn.rate for turn in self.turns]
         return (
             self.backend,
@@ -87,8 +87,8 @@ class Figures:
             f"{quantile(alone, 0.99) * 1e3:.0f}",
             f"{statistics.median(rates):.2f}",
             f"{min(rates):.2f} to {max(rates):.2f}",
-            f"{statistics.median(crowd) * 1e3:.0f}",
-            f"{statistics.median(turn.crowd_faults / len(turn.crowd) for turn in self.turns):,.0f}",
+            f"{statistics.median(concurrent) * 1e3:.0f}",
+            f"{statistics.median(turn.concurrent_faults / len(turn.concurrent) for turn in self.turns):,.0f}",
         )
 
 
@@ -113,17 +113,17 @@ def comparisons(figures: Sequence[Figures]) -> list[str]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Raises BenchError where a server cannot be started or an answer is wrong, ValueError for a wrong option."""
-    from sglang_mm_conn.bench import document, machine
-    from sglang_mm_conn.bench.pairs import BenchError
+    from sglang_mm_conn.bench import host_info, markdown_blocks
+    from sglang_mm_conn.bench.process_pair import BenchError
     from sglang_mm_conn.demo import tiny_models
     from sglang_mm_conn.demo.servers import ServerError, ServerGroup, stop_all
 
     backends = _backends(args)
     if args.write is not None:
-        document.insert(args.write.read_text(), "", document.SERVERS)
-    rounds, alone, crowd = (3, 4, 16) if args.quick else (args.rounds or 7, 8, 40)
-    facts = machine.describe()
-    console.print(machine.line(facts), style="dim", highlight=False)
+        markdown_blocks.insert(args.write.read_text(), "", markdown_blocks.SERVERS)
+    rounds, alone, concurrent = (3, 4, 16) if args.quick else (args.rounds or 7, 8, 40)
+    facts = host_info.describe()
+    console.print(host_info.line(facts), style="dim", highlight=False)
     work = Path("build/bench").resolve()
     with console.status(f"writing a model with rows of {ROW_VALUES} values"):
         shape = tiny_models.Shape(HIDDEN, LAYERS, thin=True)
@@ -149,11 +149,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
             for name in (*backends[number % len(backends) :], *backends[: number % len(backends)]):
                 with _thawed(groups[name]):
                     _ask(groups[name], next(questions), name)  # what wakes up only once is not measured
-                    turn = _turn(groups[name], name, questions, alone, crowd)
+                    turn = _round(groups[name], name, questions, alone, concurrent)
                 figures[name].turns.append(turn)
                 say(f"round {number + 1} of {rounds}: {name}: {turn.rate:.2f} requests/s")
         for name, group in groups.items():
-            _check_transport(group, name, 1 + rounds * (1 + alone + crowd))
+            _check_transport(group, name, 1 + rounds * (1 + alone + concurrent))
     except ServerError as error:
         raise BenchError(str(error)) from None
     finally:
@@ -164,20 +164,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _backends(args: argparse.Namespace) -> tuple[str, ...]:
-    """``--ways`` of `bench servers`; its default is another command's."""
-    from sglang_mm_conn.bench.command import WAYS
+    """``--transports`` of `bench servers`; its default is another command's."""
+    from sglang_mm_conn.bench.command import TRANSPORTS
 
     for name in _OF_TRANSFERS:
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is an option of `bench transfers`, not of `bench servers`")
     if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
-    if args.ways == WAYS:
+    if args.transports == TRANSPORTS:
         return BACKENDS
-    chosen = tuple(dict.fromkeys(name.strip() for name in args.ways.split(",")))
+    chosen = tuple(dict.fromkeys(name.strip() for name in args.transports.split(",")))
     for name in chosen:
         if name not in BACKENDS:
-            raise ValueError(f"--ways: {name!r} is none of the transports of servers: {', '.join(BACKENDS)}")
+            raise ValueError(f"--transports: {name!r} is none of the transports of servers: {', '.join(BACKENDS)}")
     return chosen
 
 
@@ -212,8 +212,8 @@ def _thawed(group: ServerGroup) -> Iterator[None]:
     _freeze(group)  # not where something went wrong: they are stopped, and the error says more than theirs would
 
 
-def _turn(group: ServerGroup, name: str, questions: Iterator[Question], alone: int, crowd: int) -> Turn:
-    asked = list(itertools.islice(questions, alone + crowd))
+def _round(group: ServerGroup, name: str, questions: Iterator[Question], alone: int, concurrent: int) -> RoundResult:
+    asked = list(itertools.islice(questions, alone + concurrent))
     for question in asked:
         question.images[0].data_uri()  # drawn before the clock runs
 
@@ -227,7 +227,7 @@ def _turn(group: ServerGroup, name: str, questions: Iterator[Question], alone: i
     with ThreadPoolExecutor(CLIENTS) as clients:
         together = tuple(clients.map(seconds, asked[alone:]))
     took = time.monotonic() - begin
-    return Turn(one_by_one, together, took, _faults(group) - faults)
+    return RoundResult(one_by_one, together, took, _faults(group) - faults)
 
 
 def _faults(group: ServerGroup) -> int:
@@ -240,7 +240,7 @@ def _faults(group: ServerGroup) -> int:
 
 
 def _ask(group: ServerGroup, question: Question, backend: str) -> Answer:
-    from sglang_mm_conn.bench.pairs import BenchError
+    from sglang_mm_conn.bench.process_pair import BenchError
     from sglang_mm_conn.demo.chat import ask
 
     answer = ask(group.language.url, question)
@@ -251,7 +251,7 @@ def _ask(group: ServerGroup, question: Question, backend: str) -> Answer:
 
 def _check_transport(group: ServerGroup, backend: str, requests: int) -> None:
     """Each embedding travelled over what it is said to have travelled over."""
-    from sglang_mm_conn.bench.pairs import BenchError
+    from sglang_mm_conn.bench.process_pair import BenchError
 
     ours = group.language.log().count("Embedding received: ")
     if ours != (requests if backend == OUR_BACKEND else 0):
@@ -261,7 +261,7 @@ def _check_transport(group: ServerGroup, backend: str, requests: int) -> None:
 def _report(args: argparse.Namespace, console: Console, figures: list[Figures], facts: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from sglang_mm_conn.bench import document, machine
+    from sglang_mm_conn.bench import host_info, markdown_blocks
     from sglang_mm_conn.bench.report import markdown_table
 
     rounds = len(figures[0].turns)
@@ -278,9 +278,9 @@ def _report(args: argparse.Namespace, console: Console, figures: list[Figures], 
         console.print(f"figures: {args.json}", highlight=False)
     if args.write is not None:
         parts = (
-            f"{machine.line(facts)}. {title}.",
+            f"{host_info.line(facts)}. {title}.",
             markdown_table(HEADINGS, [one.cells() for one in figures]),
             "\n".join(f"- {line}" for line in comparisons(figures)),
         )
-        document.write(args.write, "\n\n".join(parts), document.SERVERS)
+        markdown_blocks.write(args.write, "\n\n".join(parts), markdown_blocks.SERVERS)
         console.print(f"table: {args.write}", highlight=False)

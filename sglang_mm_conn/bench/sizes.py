@@ -31,7 +31,7 @@ def show_size(nbytes: int) -> str:
 
 @dataclass(frozen=True)
 class Effort:
-    """In every round: rooms one after the other, and for each flow how many rooms, and how many at a time."""
+    """In every round: rooms one after the other, and for each concurrency how many rooms."""
 
     singles: int
     flows: tuple[tuple[int, int], ...]  # (at a time, rooms)
@@ -52,4 +52,4 @@ def effort(nbytes: int, *, quick: bool) -> Effort:
     else:
         at_a_time = (2,) if nbytes <= 128 * MIB else ()
     many = max(2, min(5 * most, 2 * budget // nbytes))
-    return Effort(singles, tuple((flow, max(many, 2 * flow)) for flow in at_a_time))
+    return Effort(singles, tuple((in_flight, max(many, 2 * in_flight)) for in_flight in at_a_time))

@@ -1,4 +1,5 @@
-"""One of the two processes of a way: opens its end, and runs what it is told to until the benchmark closes the pipe."""
+"""One of the two processes of a transport: opens its end, and runs what it is told to until the benchmark closes the
+pipe."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 
 from sglang_mm_conn.bench.payload import open_payload
-from sglang_mm_conn.bench.runs import Run, Side
-from sglang_mm_conn.bench.ways import make_receiver, make_sender
-from sglang_mm_conn.bench.ways.base import Config, Receiver, Room, Sender
+from sglang_mm_conn.bench.records import Measurement, Side
+from sglang_mm_conn.bench.transports import make_receiver, make_sender
+from sglang_mm_conn.bench.transports.base import Config, Receiver, Room, Sender
 
-_WAIT_SECONDS = 0.001  # how long one end sits in its way's own wait
+_WAIT_SECONDS = 0.001  # how long one end sits in its transport's own wait
 _RUN_SECONDS = 120.0  # a run that takes longer is stuck
 _REST_SECONDS = 0.0005
 
@@ -81,13 +82,15 @@ def cpu_seconds() -> float:
 class Worker:
     """Answers the benchmark's commands, one at a time."""
 
-    def __init__(self, role: str, way: str, config: Config, payload: tuple[str, int, int], peer: Connection) -> None:
+    def __init__(
+        self, role: str, transport: str, config: Config, payload: tuple[str, int, int], peer: Connection
+    ) -> None:
         self._role = role
         self._peer = peer
         self._payload = open_payload(payload, config.device)
         self._device = config.device
         self._counter = CallCounter()
-        self._end: Any = make_sender(way, config) if role == "encoder" else make_receiver(way, config)
+        self._end: Any = make_sender(transport, config) if role == "encoder" else make_receiver(transport, config)
         self._counter.count_registrations()
         self.hello: dict[str, Any] = {**self._end.hello(), "pid": os.getpid()}
 
@@ -95,12 +98,12 @@ class Worker:
         self._end.connect(peer)
         return {"piece": getattr(self._end, "piece", 0)}
 
-    def run(self, run: Run) -> Side:
+    def run(self, run: Measurement) -> Side:
         with self._measured() as side:
             if self._role == "encoder":
-                (self._send_flow if run.flow else self._send_single)(self._end, run, side)
+                (self._send_flow if run.in_flight else self._send_single)(self._end, run, side)
             else:
-                (self._receive_flow if run.flow else self._receive_single)(self._end, run, side)
+                (self._receive_flow if run.in_flight else self._receive_single)(self._end, run, side)
         return side
 
     def park(self, server: str, first: int, count: int, tokens: int, width: int) -> None:
@@ -123,7 +126,7 @@ class Worker:
 
     # -- one room after the other --------------------------------------------------------------------------------
 
-    def _send_single(self, end: Sender, run: Run, side: Side) -> None:
+    def _send_single(self, end: Sender, run: Measurement, side: Side) -> None:
         for number, room in _rooms(run):
             self._hear("expected")
             end.prepare(room)
@@ -142,7 +145,7 @@ class Worker:
                 waiting.difference_update(end.wait(_WAIT_SECONDS))
             self._hear("arrived")
 
-    def _receive_single(self, end: Receiver, run: Run, side: Side) -> None:
+    def _receive_single(self, end: Receiver, run: Measurement, side: Side) -> None:
         for number, room in _rooms(run):
             end.expect(room)
             self._peer.send("expected")
@@ -161,16 +164,16 @@ class Worker:
             end.release(name)
             self._peer.send("arrived")
 
-    # -- many on their way ---------------------------------------------------------------------------------------
+    # -- many in flight ---------------------------------------------------------------------------------------
 
-    def _send_flow(self, end: Sender, run: Run, side: Side) -> None:
+    def _send_flow(self, end: Sender, run: Measurement, side: Side) -> None:
         self._hear("expected")
-        free = list(range(run.flow))
+        free = list(range(run.in_flight))
         busy: dict[str, int] = {}
         until = time.monotonic() + _RUN_SECONDS
         for number, room in _rooms(run):
             while not free:
-                _check(until, "a flow of rooms sent")
+                _check(until, "concurrent rooms sent")
                 for name in end.wait(_WAIT_SECONDS):
                     free.append(busy.pop(name))
             slot = busy[room.name] = free.pop()
@@ -181,12 +184,12 @@ class Worker:
             for name in end.wait(0):
                 free.append(busy.pop(name))
         while busy:
-            _check(until, "the last rooms of a flow sent")
+            _check(until, "the last rooms of a concurrent run sent")
             for name in end.wait(_WAIT_SECONDS):
                 busy.pop(name)
         self._hear("arrived")
 
-    def _receive_flow(self, end: Receiver, run: Run, side: Side) -> None:
+    def _receive_flow(self, end: Receiver, run: Measurement, side: Side) -> None:
         self._peer.send("expected")
         rooms = _rooms(run)
         waiting: dict[str, int] = {}
@@ -194,7 +197,7 @@ class Worker:
         until = time.monotonic() + _RUN_SECONDS
         more = True
         while more or waiting:
-            while more and len(waiting) < run.flow:
+            while more and len(waiting) < run.in_flight:
                 following = next(rooms, None)
                 more = following is not None
                 if following is not None:
@@ -209,13 +212,13 @@ class Worker:
                 if mistake:
                     raise RuntimeError(f"wrong bytes in {name}: {mistake}")
                 end.release(name)
-            _check(until, "a flow of rooms received")
+            _check(until, "concurrent rooms received")
         side.times = [arrivals[number] for number in sorted(arrivals)]
         self._peer.send("arrived")
 
     def _landed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` where embeddings end. A way that delivers host memory to a GPU pays for the copy here, as sglang's
-        prefill would."""
+        """``tensor`` where embeddings end. A transport that delivers host memory to a GPU pays for the copy here, as
+        sglang's prefill would."""
         if self._device == "cuda" and tensor.is_cpu:
             tensor = tensor.to("cuda")
             torch.cuda.current_stream().synchronize()
@@ -237,7 +240,7 @@ def _room(server: str, number: int, tokens: int, width: int) -> Room:
     return Room(f"{server}-{number:016x}_local_part_0", tokens, width)
 
 
-def _rooms(run: Run) -> Iterator[tuple[int, Room]]:
+def _rooms(run: Measurement) -> Iterator[tuple[int, Room]]:
     for number in range(run.first, run.first + run.count):
         yield number, _room(run.server, number, run.tokens, run.width)
 
@@ -280,7 +283,7 @@ def _descriptors() -> int:
 
 
 def _end_with_the_benchmark() -> None:
-    """A run under way does not read the pipe, and may wait for long for a process that is gone."""
+    """A run under transport does not read the pipe, and may wait for long for a process that is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -288,7 +291,7 @@ def _end_with_the_benchmark() -> None:
 
 
 def serve(
-    commands: Connection, role: str, way: str, config: Config, payload: tuple[str, int, int], peer: Connection,
+    commands: Connection, role: str, transport: str, config: Config, payload: tuple[str, int, int], peer: Connection,
     environment: dict[str, str], log: str,
 ) -> None:  # fmt: skip
     """The process: one command after the other, each answered; it ends when the pipe does, or at ``close``."""
@@ -296,14 +299,14 @@ def serve(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    logging.basicConfig(level=logging.WARNING, format=f"{way} {role}: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format=f"{transport} {role}: %(message)s", stream=sys.stderr)
     threading.Thread(target=_end_with_the_benchmark, name="bench-lifeline", daemon=True).start()
     gc.collect()
     gc.freeze()  # what all processes have imported in common is looked through by none
     torch.set_num_threads(1)  # a server's encoder and scheduler share the machine with others
     subject: Worker | None = None
     try:
-        subject = Worker(role, way, config, payload, peer)
+        subject = Worker(role, transport, config, payload, peer)
         commands.send(("ok", subject.hello))
         while True:
             name, arguments = commands.recv()
@@ -321,7 +324,7 @@ def serve(
         with contextlib.suppress(OSError):
             commands.send(("error", f"{type(error).__name__}: {error}"))
     finally:
-        # Engines and sockets of the ways compared hold threads that need not end in an orderly way.
+        # Engines and sockets of the transports compared hold threads that need not end in an orderly transport.
         if subject is not None:
             closer = threading.Thread(target=subject.close, daemon=True)
             closer.start()

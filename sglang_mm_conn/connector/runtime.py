@@ -19,7 +19,7 @@ from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.datapath import mooncake
+from sglang_mm_conn.datapath.mooncake import writer as mooncake
 from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW, warm_up
 from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.pool import BlockPool
@@ -34,8 +34,8 @@ class Runtime:
     inline_limit_bytes = 2 << 20
     # Of the only embedding that is at an encoder, as much is written by the control thread: it need not be woken once
     # more to say so. Rooms of 4 MiB took 0.94 times as long so; of 16 MiB 0.99 on a quiet host and down to 0.8 on a
-    # busy one, where waking takes longer (``bench --ways memcpy,shm --sizes 4M,16M`` with 2 MiB here and with 16).
-    # Whoever comes next waits for that one copy, beside what a turn may take anyway (control.loop.TURN_SECONDS):
+    # busy one, where waking takes longer (``bench --transports memcpy,shm --sizes 4M,16M`` with 2 MiB here and with
+    # 16). Whoever comes next waits for that one copy, beside what a turn may take anyway (control.loop.BATCH_SECONDS):
     # memcpy's 16 MiB in docs/performance.md, and many times that where all cores are busy.
     uncontended_inline_limit_bytes = 16 << 20
     # Smaller results are copied out, so that they do not keep a whole block each; a view would not be cheaper.

@@ -13,7 +13,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded
+from sglang_mm_conn.control.limits import HIGH_WATER_MARK, READ_AHEAD, guarded
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.thread import ControlThread
 from sglang_mm_conn.control.traffic import Received
@@ -103,7 +103,7 @@ class ControlClient(ControlThread):
                 for key, link in list(self._links.items()):
                     if link.socket in ready:
                         received = self._receive(key, link)
-                        guarded(partial(self._traffic.turn, received))
+                        guarded(partial(self._traffic.process_batch, received))
                     if link.monitor in ready:
                         self._watch(key, link)
                 if time.monotonic() >= next_tick:

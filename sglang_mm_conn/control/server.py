@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_mm_conn.control.addresses import UNKNOWN_ADDRESS, peer_address
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
-from sglang_mm_conn.control.loop import HIGH_WATER_MARK, READ_AHEAD, guarded
+from sglang_mm_conn.control.limits import HIGH_WATER_MARK, READ_AHEAD, guarded
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.thread import ControlThread
 from sglang_mm_conn.control.traffic import Received
@@ -87,7 +87,7 @@ class ControlServer(ControlThread):
             if self._monitor in ready:
                 guarded(self._watch)
             if self._socket in ready:
-                guarded(lambda: self._traffic.turn(self._receive()))
+                guarded(lambda: self._traffic.process_batch(self._receive()))
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_seconds
                 guarded(self._on_tick)

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from sglang_mm_conn.control.loop import guarded, milliseconds_until
+from sglang_mm_conn.control.limits import guarded, milliseconds_until
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.traffic import Traffic
 from sglang_mm_conn.control.wakeup import Wakeup

@@ -11,7 +11,7 @@ from functools import partial
 import zmq
 
 from sglang_mm_conn.control.batches import batches, frames_in
-from sglang_mm_conn.control.loop import ANSWER_SECONDS, BATCH, BATCH_BYTES, TURN_SECONDS, guarded
+from sglang_mm_conn.control.limits import ANSWER_SECONDS, BATCH, BATCH_BYTES, BATCH_SECONDS, guarded
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.errors import ProtocolError
 
@@ -48,10 +48,10 @@ class Traffic:
                 # EHOSTUNREACH: gone. EAGAIN: down, or does not read. Both are noticed by the peer's silence.
                 logger.debug("Control messages to %s dropped: %s", peer, error)
 
-    def turn(self, received: Iterable[Received]) -> None:
+    def process_batch(self, received: Iterable[Received]) -> None:
         """Handle messages of one socket until there are no more, or others are to get their turn."""
         count = nbytes = 0
-        until = time.monotonic() + TURN_SECONDS
+        until = time.monotonic() + BATCH_SECONDS
         for peer, parts, size in received:
             nbytes += size
             count += self._take(peer, parts)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from sglang_mm_conn.demo.clips import Sound, Video
 from sglang_mm_conn.demo.images import Image
+from sglang_mm_conn.demo.media import Sound, Video
 
 
 @dataclass(frozen=True)

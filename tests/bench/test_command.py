@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from sglang_mm_conn.__main__ import main, parser
-from sglang_mm_conn.bench import document, ways
+from sglang_mm_conn.bench import markdown_blocks, transports
 from sglang_mm_conn.bench.command import _stream_above, plan_of
 from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
-from sglang_mm_conn.bench.ways.base import Config
+from sglang_mm_conn.bench.transports.base import Config
 
-BEGIN, END = document.markers(document.TRANSFERS)
-WAYS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,bare,bare+copied,bare+windows,tcp"
+BEGIN, END = markdown_blocks.markers(markdown_blocks.TRANSFERS)
+TRANSPORTS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,zmq_baseline,zmq_baseline+copied,zmq_baseline+windows,tcp"
 ROW_FIELDS = {
-    "way", "nbytes", "rooms", "rounds", "median_ms", "p99_ms", "best_ms", "gbytes_per_s", "cpu_s_per_gbyte",
+    "transport", "nbytes", "rooms", "rounds", "median_ms", "p99_ms", "best_ms", "gbytes_per_s", "cpu_s_per_gbyte",
     "of_limit", "of_limit_best", "times_built_in", "rooms_per_s", "per_room",
 }  # fmt: skip
 
@@ -31,20 +31,26 @@ def plan(*arguments: str):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ways", "shm,ftp"], "--ways: 'ftp': no way is called 'ftp'"),
-        (["--ways", "tcp+key"], "--ways: 'tcp+key': only shm, mooncake and bare have variations"),
-        (["--ways", "bare+key"], "--ways: 'bare+key': of bare there are only the variations windows and copied"),
-        (["--ways", "shm+fast"], "--ways: 'shm+fast': 'fast' is none of the variations"),
+        (["--transports", "shm,ftp"], "--transports: 'ftp': no transport is called 'ftp'"),
+        (["--transports", "tcp+key"], "--transports: 'tcp+key': only shm, mooncake and zmq_baseline have variations"),
+        (
+            ["--transports", "zmq_baseline+key"],
+            "--transports: 'zmq_baseline+key': of zmq_baseline there are only the variations windows and copied",
+        ),
+        (["--transports", "shm+fast"], "--transports: 'shm+fast': 'fast' is none of the variations"),
         (["--sizes", "16M,big"], "--sizes: 'big' is no size"),
         (["--sizes", "10K"], "--sizes: '10K' is not whole rows of 8192 bytes"),
-        (["--device", "cuda", "--ways", "shm,tcp"], "--ways: tcp cannot be measured with --device cuda, only shm,"),
-        (["--ways", "mooncake+gpu_pool"], "--ways: mooncake+gpu_pool needs --device cuda"),
-        (["--ways", "shm+gpu_pool"], "of shm there are only the variations key and fragmented"),
+        (
+            ["--device", "cuda", "--transports", "shm,tcp"],
+            "--transports: tcp cannot be measured with --device cuda, only shm,",
+        ),
+        (["--transports", "mooncake+gpu_pool"], "--transports: mooncake+gpu_pool needs --device cuda"),
+        (["--transports", "shm+gpu_pool"], "of shm there are only the variations key and fragmented"),
         (["servers", "--device", "cuda"], "--device is an option of `bench transfers`"),
         (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
         (["servers", "--rounds", "0"], "--rounds must be 1 or more, not 0"),
         (["servers", "--sizes", "1M"], "--sizes is an option of `bench transfers`"),
-        (["servers", "--ways", "shm"], "--ways: 'shm' is none of the transports of servers"),
+        (["servers", "--transports", "shm"], "--transports: 'shm' is none of the transports of servers"),
     ],
 )
 def test_a_bad_value_is_named_with_its_option(
@@ -55,21 +61,23 @@ def test_a_bad_value_is_named_with_its_option(
 
 
 def test_variations_are_added_to_both_paths() -> None:
-    names = [way.name for way in plan("--ways", "memcpy,shm", "--windows").ways]
+    names = [transport.name for transport in plan("--transports", "memcpy,shm", "--windows").transports]
     assert names == ["memcpy", "shm", "shm+windows", "mooncake+windows"]
-    names = [way.name for way in plan("--ways", "bare", "--fragmented", "--copied").ways]
+    names = [
+        transport.name for transport in plan("--transports", "zmq_baseline", "--fragmented", "--copied").transports
+    ]
     assert names == [
-        "bare", "shm+fragmented", "mooncake+fragmented", "shm+copied", "mooncake+copied", "bare+copied",
+        "zmq_baseline", "shm+fragmented", "mooncake+fragmented", "shm+copied", "mooncake+copied", "zmq_baseline+copied",
     ]  # fmt: skip
-    assert ways.parse("shm+windows+key").name == "shm+key+windows"
+    assert transports.parse("shm+windows+key").name == "shm+key+windows"
 
 
-def test_with_a_gpu_every_way_that_can_end_there_is_measured_and_no_special_case() -> None:
+def test_with_a_gpu_every_transport_that_can_end_there_is_measured_and_no_special_case() -> None:
     found = plan("--device", "cuda")
-    names = [way.name for way in found.ways]
+    names = [transport.name for transport in found.transports]
     assert {"memcpy", "shm", "mooncake", "mooncake+gpu_pool"} <= set(names) and not {"tcp", "engine"} & set(names)
     assert (found.device, found.special) == ("cuda", False)
-    config = ways.parse("mooncake+gpu_pool").config(Config(1 << 20, 4096, 1, device="cuda"), "")
+    config = transports.parse("mooncake+gpu_pool").config(Config(1 << 20, 4096, 1, device="cuda"), "")
     assert (config.device, config.pool_device) == ("cuda", "cuda")
 
 
@@ -77,7 +85,7 @@ def test_a_gpu_that_is_not_there_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["bench", "--device", "cuda", "--ways", "memcpy"]) == 1
+    assert main(["bench", "--device", "cuda", "--transports", "memcpy"]) == 1
     assert "--device cuda, but torch finds no GPU here" in capsys.readouterr().out
 
 
@@ -91,7 +99,7 @@ def test_every_size_has_rooms_to_measure() -> None:
         for nbytes in (4096, 64 << 10, 1 << 20, 512 << 20, 4 << 30):
             work = effort(nbytes, quick=quick)
             assert work.singles >= 1
-            assert all(count >= flow for flow, count in work.flows)
+            assert all(count >= in_flight for in_flight, count in work.flows)
 
 
 def test_the_size_to_stream_above_reaches_the_processes_beside_other_tunables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,18 +113,18 @@ def test_the_size_to_stream_above_reaches_the_processes_beside_other_tunables(mo
 
 def test_tables_go_between_the_markers_and_nothing_else_changes() -> None:
     text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert document.insert(text, "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
-    assert document.insert(document.insert(text, "new"), "new") == document.insert(text, "new")
+    assert markdown_blocks.insert(text, "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+    assert markdown_blocks.insert(markdown_blocks.insert(text, "new"), "new") == markdown_blocks.insert(text, "new")
     with pytest.raises(ValueError, match="must hold the lines"):
-        document.insert("no markers", "new")
+        markdown_blocks.insert("no markers", "new")
 
 
-def test_a_run_measures_every_way_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_measures_every_transport_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, page = tmp_path / "figures.json", tmp_path / "page.md"
     page.write_text(f"# Page\n{BEGIN}\n{END}\nend\n")
     status = main(
         [
-            *("bench", "--quick", "--ways", WAYS, "--sizes", "64K,2M", "--rounds", "1", "--width", "512"),
+            *("bench", "--quick", "--transports", TRANSPORTS, "--sizes", "64K,2M", "--rounds", "1", "--width", "512"),
             *("--block-size", "16", "--no-special", "--json", str(figures), "--plots", str(tmp_path / "plots")),
             *("--write", str(page)),
         ]
@@ -124,15 +132,15 @@ def test_a_run_measures_every_way_and_reports_it(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert status == 0, shown
     told = json.loads(figures.read_text())
-    assert {(row["way"], row["nbytes"]) for row in told["rows"]} == {
-        (way, nbytes) for way in WAYS.split(",") for nbytes in (64 << 10, 2 << 20)
+    assert {(row["transport"], row["nbytes"]) for row in told["rows"]} == {
+        (transport, nbytes) for transport in TRANSPORTS.split(",") for nbytes in (64 << 10, 2 << 20)
     }
     for row in told["rows"]:
         assert set(row) == ROW_FIELDS
         assert row["median_ms"] > 0 and row["of_limit"] > 0 and row["rooms_per_s"]
     assert told["machine"]["cores"] >= 1 and told["plan"]["rounds"] == 1 and told["runs"]
     for row in told["rows"]:
-        if row["way"].startswith("shm"):
+        if row["transport"].startswith("shm"):
             assert all(number < 0.01 for number in row["per_room"].values()), f"made anew for rooms: {row}"
     for name in ("latency", "speed", "cpu", "rooms"):
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -147,7 +155,7 @@ def test_no_process_outlives_a_benchmark_that_is_killed_in_the_middle(tmp_path: 
         bench = subprocess.Popen(
             [
                 *(sys.executable, "-m", "sglang_mm_conn", "bench"),
-                *("--ways", "memcpy,shm", "--sizes", "16M", "--rounds", "999"),
+                *("--transports", "memcpy,shm", "--sizes", "16M", "--rounds", "999"),
             ],
             stdout=file,
             stderr=file,

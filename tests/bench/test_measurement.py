@@ -2,17 +2,17 @@
 
 import pytest
 
-from sglang_mm_conn.bench.logic import seconds_per_room, seconds_per_wake
+from sglang_mm_conn.bench.cpu_cost import seconds_per_room, seconds_per_wake
 from sglang_mm_conn.bench.measurement import comparisons, quantile, ratio_by_round, rooms_per_second, rows
-from sglang_mm_conn.bench.runs import Result
+from sglang_mm_conn.bench.records import Result
 
 MIB = 1 << 20
 NOTHING = {"calls": {}}
 
 
-def result(way: str, seconds: list[float], *, flow: int = 0, number: int = 0, calls: int = 0) -> Result:
+def result(transport: str, seconds: list[float], *, in_flight: int = 0, number: int = 0, calls: int = 0) -> Result:
     side = {"calls": {"sockets": calls}}
-    return Result(way, MIB, flow, seconds, sum(seconds), 0.5, side, NOTHING, number)
+    return Result(transport, MIB, in_flight, seconds, sum(seconds), 0.5, side, NOTHING, number)
 
 
 def test_quantile_takes_a_value_that_was_measured() -> None:
@@ -22,11 +22,11 @@ def test_quantile_takes_a_value_that_was_measured() -> None:
     assert quantile([3.0], 0.99) == 3.0
 
 
-def test_ways_are_compared_within_rounds_so_that_noise_hits_all_alike() -> None:
+def test_transports_are_compared_within_rounds_so_that_noise_hits_all_alike() -> None:
     slow_round, quick_round = 10.0, 1.0
     limit = [result("memcpy", [quick_round]), result("memcpy", [slow_round], number=1)]
-    way = [result("shm", [2 * quick_round]), result("shm", [2 * slow_round], number=1)]
-    assert ratio_by_round(limit, way) == 0.5
+    transport = [result("shm", [2 * quick_round]), result("shm", [2 * slow_round], number=1)]
+    assert ratio_by_round(limit, transport) == 0.5
 
 
 def test_a_row_holds_singles_and_flows_apart() -> None:
@@ -34,7 +34,7 @@ def test_a_row_holds_singles_and_flows_apart() -> None:
         [
             result("memcpy", [0.001]),
             result("shm", [0.002, 0.004, 0.002]),
-            result("shm", [1.0] * 4, flow=4),
+            result("shm", [1.0] * 4, in_flight=4),
         ]
     )
     assert limit.of_limit == 1.0
@@ -51,8 +51,8 @@ def test_what_is_made_anew_is_counted_per_room() -> None:
     assert row.of_limit is None
 
 
-def test_a_way_is_compared_with_the_better_of_sglangs_own() -> None:
-    results = [result("zmq_to_scheduler", [0.008]), result("mooncake_stock", [0.004]), result("shm", [0.002])]
+def test_a_transport_is_compared_with_the_better_of_sglangs_own() -> None:
+    results = [result("zmq_to_scheduler", [0.008]), result("mooncake_builtin", [0.004]), result("shm", [0.002])]
     assert [row.times_built_in for row in rows(results)] == [0.5, 1.0, 2.0]
 
 
@@ -70,10 +70,10 @@ def test_a_round_that_was_interrupted_counts_for_nobody() -> None:
 def test_rooms_per_second_are_those_of_the_largest_flow() -> None:
     results = [
         result("shm", [0.001]),
-        result("shm", [1.0] * 4, flow=4),
-        result("shm", [0.25] * 8, flow=8),
-        result("shm", [0.5] * 8, flow=8, number=1),
-        result("shm", [0.125] * 8, flow=8, number=2),
+        result("shm", [1.0] * 4, in_flight=4),
+        result("shm", [0.25] * 8, in_flight=8),
+        result("shm", [0.5] * 8, in_flight=8, number=1),
+        result("shm", [0.125] * 8, in_flight=8, number=2),
     ]
     assert rooms_per_second(results, MIB, "shm") == 4.0
     assert rooms_per_second(results[:1], MIB, "shm") is None and rooms_per_second(results, MIB, "memcpy") is None

@@ -3,7 +3,7 @@
 import torch
 
 from sglang_mm_conn.bench.payload import Payload, PayloadFile
-from sglang_mm_conn.bench.ways.base import Room
+from sglang_mm_conn.bench.transports.base import Room
 
 NBYTES = 64 << 10
 ROOM = Room("room", 8, 4096)

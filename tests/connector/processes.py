@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.states import Poll
-from tests.connector.content import ITEM_BYTES, Part
+from tests.connector.payload import ITEM_BYTES, Part
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -62,13 +62,13 @@ class CommandFailed(Exception):
 
 
 class Zygote:
-    """The process that forks the others (see tests.connector.child)."""
+    """The process that forks the others (see tests.connector.worker_process)."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.connector.child", str(theirs.fileno())],
+            [sys.executable, "-m", "tests.connector.worker_process", str(theirs.fileno())],
             cwd=ROOT,
             env=environment,
             pass_fds=[theirs.fileno()],

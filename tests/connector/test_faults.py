@@ -13,7 +13,7 @@ from sglang_mm_conn.core.messages import Init, Refused, decode_from_encoder, enc
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.segment import DIRECTORY
-from tests.connector.content import Part
+from tests.connector.payload import Part
 from tests.connector.processes import (
     BLOCK_SIZE,
     BLOCKS,

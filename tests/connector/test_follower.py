@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sglang_mm_conn.connector.follower import FollowerEndpoint
+from sglang_mm_conn.connector.language.follower import FollowerEndpoint
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.rooms import new_id, new_room_base
@@ -17,7 +17,7 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.results import Contents, SharedResult, _name
 from sglang_mm_conn.memory.segment import DIRECTORY, sweep_stale_segments
-from tests.connector.content import Part
+from tests.connector.payload import Part
 from tests.connector.processes import BLOCK_SIZE, BLOCKS, Rank, World, wait_for
 
 TOKENS = 3 * BLOCKS * BLOCK_SIZE  # three times the pool: two resumes at least

@@ -1,4 +1,4 @@
-"""GPU memory at both ends, by way of a device whose copies happen as late as they may (promise P2).
+"""GPU memory at both ends, by transport of a device whose copies happen as late as they may (promise P2).
 
 Two endpoints in this process, real sockets; over shared memory, and over a real Mooncake engine to a pool that counts
 as GPU memory. On a machine with a GPU, tests/gpu runs the same transfers on it.
@@ -12,16 +12,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sglang_mm_conn.connector.language import LanguageEndpoint
-from sglang_mm_conn.connector.paths import encoder_data_paths
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.core.errors import MemoryUnavailable
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll, ReceiverState
-from sglang_mm_conn.datapath import mooncake
+from sglang_mm_conn.datapath.factory import encoder_data_paths
+from sglang_mm_conn.datapath.mooncake import writer as mooncake
 from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.results import SharedResult
-from tests.connector.ends import BLOCKS, HOST, ROW_BYTES, TOKENS, WAYS, Ends
+from tests.connector.endpoints import BLOCKS, HOST, ROW_BYTES, TOKENS, TRANSPORTS, Ends
 from tests.connector.processes import stays, wait_for
 from tests.memory.asynchronous import AsynchronousDevice, CarelessDevice
 
@@ -33,14 +33,14 @@ def engine_for_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mooncake, "_WITHOUT_CUDA", "none")
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @contextmanager
-def opened(way: str, encoder: Device, language: Device, checksum: bool = True) -> Iterator[Ends]:
-    ends = Ends(way, encoder, language, checksum)
+def opened(transport: str, encoder: Device, language: Device, checksum: bool = True) -> Iterator[Ends]:
+    ends = Ends(transport, encoder, language, checksum)
     try:
         yield ends
     finally:
@@ -51,9 +51,9 @@ def opened(way: str, encoder: Device, language: Device, checksum: bool = True) -
 
 
 @pytest.mark.parametrize("early", [0.0, 0.5])
-def test_the_right_bytes_arrive_however_late_copies_happen(way: str, early: float) -> None:
+def test_the_right_bytes_arrive_however_late_copies_happen(transport: str, early: float) -> None:
     encoder, language = AsynchronousDevice(early, 1), AsynchronousDevice(early, 2)
-    with opened(way, encoder, language) as ends:
+    with opened(transport, encoder, language) as ends:
         for number in range(8):
             rows = torch.full((TOKENS, ROW_BYTES // 4), float("nan"))
             expected = torch.randn(TOKENS, ROW_BYTES // 4)
@@ -62,18 +62,18 @@ def test_the_right_bytes_arrive_however_late_copies_happen(way: str, early: floa
 
 
 @pytest.mark.parametrize("careless", ["encoder", "language"])
-def test_an_end_that_does_not_wait_for_its_copies_is_noticed(way: str, careless: str) -> None:
+def test_an_end_that_does_not_wait_for_its_copies_is_noticed(transport: str, careless: str) -> None:
     """Otherwise the tests above would show nothing."""
     devices: dict[str, Device] = {"encoder": Device(), "language": Device()}
     devices[careless] = CarelessDevice()
-    with opened(way, devices["encoder"], devices["language"], checksum=False) as ends:
+    with opened(transport, devices["encoder"], devices["language"], checksum=False) as ends:
         rows = torch.ones(TOKENS, ROW_BYTES // 4)
         assert not torch.equal(ends.transfer(rows), rows)
 
 
-def test_a_source_is_read_only_after_the_event_that_wrote_it(way: str) -> None:
+def test_a_source_is_read_only_after_the_event_that_wrote_it(transport: str) -> None:
     encoder = AsynchronousDevice()
-    with opened(way, encoder, Device(), checksum=False) as ends:
+    with opened(transport, encoder, Device(), checksum=False) as ends:
         rows, expected = torch.zeros(TOKENS, ROW_BYTES // 4), torch.randn(TOKENS, ROW_BYTES // 4)
         encoder.produce(rows, expected)
         encoder.hold("marks")
@@ -84,9 +84,9 @@ def test_a_source_is_read_only_after_the_event_that_wrote_it(way: str) -> None:
         assert torch.equal(ends.finish(room), expected)
 
 
-def test_neither_done_is_said_nor_a_source_released_before_the_copies_have_happened(way: str) -> None:
+def test_neither_done_is_said_nor_a_source_released_before_the_copies_have_happened(transport: str) -> None:
     encoder = AsynchronousDevice()
-    with opened(way, encoder, Device(), checksum=False) as ends:
+    with opened(transport, encoder, Device(), checksum=False) as ends:
         encoder.hold("copies")
         room = ends.begin(torch.randn(TOKENS, ROW_BYTES // 4))
         assert encoder.waiting.acquire(timeout=60), "nobody waited for the copies of a window"
@@ -99,9 +99,9 @@ def test_neither_done_is_said_nor_a_source_released_before_the_copies_have_happe
         wait_for(lambda: core.allocator.free_count == BLOCKS, "every block is free again")
 
 
-def test_no_block_is_free_before_the_copies_out_of_it_have_happened(way: str) -> None:
+def test_no_block_is_free_before_the_copies_out_of_it_have_happened(transport: str) -> None:
     language = AsynchronousDevice()
-    with opened(way, Device(), language, checksum=False) as ends:
+    with opened(transport, Device(), language, checksum=False) as ends:
         rows = torch.randn(TOKENS, ROW_BYTES // 4)
         language.hold("copies")
         room = ends.begin(rows)
@@ -115,10 +115,10 @@ def test_no_block_is_free_before_the_copies_out_of_it_have_happened(way: str) ->
         assert torch.equal(ends.transfer(rows), rows)  # and the endpoint goes on
 
 
-def test_with_a_gpu_results_are_no_views_and_the_control_thread_moves_nothing(way: str) -> None:
-    """A copy from a view may be under way when its last tensor goes; a copy may wait for the GPU."""
+def test_with_a_gpu_results_are_no_views_and_the_control_thread_moves_nothing(transport: str) -> None:
+    """A copy from a view may be under transport when its last tensor goes; a copy may wait for the GPU."""
     language = AsynchronousDevice()
-    with opened(way, Device(), language, checksum=False) as ends:
+    with opened(transport, Device(), language, checksum=False) as ends:
         rows = torch.randn(4, ROW_BYTES // 4)  # in one window, and small
         language.hold("copies")
         room = ends.begin(rows)
@@ -145,7 +145,7 @@ def test_parts_that_are_joined_on_the_gpu_are_joined_when_the_scheduler_hears_of
         assert bool((ends.language.submit(join).result(60) == 1).all())
 
 
-def test_an_embedding_that_could_not_be_computed_fails_its_room_alone(way: str) -> None:
+def test_an_embedding_that_could_not_be_computed_fails_its_room_alone(transport: str) -> None:
     class Broken(AsynchronousDevice):
         def mark(self, tensor: torch.Tensor) -> object:  # type: ignore[override]
             broken = bool(tensor.view(torch.float32)[0] == 0)
@@ -159,7 +159,7 @@ def test_an_embedding_that_could_not_be_computed_fails_its_room_alone(way: str) 
 
             return Mark()
 
-    with opened(way, Broken(), Device(), checksum=False) as ends:
+    with opened(transport, Broken(), Device(), checksum=False) as ends:
         room = ends.begin(torch.zeros(TOKENS, ROW_BYTES // 4))
         wait_for(lambda: ends.language.poll(room) is Poll.Failed, "the room fails")
         assert "was not computed: CUDA error" in ends.language.outcome(room).reason

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from sglang_mm_conn.connector.links import LinkBusy, Links
+from sglang_mm_conn.connector.encoder.links import LinkBusy, Links
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable
 from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Region, Register

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from sglang_mm_conn.connector import encoder as encoder_module
-from sglang_mm_conn.connector.encoder import EncoderEndpoint
-from sglang_mm_conn.connector.encoders import Encoders
+from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
+from sglang_mm_conn.connector.language.encoder_directory import Encoders
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.core.errors import ProtocolError, WriterSlotTaken

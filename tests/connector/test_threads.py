@@ -17,10 +17,9 @@ import pytest
 import torch
 import zmq
 
-from sglang_mm_conn.connector.encoder import EncoderEndpoint
-from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import encode_metadata
-from sglang_mm_conn.connector.paths import encoder_data_paths
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.layout import Extent
@@ -29,6 +28,7 @@ from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
+from sglang_mm_conn.datapath.factory import encoder_data_paths
 from tests.connector.processes import wait_for
 
 HOST = "127.0.0.1"

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from sglang_mm_conn.core.states import Poll
-from tests.connector.content import Part
+from tests.connector.payload import Part
 from tests.connector.processes import BLOCK_SIZE, BLOCKS, WIDTH, Encoder, Language, World, wait_for
 
 POOL_TOKENS = BLOCKS * BLOCK_SIZE

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from sglang_mm_conn.connector.encoder import EncoderEndpoint
-from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import encode_metadata
-from sglang_mm_conn.connector.paths import encoder_data_paths
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
+from sglang_mm_conn.datapath.factory import encoder_data_paths
 from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW
 from sglang_mm_conn.memory.results import Contents, Result, SharedResult
 from tests.connector.processes import wait_for

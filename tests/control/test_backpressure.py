@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 
 from sglang_mm_conn.control.client import ControlClient
-from sglang_mm_conn.control.loop import READ_AHEAD
+from sglang_mm_conn.control.limits import READ_AHEAD
 from sglang_mm_conn.control.server import ControlServer
 
 FRAME = bytes(1 << 20)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sglang_mm_conn.control.batches import MOST_BYTES, MOST_FRAMES, batches, frames_in
 from sglang_mm_conn.control.client import ControlClient
-from sglang_mm_conn.control.loop import BATCH
+from sglang_mm_conn.control.limits import BATCH
 from sglang_mm_conn.control.rate_limited_log import LINES
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.errors import ProtocolError

@@ -16,8 +16,8 @@ from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, Memor
 from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
 from sglang_mm_conn.core.messages import Region, Register
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.datapath import mooncake
-from sglang_mm_conn.datapath.mooncake import (
+from sglang_mm_conn.datapath.mooncake import writer as mooncake
+from sglang_mm_conn.datapath.mooncake.writer import (
     BATCHES,
     MAX_PIECES,
     PIECE_BYTES,

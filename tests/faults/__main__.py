@@ -20,9 +20,9 @@ from sglang_mm_conn.memory.segment import sweep_stale_segments
 from tests.connector.processes import Zygote
 from tests.faults import table
 from tests.faults.cases import FAULTS, GRACE_SECONDS, LONG_SECONDS, SHORT_SECONDS, Attempt, Fault, attempt
-from tests.faults.ground import DEADLINE, PEER_TIMEOUT, Ground
 from tests.faults.network import why_impossible
-from tests.faults.steps import STEPS, Step
+from tests.faults.processes import DEADLINE, PEER_TIMEOUT, Ground
+from tests.faults.stages import STEPS, Step
 
 PATHS = ("shm", "mooncake")
 Cell = tuple[Fault, Step]

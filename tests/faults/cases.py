@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.states import Poll
-from tests.connector.content import Part
+from tests.connector.payload import Part
 from tests.connector.processes import Child, Encoder, Language
-from tests.faults.ground import DEADLINE, PEER_TIMEOUT, Ground
-from tests.faults.steps import Rest, Step
+from tests.faults.processes import DEADLINE, PEER_TIMEOUT, Ground
+from tests.faults.stages import Rest, Step
 from tests.faults.traffic import Route
 
 SHORT_SECONDS = 0.7

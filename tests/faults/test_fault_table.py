@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from sglang_mm_conn.memory.segment import sweep_stale_segments
-from tests.connector.content import Part
+from tests.connector.payload import Part
 from tests.connector.processes import Encoder, Zygote
 from tests.faults import table
 from tests.faults.baseline import RSS_MARGIN_KB, Holdings, Segments
 from tests.faults.cases import FAULTS, Attempt, Fault, attempt
-from tests.faults.ground import Ground
 from tests.faults.network import Cable, why_impossible
-from tests.faults.steps import STEPS, Step
+from tests.faults.processes import Ground
+from tests.faults.stages import STEPS, Step
 
 NO_NETWORK = why_impossible()
 HELD = Holdings(rss_kb=100_000, descriptors=50, sockets=20, threads=40, mapped=1)

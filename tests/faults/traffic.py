@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sglang_mm_conn.core.states import Poll
-from tests.connector.content import Part
+from tests.connector.payload import Part
 from tests.connector.processes import Encoder, Language, World, wait_for
 
 PAUSE_SECONDS = 0.05

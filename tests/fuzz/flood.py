@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from sglang_mm_conn.control.batches import MOST_FRAMES
-from sglang_mm_conn.control.loop import READ_AHEAD
+from sglang_mm_conn.control.limits import READ_AHEAD
 from sglang_mm_conn.core.messages import (
     Abort,
     Announce,
@@ -30,7 +30,7 @@ from tests.connector.processes import wait_for
 from tests.faults.baseline import RSS_MARGIN_KB, Holdings
 from tests.faults.traffic import one_room
 from tests.fuzz.frames import BATCH_MARK
-from tests.fuzz.rogues import RogueEncoder, RogueLanguage, Stuck
+from tests.fuzz.malicious_peers import RogueEncoder, RogueLanguage, Stuck
 from tests.fuzz.run import DEADLINE, LIMIT, TOMBSTONE_BYTES, Ground
 
 # The median healthy room may take so many times as long beside a flood. Where it takes less than the floor without,

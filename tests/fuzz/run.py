@@ -14,13 +14,13 @@ import zmq
 
 from sglang_mm_conn.control.authentication import DeploymentKey, generate
 from sglang_mm_conn.core.states import Poll
-from tests.connector.content import ITEM_BYTES, Part
+from tests.connector.payload import ITEM_BYTES, Part
 from tests.connector.processes import BLOCK_SIZE, HOST, WIDTH, Child, CommandFailed, Language, World, Zygote, wait_for
 from tests.faults.baseline import Holdings
-from tests.faults.ground import ENCODER_TABLES, LANGUAGE_TABLES
+from tests.faults.processes import ENCODER_TABLES, LANGUAGE_TABLES
 from tests.faults.traffic import Route
 from tests.fuzz.frames import Frames
-from tests.fuzz.rogues import RogueEncoder, RogueLanguage, Strangers, keyless_frames
+from tests.fuzz.malicious_peers import RogueEncoder, RogueLanguage, Strangers, keyless_frames
 
 # A healthy room arrives within this, whatever rogues do; far longer than it takes.
 DEADLINE = 20.0
@@ -141,7 +141,7 @@ class Ground:
         rogue.wait_connected()
         return rogue
 
-    def turn_rogues_out(self) -> None:
+    def reject_malicious_peers(self) -> None:
         """Their connections close; their rooms end by themselves."""
         for rogue in (*self.rogue_languages, *self.rogue_encoders):
             rogue.close()
@@ -239,7 +239,7 @@ class Ground:
 
     def settle(self) -> dict[str, tuple[Holdings, int]]:
         """Without rogues: everything they brought is gone. Returns what each process holds, and its tombstones."""
-        self.turn_rogues_out()
+        self.reject_malicious_peers()
         assert self.route is not None
         self.route.one_more()
         with self.route.paused():
@@ -266,7 +266,7 @@ class Ground:
     def close(self) -> None:
         if self.route is not None:
             self.route.halt()
-        self.turn_rogues_out()
+        self.reject_malicious_peers()
         self.world.close()
         self._context.destroy(linger=0)
 

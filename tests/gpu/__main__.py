@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sglang_mm_conn.bench import machine
 from tests.gpu import document
 from tests.gpu.steps import PASSED, ROOT, Outcome, run_all, steps
 
@@ -28,7 +27,9 @@ def facts(device: str) -> dict[str, Any]:
     """The machine; of a GPU its name, memory and driver."""
     import torch
 
-    described = {**machine.describe(), "kernel": platform.release(), "gpu": "", "gpu_mib": 0, "driver": ""}
+    from sglang_mm_conn.bench import host_info
+
+    described = {**host_info.describe(), "kernel": platform.release(), "gpu": "", "gpu_mib": 0, "driver": ""}
     described["packages"]["torch"] = torch.__version__
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -79,6 +80,7 @@ def main() -> int:
             parser.error(f"--only: no step is called {', '.join(unknown)}; {there_are}")
         chosen = [step for step in chosen if step.name in asked]
     import torch
+
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("tests.gpu: torch finds no GPU here; --device cpu rehearses without one", file=sys.stderr)

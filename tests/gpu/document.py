@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_mm_conn.bench.document import write as write_between_markers
+from sglang_mm_conn.bench.markdown_blocks import write as write_between_markers
 from sglang_mm_conn.bench.report import markdown_table
 from tests.gpu.steps import NOT_RUN, ROOT
 
@@ -17,7 +17,7 @@ NO_GPU = "**This was not run on a GPU yet.**"
 MIB = 1 << 20
 # Columns that hold words; the others hold figures.
 _WORDS = {
-    "step", "what", "result", "copy", "compared", "bytes", "way", "descriptors", "GPU memory", "pinned at most",
+    "step", "what", "result", "copy", "compared", "bytes", "transport", "descriptors", "GPU memory", "pinned at most",
     "problems",
 }  # fmt: skip
 
@@ -60,10 +60,10 @@ def _step(step: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _rates(rates: list[dict[str, Any]]) -> str:
-    plain = {rate["way"]: rate["bytes_per_second"] for rate in rates}
+    plain = {rate["transport"]: rate["bytes_per_second"] for rate in rates}
     rows = [
         (
-            rate["way"], f"{rate['bytes_per_second'] / 1e9:.1f}",
+            rate["transport"], f"{rate['bytes_per_second'] / 1e9:.1f}",
             f"{rate['bytes_per_second'] / plain[rate['plain']]:.0%} of {rate['plain']}",
             "right" if rate["right"] else "**WRONG**",
         )
@@ -73,9 +73,10 @@ def _rates(rates: list[dict[str, Any]]) -> str:
 
 
 def _benches(figures: dict[str, Any]) -> list[str]:
-    """Ways of one run were measured in turns; memcpy (one copy off the GPU, one onto it) or shm is in each of them."""
+    """Transports of one run were measured in turns; memcpy (one copy off the GPU, one onto it) or shm is in each of
+    them."""
     rows = []
-    for name in ("connector", "mooncake", "gpu_pool", "zmq_to_scheduler", "mooncake_stock"):
+    for name in ("connector", "mooncake", "gpu_pool", "zmq_to_scheduler", "mooncake_builtin"):
         if name not in figures:
             continue
         measured = figures[name]["rows"]
@@ -84,25 +85,25 @@ def _benches(figures: dict[str, Any]) -> list[str]:
             base = same[0]
             for row in same:
                 times = (f"{row[key]:.2f}" for key in ("median_ms", "p99_ms", "gbytes_per_s"))
-                ratio = f"{row['median_ms'] / base['median_ms']:.2f} of {base['way']}"
-                rows.append((f"`{name}`", row["way"], f"{size // MIB} MiB", *times, ratio))
+                ratio = f"{row['median_ms'] / base['median_ms']:.2f} of {base['transport']}"
+                rows.append((f"`{name}`", row["transport"], f"{size // MIB} MiB", *times, ratio))
     if not rows:
         return []
     heading = "### One embedding, from the encoder's GPU memory to the language server's\n\n"
-    columns = ("step", "way", "size", "p50 ms", "p99 ms", "GB/s", "time")
+    columns = ("step", "transport", "size", "p50 ms", "p99 ms", "GB/s", "time")
     return [heading + _table(columns, rows)]
 
 
 def _endurance(results: list[dict[str, Any]]) -> str:
     rows = [
         (
-            one["way"], str(one["rooms"]), str(one["wrong"]), f"{one['seconds']:.1f}",
+            one["transport"], str(one["rooms"]), str(one["wrong"]), f"{one['seconds']:.1f}",
             _change(one, "descriptors", 1, ""), _change(one, "gpu_bytes", MIB, " MiB"),
             f"{one['most_pinned_bytes'] / MIB:.1f} MiB", "; ".join(one["problems"]) or "none",
         )
         for one in results
     ]  # fmt: skip
-    columns = ("way", "rooms", "wrong", "s", "descriptors", "GPU memory", "pinned at most", "problems")
+    columns = ("transport", "rooms", "wrong", "s", "descriptors", "GPU memory", "pinned at most", "problems")
     return "### A thousand rooms beside a busy GPU\n\n" + _table(columns, rows)
 
 

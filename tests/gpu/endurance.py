@@ -1,4 +1,4 @@
-"""A thousand rooms with checksums while the GPU is busy, over every way; then everything that they held is back.
+"""A thousand rooms with checksums while the GPU is busy, over every transport; then everything that they held is back.
 
 A command of its own (``python -m tests.gpu.endurance --help``), one of the steps of ``python -m tests.gpu``.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sglang_mm_conn.memory.device import CudaDevice, Device
-from tests.connector.ends import BLOCKS, ROW_BYTES, STAGING_BYTES, TOKENS, WAYS, Ends
+from tests.connector.endpoints import BLOCKS, ROW_BYTES, STAGING_BYTES, TOKENS, TRANSPORTS, Ends
 from tests.connector.processes import wait_for
 
 IN_FLIGHT = 8
@@ -127,9 +127,9 @@ class Held:
 
 @dataclass
 class Endurance:
-    """One way's rooms."""
+    """One transport's rooms."""
 
-    way: str
+    transport: str
     rooms: int = 0
     wrong: int = 0
     seconds: float = 0.0
@@ -140,32 +140,32 @@ class Endurance:
     problems: list[str] = field(default_factory=list)
 
 
-def ways_of(device: str) -> list[str]:
-    """Every way on a GPU, pools on it last: if Mooncake's engine crashes there, the others' figures are written.
+def transports_of(device: str) -> list[str]:
+    """Every transport on a GPU, pools on it last: if Mooncake's engine crashes there, the others' figures are written.
     Without a GPU each data path once."""
     if device == "cuda":
-        return sorted(WAYS, key=lambda way: WAYS[way][1] == "cuda")
-    return list({path: way for way, (path, pool, _) in WAYS.items() if pool == "cpu"}.values())
+        return sorted(TRANSPORTS, key=lambda transport: TRANSPORTS[transport][1] == "cuda")
+    return list({path: transport for transport, (path, pool, _) in TRANSPORTS.items() if pool == "cpu"}.values())
 
 
-def kept_pinned(way: str, device: str) -> int:
+def kept_pinned(transport: str, device: str) -> int:
     """Bytes that stay pinned: Mooncake's engines, with their staging memory, end with the process."""
-    path, pool, embeddings = WAYS[way]
+    path, pool, embeddings = TRANSPORTS[transport]
     return STAGING_BYTES if device == "cuda" and path != "shm" and pool == "cpu" and embeddings == "cuda" else 0
 
 
-def play(way: str, device: str, rooms: int, seconds: float, seed: int) -> Endurance:
-    """``rooms`` rooms over ``way``, or as many as ``seconds`` allow."""
-    result, pins = Endurance(way), Pins()
+def play(transport: str, device: str, rooms: int, seconds: float, seed: int) -> Endurance:
+    """``rooms`` rooms over ``transport``, or as many as ``seconds`` allow."""
+    result, pins = Endurance(transport), Pins()
 
     def make() -> Device:
         return CountingCudaDevice(torch.cuda.current_device(), pins) if device == "cuda" else Device()
 
     chance = random.Random(seed)
-    ends = Ends(way, make(), make(), checksum=True)
+    ends = Ends(transport, make(), make(), checksum=True)
     busy = BusyGpu(device)  # before the baseline, which holds what its stream needs
     try:
-        _pass(ends, device, WARM_ROOMS, time.monotonic() + seconds, Endurance(way), chance)
+        _pass(ends, device, WARM_ROOMS, time.monotonic() + seconds, Endurance(transport), chance)
         before = _at_rest(ends, device, pins)
         began = time.monotonic()
         _pass(ends, device, rooms, began + seconds, result, chance)
@@ -178,8 +178,8 @@ def play(way: str, device: str, rooms: int, seconds: float, seed: int) -> Endura
     gc.collect()
     result.most_pinned_bytes = pins.most
     result.before, result.after = asdict(before), asdict(after)
-    result.problems += after.growth(before, "shm" if WAYS[way][0] == "shm" else "mooncake")
-    if pins.now != kept_pinned(way, device):
+    result.problems += after.growth(before, "shm" if TRANSPORTS[transport][0] == "shm" else "mooncake")
+    if pins.now != kept_pinned(transport, device):
         result.problems.append(f"{pins.now} bytes are pinned although everything is closed")
     if result.wrong:
         result.problems.append(f"{result.wrong} of {result.rooms} rooms with wrong bytes")
@@ -224,22 +224,22 @@ def _made_by_a_model(expected: torch.Tensor, device: str) -> torch.Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.endurance", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--rooms", type=int, default=1000, help="rooms over each way (default: 1000)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="most seconds for each way (default: 20)")
+    parser.add_argument("--rooms", type=int, default=1000, help="rooms over each transport (default: 1000)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="most seconds for each transport (default: 20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     args = parser.parse_args()
     os.environ.setdefault("MC_FORCE_TCP", "1")
     results: list[Endurance] = []
-    for way in ways_of(args.device):
+    for transport in transports_of(args.device):
         try:
-            result = play(way, args.device, args.rooms, args.seconds, args.seed)
-        except Exception as error:  # the other ways are still tried
-            result = Endurance(way, problems=[f"{type(error).__name__}: {error}"])
+            result = play(transport, args.device, args.rooms, args.seconds, args.seed)
+        except Exception as error:  # the other transports are still tried
+            result = Endurance(transport, problems=[f"{type(error).__name__}: {error}"])
         results.append(result)
-        if args.json is not None:  # after each way: a step that runs out of time leaves what it has
+        if args.json is not None:  # after each transport: a step that runs out of time leaves what it has
             args.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
-        line = f"{way}: {result.rooms} rooms, {result.wrong} wrong, {result.seconds:.1f} s"
+        line = f"{transport}: {result.rooms} rooms, {result.wrong} wrong, {result.seconds:.1f} s"
         print(line, *result.problems, sep="\n  ", flush=True)
     return 1 if any(result.problems for result in results) else 0
 

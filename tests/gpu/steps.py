@@ -79,11 +79,11 @@ def steps(device: str) -> list[Step]:
     gpu = device == "cuda"
     sizes, rounds = ("1M,16M,128M", "3") if gpu else ("1M,16M", "1")
 
-    def bench(*ways: str, sizes: str = sizes, rounds: str = rounds) -> tuple[str, ...]:
+    def bench(*transports: str, sizes: str = sizes, rounds: str = rounds) -> tuple[str, ...]:
         device_option = ("--device", "cuda") if gpu else ()
         return (
             "-m", "sglang_mm_conn", "bench", "--quick", "--no-special", *device_option,
-            "--ways", ",".join(ways), "--sizes", sizes, "--rounds", rounds, "--json", "{out}",
+            "--transports", ",".join(transports), "--sizes", sizes, "--rounds", rounds, "--json", "{out}",
         )  # fmt: skip
 
     # Without a GPU the tests of the same copies, on a device that is late on purpose, stand for its own.
@@ -105,7 +105,7 @@ def steps(device: str) -> list[Step]:
         ),
         Step("mooncake", "this connector over Mooncake, host memory pool", bench("memcpy", "mooncake"), 50),
         Step(
-            "endurance", "a thousand rooms over each way, with checksums, beside a busy device",
+            "endurance", "a thousand rooms over each transport, with checksums, beside a busy device",
             ("-m", "tests.gpu.endurance", "--device", device, "--seconds", "6", "--json", "{out}"), 70,
         ),
     ]  # fmt: skip
@@ -120,11 +120,11 @@ def steps(device: str) -> list[Step]:
                 45,
             ),
         ]  # fmt: skip
-    for way in ("zmq_to_scheduler", "mooncake_stock"):
+    for transport in ("zmq_to_scheduler", "mooncake_builtin"):
         found.append(
             Step(
-                way, f"sglang's own {way.removesuffix('_stock')} beside this connector",
-                bench("shm", way, sizes=large, rounds="2" if gpu else rounds), 75, needs_sglang=True,
+                transport, f"sglang's own {transport.removesuffix('_builtin')} beside this connector",
+                bench("shm", transport, sizes=large, rounds="2" if gpu else rounds), 75, needs_sglang=True,
             )
         )  # fmt: skip
     return found

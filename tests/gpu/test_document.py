@@ -17,8 +17,8 @@ def step(name: str, figures: Any, status: str = PASSED, reason: str = "") -> dic
     return {"name": name, "what": name, "status": status, "seconds": 2.0, "reason": reason, "figures": figures}
 
 
-def row(way: str, median_ms: float) -> dict[str, Any]:
-    return {"way": way, "nbytes": 16 << 20, "median_ms": median_ms, "p99_ms": 9.0, "gbytes_per_s": 1.25}
+def row(transport: str, median_ms: float) -> dict[str, Any]:
+    return {"transport": transport, "nbytes": 16 << 20, "median_ms": median_ms, "p99_ms": 9.0, "gbytes_per_s": 1.25}
 
 
 @pytest.fixture
@@ -33,15 +33,15 @@ def run() -> dict[str, Any]:
         "steps": [
             step("tests", {"passed": 20, "failed": ["test_x: torn | apart"], "skipped": 1, "skipped_because": ["why"]}),
             step("rates", [
-                {"way": "plain a", "plain": "plain a", "bytes_per_second": 50e9, "right": True},
-                {"way": "into the pool", "plain": "plain a", "bytes_per_second": 40e9, "right": False},
+                {"transport": "plain a", "plain": "plain a", "bytes_per_second": 50e9, "right": True},
+                {"transport": "into the pool", "plain": "plain a", "bytes_per_second": 40e9, "right": False},
             ]),
             step("connector", {"rows": [row("memcpy", 1.0), row("shm", 1.5)]}),
             step("endurance", [{
-                "way": "shm", "rooms": 1000, "wrong": 0, "seconds": 3.0, "before": held, "after": held,
+                "transport": "shm", "rooms": 1000, "wrong": 0, "seconds": 3.0, "before": held, "after": held,
                 "most_pinned_bytes": 3 << 20, "problems": [],
             }]),
-            step("mooncake_stock", None, FAILED, "exit status 1: no engine"),
+            step("mooncake_builtin", None, FAILED, "exit status 1: no engine"),
         ],
     }  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_figures_come_with_the_cards_name_and_what_failed(run: dict[str, Any]) -
         "| into the pool | 40.0 | 80% of plain a | **WRONG** |",
         "| `connector` | shm | 16 MiB | 1.50 | 9.00 | 1.25 | 1.50 of memcpy |",
         "| shm | 1000 | 0 | 3.0 | 40 → 40 | 600 → 600 MiB | 3.0 MiB | none |",
-        "| `mooncake_stock` | mooncake_stock | failed: exit status 1: no engine | 2 |",
+        "| `mooncake_builtin` | mooncake_builtin | failed: exit status 1: no engine | 2 |",
     ):
         assert expected in text
     assert NO_GPU not in text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.connector.ends import WAYS, Ends
-from tests.gpu.endurance import Held, play, ways_of
+from tests.connector.endpoints import TRANSPORTS, Ends
+from tests.gpu.endurance import Held, play, transports_of
 
 SHM = "shm, host pool, embeddings on the host"
 
@@ -32,7 +32,7 @@ def test_what_does_not_come_back_is_named(name: str) -> None:
     assert before.growth(before, "shm") == []
 
 
-def test_every_way_is_tried_on_a_gpu_and_every_data_path_without_one() -> None:
-    assert sorted(ways_of("cuda")) == sorted(WAYS)
-    assert [WAYS[way][1] for way in ways_of("cuda")] == ["cpu", "cpu", "cpu", "cuda", "cuda"]
-    assert {WAYS[way][0] for way in ways_of("cpu")} == {"shm", "mooncake"}
+def test_every_transport_is_tried_on_a_gpu_and_every_data_path_without_one() -> None:
+    assert sorted(transports_of("cuda")) == sorted(TRANSPORTS)
+    assert [TRANSPORTS[transport][1] for transport in transports_of("cuda")] == ["cpu", "cpu", "cpu", "cuda", "cuda"]
+    assert {TRANSPORTS[transport][0] for transport in transports_of("cpu")} == {"shm", "mooncake"}

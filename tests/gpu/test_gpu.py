@@ -8,13 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_mm_conn.commands.rates import measure
-from sglang_mm_conn.datapath import mooncake
+from sglang_mm_conn.cli.rates import measure
+from sglang_mm_conn.datapath.mooncake import writer as mooncake
 from sglang_mm_conn.memory.device import CudaDevice, Device
-from tests.connector.ends import ROW_BYTES, TOKENS, WAYS, Ends
+from tests.connector.endpoints import ROW_BYTES, TOKENS, TRANSPORTS, Ends
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
-EVERY_WAY = [pytest.param(way, marks=pytest.mark.gpu_pool if "GPU pool" in way else ()) for way in WAYS]
+EVERY_TRANSPORT = [
+    pytest.param(transport, marks=pytest.mark.gpu_pool if "GPU pool" in transport else ()) for transport in TRANSPORTS
+]
 CYCLES = 200_000_000  # about 0.1 s
 
 
@@ -32,15 +34,17 @@ def slow_rows(values: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("transport", EVERY_TRANSPORT)
 @pytest.mark.parametrize("gpu_at", ["both ends", "the encoder", "the language server"])
-def test_the_right_bytes_arrive(way: str, gpu_at: str, device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_right_bytes_arrive(
+    transport: str, gpu_at: str, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MC_FORCE_TCP", "1")
-    if "GPU pool" in way and mooncake._is_installed(mooncake._WITHOUT_CUDA):
+    if "GPU pool" in transport and mooncake._is_installed(mooncake._WITHOUT_CUDA):
         pytest.skip("the Mooncake engine that is installed is the build without CUDA")
     encoder = device if gpu_at != "the language server" else Device()
     language = CudaDevice(torch.cuda.current_device()) if gpu_at != "the encoder" else Device()
-    ends = Ends(way, encoder, language, checksum=False)
+    ends = Ends(transport, encoder, language, checksum=False)
     try:
         for number in range(4):
             expected = torch.randn(TOKENS, ROW_BYTES // 4)
@@ -93,8 +97,8 @@ def test_memory_that_cannot_be_pinned_is_a_warning(device: CudaDevice, caplog: p
     unpin()
 
 
-def test_every_way_gives_the_right_bytes_at_a_rate_that_is_printed(device: CudaDevice) -> None:
+def test_every_copy_gives_the_right_bytes_at_a_rate_that_is_printed(device: CudaDevice) -> None:
     found = measure(device, 64 << 20, 896 << 10, 3)
     for rate in found:
-        print(f"{rate.way}: {rate.bytes_per_second / 1e9:.2f} GB/s")
+        print(f"{rate.transport}: {rate.bytes_per_second / 1e9:.2f} GB/s")
     assert all(rate.right for rate in found)

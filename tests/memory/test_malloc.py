@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sglang_mm_conn.memory import heap
+from sglang_mm_conn.memory import malloc
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
 
 # Faults of one request's worth of memory that is freed together, after some that came before. Straight from malloc:
@@ -84,5 +84,5 @@ def test_another_allocator_is_left_alone(names: tuple[str, ...], monkeypatch: py
             raise OSError(f"{name}: no such file")
         return glibc
 
-    monkeypatch.setattr(heap.ctypes, "CDLL", load)
+    monkeypatch.setattr(malloc.ctypes, "CDLL", load)
     assert not raise_trim_threshold(256 << 20, {})

@@ -34,9 +34,7 @@ class LeavingClient:
     def __init__(self, url: str, question: Question, *, stream: bool) -> None:
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
         body = {**body_of(question), "stream": stream}
-        self._connection.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
+        self._connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
 
     def wait_first_chunk(self) -> None:
         assert self._connection.getresponse().readline()
@@ -68,7 +66,7 @@ class BackgroundAsk:
 
 @dataclass
 class Asked:
-    """One question of the crowd and how it went; ``answer`` is None where none came."""
+    """One question of the concurrent and how it went; ``answer`` is None where none came."""
 
     question: Question
     seconds: float
@@ -76,7 +74,7 @@ class Asked:
 
 
 @dataclass
-class Crowd:
+class ConcurrentRequests:
     """Clients that ask one question after the other, each from its own place in the list, until told to stop."""
 
     url: str
@@ -87,7 +85,7 @@ class Crowd:
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
-    def __enter__(self) -> Crowd:
+    def __enter__(self) -> ConcurrentRequests:
         self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(self.clients)]
         for thread in self._threads:
             thread.start()
@@ -102,7 +100,7 @@ class Crowd:
         """Until so many further questions were answered."""
         wanted, deadline = len(self.asked) + answers, time.monotonic() + seconds
         while len(self.asked) < wanted:
-            assert time.monotonic() < deadline, "the crowd gets no answers"
+            assert time.monotonic() < deadline, "the concurrent gets no answers"
             time.sleep(0.05)
 
     def _client(self, number: int) -> None:

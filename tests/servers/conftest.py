@@ -118,18 +118,14 @@ class SharedGroups:
 
 
 @pytest.fixture(scope="session")
-def shared_group(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SharedGroups]:
+def shared_group(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedGroups]:
     groups = SharedGroups(tiny_model, lambda: tmp_path_factory.mktemp("group"))
     yield groups
     groups.stop()
 
 
 @pytest.fixture
-def new_group(
-    tiny_model: Callable[[str], Path], tmp_path: Path, shared_group: SharedGroups
-) -> Iterator[StartGroup]:
+def new_group(tiny_model: Callable[[str], Path], tmp_path: Path, shared_group: SharedGroups) -> Iterator[StartGroup]:
     """(kind, **options of ServerGroup) -> a group of this test's own, to be killed, frozen or starved at will."""
     shared_group.stop()  # its idle schedulers would take the cores
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ from sglang_mm_conn.demo.servers import ServerGroup
 from sglang_mm_conn.demo.timeline import received
 from sglang_mm_conn.demo.tiny_models import SEEING
 
-FORBID = {"CPU_BED_FORBID_STOCK_TRANSPORT": "1", "SGLANG_MM_CONN_CHECKSUM": "1"}
+FORBID = {"CPU_BED_FORBID_BUILTIN_TRANSPORT": "1", "SGLANG_MM_CONN_CHECKSUM": "1"}
 BLOCK_SIZE = 16
 # A first offer far too small, on a pool with room enough for the rest.
 SMALL_OFFER = {
@@ -63,11 +63,11 @@ def test_eight_clients_at_once_on_a_pool_smaller_than_one_embedding(
     path: str, reference: Callable[..., Any], shared_group: Callable[..., ServerGroup]
 ) -> None:
     group = shared_group("qwen2_5_vl", env=_env(path, SMALL_POOL))
-    crowd = [question for question in QUESTIONS if question.images] * 3
-    expected = [reference("qwen2_5_vl").answer(question) for question in crowd]
+    concurrent = [question for question in QUESTIONS if question.images] * 3
+    expected = [reference("qwen2_5_vl").answer(question) for question in concurrent]
     with ThreadPoolExecutor(8) as clients:
-        got = list(clients.map(lambda question: ask(group.language.url, question), crowd))
-    assert [one.same_as(other) for one, other in zip(got, expected, strict=True)] == [True] * len(crowd)
+        got = list(clients.map(lambda question: ask(group.language.url, question), concurrent))
+    assert [one.same_as(other) for one, other in zip(got, expected, strict=True)] == [True] * len(concurrent)
     assert max(room.windows for room in received(group.language.log())) >= 3
 
 

@@ -12,8 +12,8 @@ import pytest
 from sglang_mm_conn.demo.chat import ask
 from sglang_mm_conn.demo.questions import QUESTIONS
 from sglang_mm_conn.demo.servers import free_port
-from tests.servers.as_written import block, on_a_cpu, running, wait_for, wait_healthy
 from tests.servers.clients import ask_both
+from tests.servers.doc_commands import block, on_a_cpu, running, wait_for, wait_healthy
 
 _PORTS = re.compile(r"\b(?:30\d{3}|89\d{2})\b")
 ASKED = (QUESTIONS[1], QUESTIONS[3])

@@ -16,14 +16,15 @@ from sglang_mm_conn.demo.timeline import received
 
 TEXT, ONE_IMAGE, LARGE = QUESTIONS[0], QUESTIONS[1], QUESTIONS[-1]
 ENV = {
-    "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
+    "CPU_BED_FORBID_BUILTIN_TRANSPORT": "1",
     "SGLANG_MM_CONN_CHECKSUM": "1",
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": "10",  # so every embedding is resumed
 }
 # Images that no other test asks about: the encoder has none of them in its cache.
-CROWD = tuple(
-    Question(f"crowd {seed}", "what is this?", (Image(seed, 168, 140), Image(seed + 1))) for seed in range(60, 72, 2)
+CONCURRENT = tuple(
+    Question(f"concurrent {seed}", "what is this?", (Image(seed, 168, 140), Image(seed + 1)))
+    for seed in range(60, 72, 2)
 )
 
 
@@ -77,11 +78,11 @@ def test_data_parallel_workers_all_serve_and_go_on_without_the_one_that_died(
     reference: Callable[..., Any], new_group: Callable[..., ServerGroup]
 ) -> None:
     right = reference("qwen2_5_vl")
-    for question in (*QUESTIONS, *CROWD):
+    for question in (*QUESTIONS, *CONCURRENT):
         right.answer(question)
     group = new_group("qwen2_5_vl", env=ENV, encoder_flags=("--dp-size", "2"))
     encoder, language = group.encoder, group.language
-    _all_right(language.url, (*QUESTIONS, *CROWD), right)
+    _all_right(language.url, (*QUESTIONS, *CONCURRENT), right)
     for rank in (0, 1):
         mine = [line for line in encoder.log().splitlines() if f"encode_dp_worker[{rank}]" in line]
         assert any("Embedding sent" in line for line in mine), f"worker {rank} sent nothing"
@@ -92,14 +93,14 @@ def test_data_parallel_workers_all_serve_and_go_on_without_the_one_that_died(
     assert len(workers) == 2
     with ThreadPoolExecutor(4) as clients:  # frozen with requests on their way to it, then killed
         os.kill(workers[1], signal.SIGSTOP)
-        answers = [clients.submit(ask, language.url, question) for question in CROWD]
+        answers = [clients.submit(ask, language.url, question) for question in CONCURRENT]
         time.sleep(1)
         os.kill(workers[1], signal.SIGKILL)
         got = [answer.result() for answer in answers]
-    good = [one.same_as(right.answer(question)) for one, question in zip(got, CROWD, strict=True)]
+    good = [one.same_as(right.answer(question)) for one, question in zip(got, CONCURRENT, strict=True)]
     assert any(good) and all(fine or one.status >= 500 for fine, one in zip(good, got, strict=True)), got
     assert not all(good), "the frozen worker had none of the requests"
-    _all_right(language.url, (*QUESTIONS, *CROWD), right)
+    _all_right(language.url, (*QUESTIONS, *CONCURRENT), right)
 
     assert _killed_with_its_server(encoder, workers)
 

@@ -17,7 +17,7 @@ from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.servers import Server, ServerGroup, wait_ready
 
 ENV = {
-    "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
+    "CPU_BED_FORBID_BUILTIN_TRANSPORT": "1",
     "SGLANG_MM_CONN_CHECKSUM": "1",
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     # sglang takes an encoder off its list after three failed health checks.
@@ -25,14 +25,14 @@ ENV = {
 }
 ONE_IMAGE = QUESTIONS[1]
 # Each has enough images for every encoder on the list to get one.
-CROWD = tuple(
-    Question(f"crowd {seed}", "compare", (Image(seed), Image(seed + 1, 140, 112))) for seed in range(80, 96, 2)
+CONCURRENT = tuple(
+    Question(f"concurrent {seed}", "compare", (Image(seed), Image(seed + 1, 140, 112))) for seed in range(80, 96, 2)
 )
 
 
 def _ask_all(url: str) -> list[Answer]:
     with ThreadPoolExecutor(4) as clients:
-        return list(clients.map(lambda question: ask(url, question), CROWD))
+        return list(clients.map(lambda question: ask(url, question), CONCURRENT))
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -46,13 +46,15 @@ def test_encoders_join_leave_die_and_return_while_the_others_serve(
     reference: Callable[..., Any], new_group: Callable[..., ServerGroup], tiny_model: Any, tmp_path: Path
 ) -> None:
     model = tiny_model("qwen2_5_vl")
-    right = {question.name: reference("qwen2_5_vl").answer(question) for question in (ONE_IMAGE, *CROWD)}
+    right = {question.name: reference("qwen2_5_vl").answer(question) for question in (ONE_IMAGE, *CONCURRENT)}
     language = Server(Launch("language", model, env=ENV), tmp_path)
     flags = ("--encoder-register-urls", f"http://127.0.0.1:{language.bootstrap_port}")
     first, second = (Server(Launch("encoder", model, flags=flags, env=ENV), tmp_path, name) for name in ("a", "b"))
 
     def all_right() -> bool:
-        return all(one.same_as(right[asked.name]) for one, asked in zip(_ask_all(language.url), CROWD, strict=True))
+        return all(
+            one.same_as(right[asked.name]) for one, asked in zip(_ask_all(language.url), CONCURRENT, strict=True)
+        )
 
     def sent(server: Server) -> int:
         return server.log().count("Embedding sent")
@@ -67,10 +69,10 @@ def test_encoders_join_leave_die_and_return_while_the_others_serve(
         wait_ready([first, second])
         _wait_until(lambda: language.log().count("Registered encoder URL") == 2)
         assert all_right()
-        assert sent(first) == sent(second) == len(CROWD)
+        assert sent(first) == sent(second) == len(CONCURRENT)
 
         second.signal(signal.SIGKILL)
-        for asked, one in zip(CROWD, _ask_all(language.url), strict=True):
+        for asked, one in zip(CONCURRENT, _ask_all(language.url), strict=True):
             assert one.same_as(right[asked.name]) or one.status == 502, one
         _wait_until(lambda: "Health check evicted" in language.log())
         assert all_right(), "one encoder is dead, the other serves"
@@ -80,7 +82,7 @@ def test_encoders_join_leave_die_and_return_while_the_others_serve(
         again.wait_ready()
         _wait_until(lambda: language.log().count("Registered encoder URL") == 3)
         assert all_right()
-        assert sent(again) == len(CROWD)
+        assert sent(again) == len(CONCURRENT)
 
         # In good order: off the list first, then stopped. (On SIGTERM alone sglang 0.5.23 does not sign off.)
         route = f"http://127.0.0.1:{language.bootstrap_port}/unregister_encoder_url"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sglang_mm_conn.demo.chat import ask
-from sglang_mm_conn.demo.clips import Sound, Video
 from sglang_mm_conn.demo.images import Image
+from sglang_mm_conn.demo.media import Sound, Video
 from sglang_mm_conn.demo.questions import Question
 from sglang_mm_conn.demo.servers import ServerGroup
 from sglang_mm_conn.demo.timeline import received
@@ -20,7 +20,7 @@ from sglang_mm_conn.demo.tiny_models import KINDS
 
 # 64 rows of the widest kind, of which the first offer takes 20: every video is larger.
 ENV = {
-    "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
+    "CPU_BED_FORBID_BUILTIN_TRANSPORT": "1",
     "SGLANG_MM_CONN_CHECKSUM": "1",
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": "4",
@@ -54,10 +54,10 @@ def _check(group: ServerGroup, reference: Any, questions: tuple[Question, ...]) 
     for question, right in zip(questions, expected, strict=True):
         got = ask(group.language.url, question)
         assert got.same_as(right), (question.name, got, right)
-    crowd = [(question, right) for question, right in zip(questions, expected, strict=True) if not question.sounds]
+    concurrent = [(question, right) for question, right in zip(questions, expected, strict=True) if not question.sounds]
     with ThreadPoolExecutor(4) as clients:
-        answers = list(clients.map(lambda job: ask(group.language.url, job[0]), crowd))
-    for (question, right), got in zip(crowd, answers, strict=True):
+        answers = list(clients.map(lambda job: ask(group.language.url, job[0]), concurrent))
+    for (question, right), got in zip(concurrent, answers, strict=True):
         assert got.same_as(right), (question.name, got, right)
 
 

@@ -12,7 +12,7 @@ from tests.servers.clients import ask_both
 
 ENV = {
     "CPU_BED_PREFILL_DECODE": "1",
-    "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
+    "CPU_BED_FORBID_BUILTIN_TRANSPORT": "1",
     "SGLANG_MM_CONN_CHECKSUM": "1",
     "SGLANG_MM_CONN_DATA_PATH": "mooncake",
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",

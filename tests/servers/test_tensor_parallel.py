@@ -26,7 +26,7 @@ from tests.servers.conftest import SharedGroups
 
 TEXT, ONE_IMAGE, LARGE = QUESTIONS[0], QUESTIONS[1], QUESTIONS[-1]
 ENV = {
-    "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
+    "CPU_BED_FORBID_BUILTIN_TRANSPORT": "1",
     "SGLANG_MM_CONN_CHECKSUM": "1",
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": "4",  # smaller than one embedding
@@ -37,8 +37,9 @@ LANGUAGE_ENV = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 # An idle rank must be woken by the end of a room, which only the first rank hears of: from the sleep that users ask for
 # in one of the tests, from this connector's own in the others.
 LANGUAGE_FLAGS = ("--tp-size", "2")
-CROWD = tuple(
-    Question(f"crowd {seed}", "what is this?", (Image(seed, 168, 140), Image(seed + 1))) for seed in range(80, 92, 2)
+CONCURRENT = tuple(
+    Question(f"concurrent {seed}", "what is this?", (Image(seed, 168, 140), Image(seed + 1)))
+    for seed in range(80, 92, 2)
 )
 _SHARED = re.compile(r"TP1\] Embedding shared: room=(\S+) .*bytes=(\d+) rank=1")
 
@@ -117,7 +118,7 @@ def test_two_ranks_on_shared_memory_answer_like_one_and_fail_together(
     reference: Callable[..., Any], new_group: Callable[..., ServerGroup]
 ) -> None:
     right = reference("qwen2_5_vl")
-    for question in (*QUESTIONS, *CROWD):
+    for question in (*QUESTIONS, *CONCURRENT):
         right.answer(question)
     group = new_group(
         "qwen2_5_vl", env={**ENV, "SGLANG_MM_CONN_DATA_PATH": "shm"}, encoder_flags=("--dp-size", "2"),
@@ -125,7 +126,7 @@ def test_two_ranks_on_shared_memory_answer_like_one_and_fail_together(
     )  # fmt: skip
     language = group.language
     _check_all(language.url, right, QUESTIONS)
-    _check_all(language.url, right, CROWD, clients=4)
+    _check_all(language.url, right, CONCURRENT, clients=4)
     assert all(room.path == "shm" for room in received(language.log()))
     assert max(room.resumes for room in received(language.log())) >= 2
     _check_one_copy(group)

@@ -14,9 +14,9 @@ from sglang_mm_conn.control.authentication import generate
 from sglang_mm_conn.demo.chat import Answer, ask
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.timeline import received
-from tests.connector.child import enter_network
+from tests.connector.worker_process import enter_network
 from tests.faults.network import Cable, why_impossible
-from tests.servers.as_written import block, on_a_cpu, running, wait_for, wait_healthy
+from tests.servers.doc_commands import block, on_a_cpu, running, wait_for, wait_healthy
 
 _WHY_NOT = why_impossible()
 pytestmark = pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)

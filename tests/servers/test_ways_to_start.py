@@ -18,10 +18,10 @@ from sglang_mm_conn.demo.launch import Launch
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.servers import Server, free_port
 from sglang_mm_conn.demo.timeline import received
-from tests.servers.watch import cpu_seconds, report, wait_until
+from tests.servers.observe import cpu_seconds, report, wait_until
 
 ENV = {
-    "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
+    "CPU_BED_FORBID_BUILTIN_TRANSPORT": "1",
     "SGLANG_MM_CONN_CHECKSUM": "1",
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "16",
     "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE": "10",
@@ -140,15 +140,15 @@ def test_several_tokenizer_workers_and_batches_on_the_encoder(
     encoder: Server, reference: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Last: it kills the encoder."""
-    crowd = [Question(f"crowd {seed}", "what is this?", (Image(seed, 168, 140),)) for seed in range(40, 52)]
-    right = [reference("qwen2_5_vl").answer(question) for question in (*crowd, *QUESTIONS)]
+    concurrent = [Question(f"concurrent {seed}", "what is this?", (Image(seed, 168, 140),)) for seed in range(40, 52)]
+    right = [reference("qwen2_5_vl").answer(question) for question in (*concurrent, *QUESTIONS)]
     flags = ("--tokenizer-worker-num", "2")
     with _language(encoder, tmp_path, program=SGLANG_SERVE, overlap=True, flags=flags) as language:
         language.wait_ready()
         with ThreadPoolExecutor(8) as clients:
             encoder.signal(signal.SIGSTOP)  # until several wait for it: alone it may be quick enough to make no batch
             try:
-                asked = [clients.submit(ask, language.url, question) for question in (*crowd, *QUESTIONS)]
+                asked = [clients.submit(ask, language.url, question) for question in (*concurrent, *QUESTIONS)]
                 wait_until(lambda: sum(report(language)["rooms"].values()) >= 6, "six requests wait", 8)
             finally:
                 encoder.signal(signal.SIGCONT)
@@ -162,4 +162,4 @@ def test_several_tokenizer_workers_and_batches_on_the_encoder(
         encoder.signal(signal.SIGKILL)
         for _ in range(4):  # whichever worker has the request
             assert ask(language.url, ONE_IMAGE).status == 502
-        assert ask(language.url, QUESTIONS[0]).same_as(right[len(crowd)]), "the language server lives on"
+        assert ask(language.url, QUESTIONS[0]).same_as(right[len(concurrent)]), "the language server lives on"

@@ -23,8 +23,8 @@ from sglang_mm_conn.demo.images import Image
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.servers import ServerGroup
 from tests.faults.baseline import Segments
-from tests.servers.clients import BackgroundAsk, Crowd, LeavingClient
-from tests.servers.watch import (
+from tests.servers.clients import BackgroundAsk, ConcurrentRequests, LeavingClient
+from tests.servers.observe import (
     Holdings,
     encodes_answered,
     encodes_begun,
@@ -39,12 +39,12 @@ TEXT, ONE_IMAGE, LARGE = QUESTIONS[0], QUESTIONS[1], QUESTIONS[-1]
 # Its 380 rows go through a pool of 2: the transfer takes 190 windows, long enough to be caught in the middle.
 LONG = Question("190 windows", "describe", (Image(seed=20, width=560, height=532),))
 UNDER_WAY = {"queued", "offered", "moving"}
-CROWD = (TEXT, ONE_IMAGE, QUESTIONS[2], TEXT, LARGE, QUESTIONS[5])
+CONCURRENT = (TEXT, ONE_IMAGE, QUESTIONS[2], TEXT, LARGE, QUESTIONS[5])
 DEADLINE, PEER_TIMEOUT, CLAIM_TIMEOUT = 20, 6, 4
 # For whatever a busy machine adds to a time that is promised.
 SLACK = 20
 ENV = {
-    "CPU_BED_FORBID_STOCK_TRANSPORT": "1",
+    "CPU_BED_FORBID_BUILTIN_TRANSPORT": "1",
     "SGLANG_MM_CONN_CHECKSUM": "1",
     "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE": "1",
     "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE": "2",
@@ -247,10 +247,10 @@ def test_rounds_of_requests_that_come_and_go_hold_nothing_in_the_end(
 # -- encoders that die and freeze while clients ask -------------------------------------------------------------------
 
 
-def check_crowd(crowd: Crowd, right: Callable[[Question], Answer]) -> set[int]:
+def check_concurrent(concurrent: ConcurrentRequests, right: Callable[[Question], Answer]) -> set[int]:
     """Every answer is right, or an error that says why, in time; a text is always answered. Returns the errors."""
     statuses = set()
-    for one in crowd.asked:
+    for one in concurrent.asked:
         assert one.answer is not None, f"{one.question.name}: no answer within {one.seconds:.1f} s"
         if one.answer.same_as(right(one.question)):
             continue
@@ -264,34 +264,34 @@ def check_crowd(crowd: Crowd, right: Callable[[Question], Answer]) -> set[int]:
 def test_clients_that_ask_while_the_encoder_freezes_dies_and_returns_get_right_answers_or_clear_errors(
     group: ServerGroup, right: Callable[[Question], Answer]
 ) -> None:
-    for question in CROWD:
+    for question in CONCURRENT:
         right(question)
-    ask_all = partial(Crowd, group.language.url, CROWD, clients=3, timeout=DEADLINE + 3 * SLACK)
-    with ask_all() as crowd:
-        crowd.wait_for_more(6)
+    ask_all = partial(ConcurrentRequests, group.language.url, CONCURRENT, clients=3, timeout=DEADLINE + 3 * SLACK)
+    with ask_all() as concurrent:
+        concurrent.wait_for_more(6)
         with frozen(group):
             time.sleep(PEER_TIMEOUT / 2)
-        crowd.wait_for_more(6)
-    assert check_crowd(crowd, right) == set(), "a freeze shorter than the peer timeout costs nobody an answer"
+        concurrent.wait_for_more(6)
+    assert check_concurrent(concurrent, right) == set(), "a freeze shorter than the peer timeout costs nobody an answer"
 
-    with ask_all() as crowd:
-        crowd.wait_for_more(3)
+    with ask_all() as concurrent:
+        concurrent.wait_for_more(3)
         group.encoder.signal(signal.SIGKILL)
-        crowd.wait_for_more(12)
+        concurrent.wait_for_more(12)
         group.encoder.stop()
         group.encoder.start()
         group.encoder.wait_ready()
-        crowd.wait_for_more(12)
-    assert 502 in check_crowd(crowd, right)
+        concurrent.wait_for_more(12)
+    assert 502 in check_concurrent(concurrent, right)
     wait_settled(group)
     check_serves(group, right)
 
-    with ask_all() as crowd:
-        crowd.wait_for_more(3)
+    with ask_all() as concurrent:
+        concurrent.wait_for_more(3)
         with frozen(group):
             time.sleep(DEADLINE + 2)
-        crowd.wait_for_more(12)
-    assert check_crowd(crowd, right)
+        concurrent.wait_for_more(12)
+    assert check_concurrent(concurrent, right)
     wait_settled(group, CLAIM_TIMEOUT + SLACK)
     check_serves(group, right)
 

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_mm_conn.connector.encoder import EncoderEndpoint
+from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
 from sglang_mm_conn.connector.metadata import encode_metadata
-from sglang_mm_conn.connector.paths import encoder_data_paths
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.datapath.factory import encoder_data_paths
 from sglang_mm_conn.demo.servers import free_port
 from sglang_mm_conn.memory.results import _name
 from sglang_mm_conn.memory.segment import DIRECTORY
@@ -71,7 +71,7 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
     from torch import distributed
 
     from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode
-    from sglang_mm_conn.connector import follower
+    from sglang_mm_conn.connector.language import follower
     from sglang_mm_conn.memory.results import read_result
     from sglang_mm_conn.sglang_plugin.language import SchedulerReceiver, with_room
 

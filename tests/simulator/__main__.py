@@ -76,9 +76,7 @@ def play_chunk(task: tuple[str, int, int, str | None]) -> tuple[int, Counter[str
 class Run:
     """Many schedules on several processes; ends early after ``most`` violations."""
 
-    def __init__(
-        self, seed: str, schedules: int, jobs: int, protection: str | None, most: int, *, quiet: bool
-    ) -> None:
+    def __init__(self, seed: str, schedules: int, jobs: int, protection: str | None, most: int, *, quiet: bool) -> None:
         self.seed = seed
         self.schedules = 0
         self.seen: Counter[str] = Counter()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_mm_conn.connector.encoder import DataCall
+from sglang_mm_conn.connector.encoder.endpoint import DataCall
 from sglang_mm_conn.core.errors import DataPathUnavailable, WriterSlotTaken
 from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register
-from tests.simulator.kernel import Process, Violation
+from tests.simulator.scheduler import Process, Violation
 
 if TYPE_CHECKING:
     from tests.simulator.processes import EncoderProcess, LanguageProcess

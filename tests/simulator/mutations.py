@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_mm_conn.connector.encoders import Encoders
-from sglang_mm_conn.connector.revocation import Revocation
-from sglang_mm_conn.connector.sessions import LocalSessions
+from sglang_mm_conn.connector.language.encoder_directory import Encoders
+from sglang_mm_conn.connector.language.sessions import LocalSessions
 from sglang_mm_conn.core import rooms
 from sglang_mm_conn.core.receiver import ReceiverCore
 from sglang_mm_conn.core.sender import SenderCore
-from tests.simulator.kernel import attribute
+from sglang_mm_conn.datapath.mooncake.revocation import Revocation
+from tests.simulator.scheduler import attribute
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from tests.simulator.kernel import Kernel, Lane, Process
+from tests.simulator.scheduler import Kernel, Lane, Process
 
 Pair = tuple[str, str]  # names of the client's and the server's process
 

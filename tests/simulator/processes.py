@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from sglang_mm_conn.connector.encoder import DataCall, EncoderEndpoint
-from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.encoder.endpoint import DataCall, EncoderEndpoint
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.pool import BlockPool
-from tests.simulator.kernel import Kernel, Process, SimulatedExecutor, Violation
 from tests.simulator.memory import SimulatedEngine, SimulatedPath, SimulatedSegment, Write
 from tests.simulator.network import Network, SimulatedClient, SimulatedServer
+from tests.simulator.scheduler import Kernel, Process, SimulatedExecutor, Violation
 
 ROW_BYTES = 8
 DTYPE = "float32"

@@ -28,10 +28,10 @@ from sglang_mm_conn.core.messages import (
 )
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from tests.simulator.kernel import Kernel, Violation, attribute
 from tests.simulator.memory import Write, content
 from tests.simulator.network import Connection, Pair
 from tests.simulator.processes import DTYPE, ROW_BYTES, EncoderProcess, LanguageProcess, World, new_server
+from tests.simulator.scheduler import Kernel, Violation, attribute
 
 FRAME_LIMIT = 1 << 24
 HEARTBEAT, PEER_TIMEOUT, CLAIM_TIMEOUT, DOUBT_PATIENCE = 3.0, 12.0, 25.0, 3.0

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_mm_conn.connector.encoder import EncoderEndpoint
-from sglang_mm_conn.connector.language import LanguageEndpoint
+from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import decode_metadata, encode_metadata
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.states import Poll
-from tests.connector.content import plain
+from tests.connector.payload import plain
 from tests.soak.plan import ENCODERS, LANGUAGES, UNDER_WAY, Plan, Room
 
 MOST_PROBLEMS = 10

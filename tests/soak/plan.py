@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tests.connector.content import Part
+from tests.connector.payload import Part
 
 ENCODERS = LANGUAGES = 2
 # A pool of 1024 rows, and so many rooms under way that it is short nearly always.

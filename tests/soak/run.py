@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.connector.processes import Child, Encoder, Language, World, Zygote, wait_for
 from tests.faults.baseline import Holdings
-from tests.faults.ground import ENCODER_TABLES, LANGUAGE_TABLES, MOONCAKE_TIMEOUTS
+from tests.faults.processes import ENCODER_TABLES, LANGUAGE_TABLES, MOONCAKE_TIMEOUTS
 from tests.soak.plan import BLOCK_SIZE, BLOCKS, ENCODERS, LANGUAGES, WIDTH, Plan
 
 # A room that is not served within this has starved; it is far longer than any wait on a machine with other work.
@@ -175,7 +175,5 @@ def growth(samples: list[Sample], *, mooncake: bool) -> list[str]:
             descriptors=first.holdings.descriptors + pooled,
             sockets=first.holdings.sockets + pooled,
         )
-        problems += [
-            f"GROWTH: {name}: {text}" for text in last.holdings.growth(allowed, vanished=0, mooncake=mooncake)
-        ]
+        problems += [f"GROWTH: {name}: {text}" for text in last.holdings.growth(allowed, vanished=0, mooncake=mooncake)]
     return problems

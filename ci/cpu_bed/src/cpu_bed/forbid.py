@@ -36,7 +36,7 @@ _DRAIN = "_drain_scheduler_embeddings"
 logger = logging.getLogger(__name__)
 
 
-def forbid_stock_transport() -> None:
+def forbid_builtin_transport() -> None:
     for module_name, paths in FORBIDDEN.items():
         module = importlib.import_module(module_name)
         for path in paths:
@@ -50,7 +50,7 @@ def _replace(module: Any, path: str) -> None:
     owner_path, _, name = path.rpartition(".")
     owner = getattr(module, owner_path, None) if owner_path else module
     if not hasattr(owner, name):
-        raise SystemExit(f"CPU_BED_FORBID_STOCK_TRANSPORT: {module.__name__} has no {path} in this sglang")
+        raise SystemExit(f"CPU_BED_FORBID_BUILTIN_TRANSPORT: {module.__name__} has no {path} in this sglang")
     setattr(owner, name, _raiser(path))
 
 
@@ -64,7 +64,7 @@ def _raiser(path: str) -> Any:
 def _forbid_scheduler_socket(receiver: Any) -> None:
     original = getattr(receiver.MMReceiverBase, _DRAIN, None)
     if original is None:
-        raise SystemExit(f"CPU_BED_FORBID_STOCK_TRANSPORT: MMReceiverBase has no {_DRAIN} in this sglang")
+        raise SystemExit(f"CPU_BED_FORBID_BUILTIN_TRANSPORT: MMReceiverBase has no {_DRAIN} in this sglang")
 
     def drain(self: Any) -> None:
         if getattr(self, "scheduler_recv_socket", None) is not None:

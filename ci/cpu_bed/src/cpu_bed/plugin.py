@@ -1,6 +1,6 @@
 """The bed's sglang plugin: applies what these environment variables ask for, and nothing by default.
 
-CPU_BED_FORBID_STOCK_TRANSPORT=1  sglang's own embedding transports raise when used (see forbid.py)
+CPU_BED_FORBID_BUILTIN_TRANSPORT=1  sglang's own embedding transports raise when used (see forbid.py)
 CPU_BED_HOST_POOL=1               sglang's Mooncake embedding transport receives into host memory (see host_pool.py)
 CPU_BED_PREFILL_DECODE=1          prefill and decode servers run without an accelerator (see prefill_decode.py)
 CPU_BED_MEDIA_METADATA=1          a colocated server sees videos and sounds as an encoder does (see media_metadata.py)
@@ -10,10 +10,10 @@ import os
 
 
 def register() -> None:
-    if _asked("CPU_BED_FORBID_STOCK_TRANSPORT"):
-        from cpu_bed.forbid import forbid_stock_transport
+    if _asked("CPU_BED_FORBID_BUILTIN_TRANSPORT"):
+        from cpu_bed.forbid import forbid_builtin_transport
 
-        forbid_stock_transport()
+        forbid_builtin_transport()
     if _asked("CPU_BED_HOST_POOL"):
         from cpu_bed.host_pool import receive_into_host_memory
 

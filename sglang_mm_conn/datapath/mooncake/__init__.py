@@ -1,0 +1,1 @@
+"""The Mooncake data path: RDMA or TCP writes between hosts, both of its sides."""

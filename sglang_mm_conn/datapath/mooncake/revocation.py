@@ -1,0 +1,103 @@
+"""Proof for the Mooncake path that nothing lands any more: the engine is replaced, and the old one destroyed.
+
+After a data call that failed, and after an encoder that was lost in mid-write, bytes may land for as long as the old
+connection exists, whatever the encoder says. Unregistering memory does not stop them (measured over TCP: the rest of a
+write goes on landing in unregistered memory); destroying the engine does. So, when blocks have been in doubt for a
+while:
+
+1. another engine is made and the pool registered with it (the next *epoch*);
+2. every encoder registers anew; windows offered from then on belong to the new epoch and are written through it only;
+3. when no healthy window of the old epoch is open and no encoder can be offered one, the old engine is destroyed;
+4. the quarantined blocks of the old epoch are free, and the encoders are told to forget it.
+
+Healthy rooms go on meanwhile. An encoder that is suspended meanwhile resumes with the address of an engine that does
+not exist.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from enum import Enum
+
+from sglang_mm_conn.connector.language.sessions import LocalSessions
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(Enum):
+    """How far a revocation has come."""
+
+    IDLE = "idle"
+    RENEWING = "renewing"
+    DRAINING = "draining"
+    DESTROYING = "destroying"
+
+
+class Revocation:
+    """One revocation at a time; ``tick`` drives it and never blocks."""
+
+    def __init__(
+        self,
+        sessions: LocalSessions,
+        executor: Executor,
+        *,
+        patience: float,
+        in_doubt_since: Callable[[], float | None],
+        is_in_use: Callable[[str, int], bool],
+        register_again: Callable[[], None],
+        revoked: Callable[[str, int], None],
+    ) -> None:
+        """``patience``: seconds in doubt before it begins. ``revoked(session, epoch)`` is told at the end."""
+        self._sessions = sessions
+        self._executor = executor
+        self._patience = patience
+        self._in_doubt_since = in_doubt_since
+        self._is_in_use = is_in_use
+        self._register_again = register_again
+        self._revoked = revoked
+        self.stage = Stage.IDLE
+        self.count = 0
+        self._epoch = 0
+        self._not_before = 0.0
+        self._work: Future[object] | None = None
+
+    def tick(self, now: float) -> None:
+        if self.stage is Stage.IDLE:
+            since = self._in_doubt_since()
+            if since is not None and now - since >= self._patience and now >= self._not_before:
+                self._not_before = now + self._patience
+                logger.warning("Mooncake: blocks in doubt for %.1f s, replacing the engine", now - since)
+                self._begin(Stage.RENEWING, self._sessions.renew_mooncake)
+        elif self.stage is Stage.RENEWING:
+            result = self._finished()
+            if result is not None:
+                self._epoch = int(str(result))
+                self.stage = Stage.DRAINING
+                self._register_again()
+        elif self.stage is Stage.DRAINING:
+            if not self._is_in_use(self._sessions.mooncake_session, self._epoch):
+                epoch = self._epoch
+                self._begin(Stage.DESTROYING, lambda: self._sessions.destroy_mooncake(epoch))
+        elif self._work is not None and self._work.done():
+            self._work.result()
+            self.stage, self._work = Stage.IDLE, None
+            self.count += 1
+            logger.info("Mooncake: engine of epoch %d destroyed, its blocks are free again", self._epoch)
+            self._revoked(self._sessions.mooncake_session, self._epoch)
+
+    def _begin(self, stage: Stage, work: Callable[[], object]) -> None:
+        self.stage = stage
+        self._work = self._executor.submit(work)
+
+    def _finished(self) -> object | None:
+        """The result of the work under way; None while it extents. Work that failed is begun anew at a later tick."""
+        if self._work is None or not self._work.done():
+            return None
+        error = self._work.exception()
+        if error is not None:
+            logger.error("Mooncake: no new engine could be made: %s", error)
+            self.stage, self._work = Stage.IDLE, None
+            return None
+        return self._work.result()
