@@ -77,11 +77,11 @@ class Ground:
 
     def _encoder(self, side: int, port: int = 0) -> Encoder:
         return self.world.encoder(
-            port=port, send_timeout=DEADLINE, env=MOONCAKE_TIMEOUTS, **self._memory_device(side), **SETTINGS
+            port=port, send_timeout=DEADLINE, env=MOONCAKE_TIMEOUTS, **self._place(side), **SETTINGS
         )
 
     def _language(self, side: int) -> Language:
-        return self.world.language(env=MOONCAKE_TIMEOUTS, **self._memory_device(side), **SETTINGS)
+        return self.world.language(env=MOONCAKE_TIMEOUTS, **self._place(side), **SETTINGS)
 
     @property
     def encoders(self) -> tuple[Encoder, Encoder]:

@@ -70,11 +70,11 @@ class Soak:
         }  # fmt: skip
         try:
             self.encoders: list[Encoder] = [
-                self.world.encoder(send_timeout=ROOM_SECONDS, at_once=number % 2 == 0, **settings)
+                self.world.encoder(send_timeout=ROOM_SECONDS, inline=number % 2 == 0, **settings)
                 for number in range(ENCODERS)
             ]
             self.languages: list[Language] = [
-                self.world.language(*self.encoders, at_once=number % 2 == 0, **settings) for number in range(LANGUAGES)
+                self.world.language(*self.encoders, inline=number % 2 == 0, **settings) for number in range(LANGUAGES)
             ]
         except BaseException:
             self.world.close()
