@@ -60,3 +60,84 @@ class Release(msgspec.Struct, frozen=True):
 
 
 Action: TypeAlias = Send | CopyOut | TransferEmbeddingChunk | Ended | Release
+
+
+# -- what core.registration asks for -----------------------------------------------------------------------------------
+
+
+class LookUp(msgspec.Struct, frozen=True):
+    """Ask ``url`` over HTTP which processes serve it; answered by ``looked_up``, ``absent`` or ``look_up_failed``."""
+
+    url: str
+
+
+class Connect(msgspec.Struct, frozen=True):
+    """Open a control connection to the process ``incarnation``: the host of ``url``, port ``control_port``."""
+
+    incarnation: str
+    url: str
+    control_port: int
+
+
+class Disconnect(msgspec.Struct, frozen=True):
+    """Close the control connection to ``incarnation``."""
+
+    incarnation: str
+
+
+class SendRegister(msgspec.Struct, frozen=True):
+    """Make the Register message and send it. Making it may take seconds; ``cannot_register`` where it fails."""
+
+    incarnation: str
+    path: str
+    slot: int
+    number: int  # of the registration: the encoder takes the newest
+
+
+class SendRetire(msgspec.Struct, frozen=True):
+    """Tell the process which epochs of ``path`` were revoked, if any was."""
+
+    incarnation: str
+    path: str
+
+
+class SendHeartbeat(msgspec.Struct, frozen=True):
+    """Tell the process that this rank lives."""
+
+    incarnation: str
+
+
+class ProcessReady(msgspec.Struct, frozen=True):
+    """The process answered Registered for the newest epoch: rooms may use it."""
+
+    incarnation: str
+    mooncake_session_id: str
+    path: str
+    epoch: int
+
+
+class ProcessLost(msgspec.Struct, frozen=True):
+    """The process serves this rank no more: its rooms fail with ``reason``."""
+
+    incarnation: str
+    reason: str
+
+
+class EncoderRefused(msgspec.Struct, frozen=True):
+    """No process of ``url`` can be used: requests that wait for it fail with ``reason``."""
+
+    url: str
+    reason: str
+
+
+class Log(msgspec.Struct, frozen=True):
+    """A line for the operator; ``level`` as in the module logging."""
+
+    level: int
+    text: str
+
+
+RegistrationAction: TypeAlias = (
+    LookUp | Connect | Disconnect | SendRegister | SendRetire | SendHeartbeat | ProcessReady | ProcessLost
+    | EncoderRefused | Log
+)  # fmt: skip

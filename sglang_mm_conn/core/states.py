@@ -88,6 +88,49 @@ WINDOW_TRANSITIONS: dict[WindowState, frozenset[WindowState]] = {
     WindowState.IN_DOUBT: frozenset(),
 }
 
+
+class LookUpState(_State):
+    """An encoder URL on the language side: which processes serve it is asked over HTTP."""
+
+    WAITING = "waiting"  # for the time of the next look-up
+    LOOKING_UP = "looking_up"  # a look-up is under way; its answer leads to RESOLVED, its failure to WAITING
+    RESOLVED = "resolved"  # nothing happened since a look-up named the processes; a lost one leads to WAITING
+
+
+LOOK_UP_TRANSITIONS: dict[LookUpState, frozenset[LookUpState]] = {
+    LookUpState.WAITING: frozenset({LookUpState.LOOKING_UP}),
+    LookUpState.LOOKING_UP: frozenset({LookUpState.WAITING, LookUpState.RESOLVED}),
+    LookUpState.RESOLVED: frozenset({LookUpState.WAITING, LookUpState.LOOKING_UP}),
+}
+
+
+class RegistrationState(_State):
+    """This rank's session at one encoder process, on the language side."""
+
+    CONNECTING = "connecting"  # no control connection; connected leads to REGISTERING
+    REGISTERING = "registering"  # Registered leads to READY; a refusal that may pass is answered by another Register
+    READY = "ready"  # registered: it gets heartbeats and serves rooms; may be asked again for a newer epoch
+    REFUSED = "refused"  # the two sides do not fit, or no Register could be made; asked again after a while
+    LOST = "lost"  # gone or silent; what comes back is another process
+
+
+REGISTRATION_TRANSITIONS: dict[RegistrationState, frozenset[RegistrationState]] = {
+    RegistrationState.CONNECTING: frozenset(
+        {RegistrationState.REGISTERING, RegistrationState.READY, RegistrationState.REFUSED, RegistrationState.LOST}
+    ),
+    RegistrationState.REGISTERING: frozenset(
+        {RegistrationState.CONNECTING, RegistrationState.READY, RegistrationState.REFUSED, RegistrationState.LOST}
+    ),
+    RegistrationState.READY: frozenset(
+        {RegistrationState.CONNECTING, RegistrationState.REGISTERING, RegistrationState.REFUSED, RegistrationState.LOST}
+    ),
+    RegistrationState.REFUSED: frozenset(
+        {RegistrationState.CONNECTING, RegistrationState.REGISTERING, RegistrationState.READY, RegistrationState.LOST}
+    ),
+    RegistrationState.LOST: frozenset(),
+}
+
+
 State = TypeVar("State", bound=Enum)
 
 

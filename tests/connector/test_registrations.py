@@ -9,11 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_mm_conn.connector import encoder as encoder_module
+from sglang_mm_conn.connector.encoder import endpoint as encoder_module
 from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
-from sglang_mm_conn.connector.language.encoder_directory import Encoders
+from sglang_mm_conn.connector.language.encoder_directory import EncoderDirectory, EncoderEvent
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
+from sglang_mm_conn.core.actions import EncoderRefused, ProcessReady
 from sglang_mm_conn.core.errors import ProtocolError, WriterSlotTaken
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
@@ -27,7 +28,6 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
     encode,
 )
-from sglang_mm_conn.core.receiver import Peer
 from sglang_mm_conn.core.settings import Settings
 from tests.connector.test_links import REGISTER, FakePath
 
@@ -194,13 +194,8 @@ class FakeSessions:
     first_path = "shm"
 
     def __init__(self) -> None:
-        self.slots = 0
         self.locked: set[int] = set()  # by writers
         self.retired: int | None = None
-
-    def new_slot(self) -> int:
-        self.slots += 1
-        return self.slots
 
     def retire_writer(self, slot: int) -> bool:
         return slot not in self.locked
@@ -224,19 +219,23 @@ class FakeSessions:
 class Rank:
     def __init__(self) -> None:
         self.runtime = FakeRuntime()
-        self.ready: list[Peer] = []
+        self.ready: list[ProcessReady] = []
         self.refused: list[str] = []
         self.sessions = FakeSessions()
-        self.encoders = Encoders(
-            self.sessions, None, "rank", insecure=False, peer_timeout=10.0, heartbeat=1.0,  # type: ignore[arg-type]
-            on_ready=self.ready.append, on_lost=lambda incarnation, reason: None,
-            on_refused=lambda url, reason: self.refused.append(reason), runtime=self.runtime,
+        self.encoders = EncoderDirectory(
+            self.sessions, self.runtime.control, None, "rank",  # type: ignore[arg-type]
+            insecure=False, peer_timeout=10.0, heartbeat=1.0, on_event=self.hear, runtime=self.runtime,
         )  # fmt: skip
-        self.encoders.control = self.runtime.control  # type: ignore[assignment]
         self.encoders.use("http://127.0.0.1:1")
         self.runtime.later.run()
         self.encoders.on_connected("encoder")
         self.runtime.later.run()
+
+    def hear(self, event: EncoderEvent) -> None:
+        if isinstance(event, ProcessReady):
+            self.ready.append(event)
+        elif isinstance(event, EncoderRefused):
+            self.refused.append(event.reason)
 
     def registrations(self) -> int:
         return len(self.slots())

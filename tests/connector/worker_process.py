@@ -483,8 +483,8 @@ class LanguageRole(RankRole):
     def processes(self) -> list[dict[str, Any]]:
         """The encoder processes that this rank knows."""
         return [
-            {"incarnation": process.worker.incarnation, "ready": process.ready, "path": process.path}
-            for process in list(self._endpoint._encoders._processes.values())
+            {"incarnation": process.incarnation, "ready": process.ready, "path": process.path}
+            for process in list(self._endpoint._encoders.registrations.processes.values())
         ]
 
     def watch(self, room: str) -> None:
@@ -559,7 +559,7 @@ class LanguageRole(RankRole):
                 "tombstones": len(core.tombstones),
                 "results": len(endpoint._results),
                 "labels": len(endpoint._labels),
-                "processes": len(endpoint._encoders._processes),
+                "processes": len(endpoint._encoders.registrations.processes),
             }
         return {**tables, **process_stats()}
 

@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_mm_conn.connector.language.encoder_directory import Encoders
 from sglang_mm_conn.connector.language.sessions import LocalSessions
 from sglang_mm_conn.core import rooms
 from sglang_mm_conn.core.receiver import ReceiverCore
+from sglang_mm_conn.core.registration import Registrations
 from sglang_mm_conn.core.sender import SenderCore
 from sglang_mm_conn.datapath.mooncake.revocation import Revocation
 from tests.simulator.scheduler import attribute
@@ -156,7 +156,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(SenderCore, "register", ("actions.append(self._announcement(entry, session))", "pass")),
     ),
     "a refusal of a path that was given up is old": (
-        change(Encoders, "on_refused", ('message.kind == "data_path" and', "False and")),
+        change(Registrations, "refused", ('message.kind == "data_path" and', "False and")),
     ),
     "a refusal of an offer that was confirmed since is old": (
         change(ReceiverCore, "_on_progress", ("if message.refused_window != entry.window", "if False")),

@@ -653,6 +653,7 @@ class Schedule:
                 return f"part {part.number} has not ended on its encoder"
         for rank in ranks:
             endpoint, core = rank.endpoint, rank.endpoint.core
+            known = endpoint._encoders.registrations
             left = {
                 "rooms": len(core.rooms),
                 "quarantined": core.allocator.quarantined_count,
@@ -662,7 +663,7 @@ class Schedule:
                 "labels": len(endpoint._labels),
                 "revocations under way": endpoint.revocation.stage.value != "idle",
                 "engines too many": max(0, len(endpoint._sessions._engines) - 1),
-                "slots too many": len(endpoint._encoders._slots.keys() - endpoint._encoders._processes.keys()),
+                "slots too many": len(known.slots.keys() - known.processes.keys()),
             }
             if any(left.values()):
                 return f"{rank.name}: " + ", ".join(f"{value} {name}" for name, value in left.items() if value)

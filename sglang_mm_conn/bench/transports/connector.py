@@ -140,7 +140,7 @@ class ConnectorReceiver:
         self._url = peer["url"]
         self._endpoint.use_encoder(self._url)
         until = time.monotonic() + 60
-        while not any(process.ready for process in list(self._endpoint._encoders._processes.values())):
+        while not any(process.ready for process in list(self._endpoint._encoders.registrations.processes.values())):
             if time.monotonic() > until:
                 raise RuntimeError(f"not registered with the encoder at {self._url} within a minute")
             time.sleep(0.005)

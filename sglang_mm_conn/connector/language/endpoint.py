@@ -16,14 +16,24 @@ from typing import Any, TypeVar
 
 import torch
 
-from sglang_mm_conn.connector.language.encoder_directory import Encoders
+from sglang_mm_conn.connector.language.encoder_directory import EncoderDirectory, EncoderEvent
 from sglang_mm_conn.connector.language.sessions import LocalSessions
 from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.wakeup import Wakeup
-from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import (
+    Action,
+    CopyOut,
+    EncoderRefused,
+    Ended,
+    ProcessLost,
+    ProcessReady,
+    Release,
+    Send,
+    TransferEmbeddingChunk,
+)
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, decode_from_encoder, encode
@@ -112,28 +122,26 @@ class LanguageEndpoint:
         self.completions = Wakeup()  # notified when a room ends
         self._copiers = runtime.executor(settings.copiers, "mm-conn-copier")
         key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
-        self._encoders = Encoders(
+        self._control = runtime.control_client(
+            key=key,
+            max_frame_bytes=settings.max_frame_bytes + settings.max_metadata_bytes,
+            on_frame=self._on_frame,
+            on_connected=lambda incarnation: self._encoders.on_connected(incarnation),
+            on_disconnected=lambda incarnation: self._encoders.on_disconnected(incarnation),
+            on_tick=self._on_tick,
+            tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
+        )
+        self._encoders = EncoderDirectory(
             self._sessions,
+            self._control,
             key,
             self.incarnation,
             insecure=settings.insecure,
             peer_timeout=settings.peer_timeout,
             heartbeat=settings.heartbeat,
-            on_ready=self._on_ready,
-            on_lost=self._on_lost,
-            on_refused=self._on_refused,
+            on_event=self._on_encoder_event,
             runtime=runtime,
         )
-        self._control = runtime.control_client(
-            key=key,
-            max_frame_bytes=settings.max_frame_bytes + settings.max_metadata_bytes,
-            on_frame=self._on_frame,
-            on_connected=self._encoders.on_connected,
-            on_disconnected=self._encoders.on_disconnected,
-            on_tick=self._on_tick,
-            tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
-        )
-        self._encoders.control = self._control
         self._revoker = runtime.executor(1, "mm-conn-revoker")
         self.revocation = Revocation(
             self._sessions,
@@ -251,17 +259,16 @@ class LanguageEndpoint:
                 incarnation, logging.WARNING, "Control message from encoder process %s refused: %s", incarnation, error
             )
 
-    def _on_ready(self, peer: Peer) -> None:
+    def _on_encoder_event(self, event: EncoderEvent) -> None:
+        now = self._clock()
         with self._lock:
-            self._perform(self.core.peer_ready(peer, self._clock()))
-
-    def _on_lost(self, incarnation: str, reason: str) -> None:
-        with self._lock:
-            self._perform(self.core.peer_lost(incarnation, reason, self._clock()))
-
-    def _on_refused(self, encoder: str, reason: str) -> None:
-        with self._lock:
-            self._perform(self.core.encoder_failed(encoder, reason, 502, self._clock()))
+            match event:
+                case ProcessReady(incarnation, session, path, epoch):
+                    self._perform(self.core.peer_ready(Peer(incarnation, session, path, epoch), now))
+                case ProcessLost(incarnation, reason):
+                    self._perform(self.core.peer_lost(incarnation, reason, now))
+                case EncoderRefused(url, reason):
+                    self._perform(self.core.encoder_failed(url, reason, 502, now))
 
     def _on_tick(self) -> None:
         self._encoders.tick()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from typing import Any
@@ -41,7 +40,6 @@ class LocalSessions:
         self._pool = pool
         self._host = host
         self._lock = threading.Lock()
-        self._slots = itertools.count()
         self._engines: dict[int, Any] = {}  # by epoch; the newest is offered
         self._newest_epoch = self._oldest_epoch = 0
         self._make_engine = lambda: runtime.mooncake_engine(settings, host)
@@ -74,10 +72,6 @@ class LocalSessions:
     def other_path(self, refused: str) -> str | None:
         """What to try after ``refused`` was impossible; None where nothing else is allowed."""
         return "mooncake" if self._settings.data_path == "auto" and refused == "shm" else None
-
-    def new_slot(self) -> int:
-        """A writer slot for an encoder process: the byte it locks as long as it may write."""
-        return next(self._slots)
 
     def retire_writer(self, slot: int) -> bool:
         """Whether nobody can write with ``slot`` any more, now and ever after: see memory.segment."""
