@@ -158,6 +158,12 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "a refusal of a path that was given up is old": (
         change(Registrations, "refused", ('message.kind == "data_path" and', "False and")),
     ),
+    "a connection that comes back is registered": (
+        change(Registrations, "connected", ("return self._register(process)", "return []")),
+    ),
+    "a refused path is answered with the other": (
+        change(Registrations, "refused", ("if other is not None:", "if False:")),
+    ),
     "a refusal of an offer that was confirmed since is old": (
         change(ReceiverCore, "_on_progress", ("if message.refused_window != entry.window", "if False")),
     ),
