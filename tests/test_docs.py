@@ -20,7 +20,7 @@ from sglang_mm_conn.demo.launch import Launch
 from tests.faults import table
 from tests.fuzz import __main__ as fuzz
 from tests.gpu import document as gpu
-from tests.pages import DEPLOYMENTS, ROOT, named_block, sglang_commands, shell_blocks
+from tests.pages import DEPLOYMENTS, GENERATED, ROOT, named_block, sglang_commands, shell_blocks
 from tests.simulator import __main__ as simulator
 from tests.soak import __main__ as soak
 
@@ -156,3 +156,10 @@ def test_the_page_that_a_command_writes_has_its_markers_once_each_and_in_order(n
     document, begin, end = _GENERATED[name]
     text = document.read_text()
     assert text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_block_made_from_code_or_results_is_up_to_date(name: str) -> None:
+    document, made = GENERATED[name]
+    text = document.read_text()
+    assert markdown_blocks.insert(text, made(), name) == text, "run `python -m tests.pages --write`"
