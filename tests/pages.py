@@ -144,10 +144,28 @@ def servers_headline() -> str:
     return "\n".join(re.findall(r"^- .*$", text, re.MULTILINE))
 
 
+def reliability_headline() -> str:
+    """What each long run printed, and in how many schedules the simulator noticed that a protection was gone."""
+    lines = ["| run | what it printed |", "|---|---|"]
+    runs = {"faults": "faults", "simulator": "schedules", "fuzz": "frames and floods", "soak": "rooms"}
+    for name, title in runs.items():
+        text = (ROOT / "docs" / "results" / f"{name}.md").read_text()
+        printed = re.findall(r"printed this:\s+(\S.*)$", text, re.MULTILINE)
+        lines += [f"| [{title}](results/{name}.md) | {line} |" for line in printed]
+        within = re.findall(r"^\| [^|]+ \| (\d+) \|$", text, re.MULTILINE)
+        if within and "| not in " not in text:
+            line = (
+                f"{len(within)} protections taken out of the code in turn: each missed within {max(map(int, within))}"
+            )
+            lines.append(f"| [protections](results/{name}.md) | {line} schedules. |")
+    return "\n".join(lines)
+
+
 GENERATED: dict[str, tuple[Path, Callable[[], str]]] = {
     "file map": (ROOT / "docs" / "architecture.md", file_map),
     "state diagrams": (ROOT / "docs" / "architecture.md", state_diagrams),
     "transfer headline": (ROOT / "docs" / "performance.md", transfer_headline),
+    "reliability headline": (ROOT / "docs" / "reliability.md", reliability_headline),
     "servers headline": (ROOT / "docs" / "performance.md", servers_headline),
     "transfer sentence": (ROOT / "README.md", transfer_sentence),
 }

@@ -151,6 +151,19 @@ def test_every_link_of_a_page_leads_somewhere() -> None:
                 assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
+def test_every_file_that_a_page_names_exists() -> None:
+    for page in PAGES:
+        if page in (DEPLOYMENTS, ROOT / "docs" / "results" / "gpu.md"):  # they name files of sglang and Mooncake
+            continue
+        for name in re.findall(r"`((?:\w+/)+\w+\.\w+)`", page.read_text()):
+            assert any((root / name).exists() for root in (ROOT, ROOT / "sglang_mm_conn")) or name.startswith(
+                "build/"
+            ), (
+                page.name,
+                name,
+            )
+
+
 @pytest.mark.parametrize("name", _GENERATED)
 def test_the_page_that_a_command_writes_has_its_markers_once_each_and_in_order(name: str) -> None:
     document, begin, end = _GENERATED[name]

@@ -36,7 +36,7 @@ class ReceiverState(_State):
     OFFERED = "offered"  # the encoder may write its blocks at any moment. Left by: Progress or Done of this window
     COPYING = "copying"  # the window is confirmed; its rows are copied out of the blocks. Left by: copied out
     SUCCESS = "success"  # every row is there
-    FAILED = "failed"  # by any state: an error of either side, an abort, the deadline, a lost encoder
+    FAILED = "failed"  # from any state: an error of either side, an abort, the deadline, a lost encoder
 
 
 RECEIVER_TRANSITIONS: dict[ReceiverState, frozenset[ReceiverState]] = {
@@ -56,7 +56,7 @@ class SenderState(_State):
     READY = "ready"  # every Init is there, the embedding is not. Left by: the embedding
     TRANSFERRING = "transferring"  # complete, its queue is fixed. Left by: the last session's last window
     SUCCESS = "success"  # every session has every row
-    FAILED = "failed"  # by any state: a failed write, an Abort, the deadline, a lost language rank
+    FAILED = "failed"  # from any state: a failed write, an Abort, the deadline, a lost language rank
 
 
 SENDER_TRANSITIONS: dict[SenderState, frozenset[SenderState]] = {
