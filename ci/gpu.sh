@@ -4,7 +4,7 @@
 #   make gpu-kit                       elsewhere, with a network: makes build/gpu-kit; take it along with the repository
 #   ci/gpu.sh                          there: results in build/gpu (gpu.json, gpu.md, gpu.log)
 #   ci/gpu.sh --device cpu             a rehearsal without a GPU
-#   python -m tests.gpu --write FILE   afterwards: puts a gpu.json into docs/gpu.md
+#   python -m tests.gpu --write FILE   afterwards: puts a gpu.json into docs/results/gpu.md
 #
 # Options: --kit DIR (build/gpu-kit), --python COMMAND (python3: one that has torch), and those of `python -m tests.gpu`.
 # The kit is installed into a temporary folder, which goes again; nothing else on the machine changes.

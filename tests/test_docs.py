@@ -13,11 +13,18 @@ from pathlib import Path
 import pytest
 
 from sglang_mm_conn.__main__ import parser
+from sglang_mm_conn.bench import markdown_blocks
+from sglang_mm_conn.bench.markdown_blocks import RESULTS, SERVERS, STREAMED, TRANSFERS
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.demo.launch import Launch
-from tests.pages import DEPLOYMENTS, ROOT, named_block, sglang_commands, shell_blocks
+from tests.faults import table
+from tests.fuzz import __main__ as fuzz
+from tests.gpu import document as gpu
+from tests.pages import DEPLOYMENTS, GENERATED, ROOT, named_block, sglang_commands, shell_blocks
+from tests.simulator import __main__ as simulator
+from tests.soak import __main__ as soak
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGE = DEPLOYMENTS.read_text()
 # Options of other programs: docker, pip and make.
 OTHER_OPTIONS = {"--gpus", "--network", "--ipc", "--shm-size", "--help"}
@@ -32,6 +39,18 @@ LINES_OF_SGLANG = {
     ("disaggregation/encoder/preprocessor.py", 808): "fps_list = [",
     ("multimodal/processors/qwen_vl.py", 1042): "if self.hf_config.model_type in (",
     ("multimodal/processors/qwen_vl.py", 1066): "audio_item = next(",
+}
+# What commands write into docs/results: the page, and the markers of their part.
+_BENCH = {name: markdown_blocks.document(ROOT / RESULTS, name) for name in (TRANSFERS, STREAMED, SERVERS)}
+_GENERATED = {
+    **{name: (document, *markdown_blocks.markers(name)) for name, document in _BENCH.items()},
+    "gpu": (gpu.DOCUMENT, *markdown_blocks.markers(gpu.BLOCK)),
+    "faults": (table.DOCUMENT, table.BEGIN, table.END),
+    "simulator": (simulator.DOCUMENT, *simulator.MARKERS),
+    "simulator --prove": (simulator.DOCUMENT, *simulator.PROOF_MARKERS),
+    "fuzz": (fuzz.DOCUMENT, *fuzz.MARKERS),
+    "fuzz --flood": (fuzz.DOCUMENT, *fuzz.FLOOD_MARKERS),
+    "soak": (soak.DOCUMENT, *soak.MARKERS),
 }
 
 
@@ -130,3 +149,30 @@ def test_every_link_of_a_page_leads_somewhere() -> None:
             if anchor:
                 titles = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    for page in PAGES:
+        if page in (DEPLOYMENTS, ROOT / "docs" / "results" / "gpu.md"):  # they name files of sglang and Mooncake
+            continue
+        for name in re.findall(r"`((?:\w+/)+\w+\.\w+)`", page.read_text()):
+            assert any((root / name).exists() for root in (ROOT, ROOT / "sglang_mm_conn")) or name.startswith(
+                "build/"
+            ), (
+                page.name,
+                name,
+            )
+
+
+@pytest.mark.parametrize("name", _GENERATED)
+def test_the_page_that_a_command_writes_has_its_markers_once_each_and_in_order(name: str) -> None:
+    document, begin, end = _GENERATED[name]
+    text = document.read_text()
+    assert text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_block_made_from_code_or_results_is_up_to_date(name: str) -> None:
+    document, made = GENERATED[name]
+    text = document.read_text()
+    assert markdown_blocks.insert(text, made(), name) == text, "run `python -m tests.pages --write`"

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_mm_conn.bench.markdown_blocks import RESULTS
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sglang_mm_conn.bench.runner import BenchResult, Plan
 
-DOCUMENT = Path("docs/performance.md")
 SIZES = "64K,1M,16M,128M,512M"
 QUICK_SIZES = "64K,1M,16M"
 TRANSPORTS = "memcpy,shm,shm+key,mooncake,mooncake+key,zmq_to_scheduler,mooncake_builtin,tcp,engine"
@@ -52,7 +53,7 @@ examples:
   python -m sglang_mm_conn bench --transports memcpy,shm,shm+windows --sizes 16M,128M --rounds 9
   python -m sglang_mm_conn bench --fragmented --windows --json figures.json --plots pictures
   python -m sglang_mm_conn bench --quick --stream-above 256K
-  python -m sglang_mm_conn bench --write          put the tables into docs/performance.md
+  python -m sglang_mm_conn bench --write          put the tables into docs/results
   python -m sglang_mm_conn bench servers --write  requests to whole sglang servers instead: three to five minutes
 """
 
@@ -102,8 +103,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures into DIR")
     parser.add_argument(
-        "--write", nargs="?", type=Path, const=DOCUMENT, metavar="FILE",
-        help=f"put the tables into FILE (default: {DOCUMENT}), between its markers",
+        "--write", nargs="?", type=Path, const=RESULTS, metavar="PATH",
+        help=f"put the tables between the markers of PATH, or of its file in the folder PATH (default: {RESULTS})",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -205,7 +206,8 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
         _stream_above(args.stream_above)
     if args.write is not None:
         # A file that cannot take the tables is noticed before the run.
-        markdown_blocks.insert(args.write.read_text(), "", block)
+        document = markdown_blocks.document(args.write, block)
+        markdown_blocks.insert(document.read_text(), "", block)
     facts = host_info.describe()
     console.print(host_info.line(facts), style="dim", highlight=False)
     if transports.BUILTIN_CANNOT_PICKLE and not any(
@@ -248,10 +250,10 @@ def _transfers(args: argparse.Namespace, console: Console) -> int:
             console.print(f"picture: {path}", highlight=False)
     if args.write is not None:
         if stopped:
-            raise ValueError(f"{args.write} is left as it is: the run did not come to its end")
+            raise ValueError(f"{document} is left as it is: the run did not come to its end")
         note = f"{host_info.line(facts)}; {plan.rounds} rounds. Options: {_options(args) or 'none'}."
-        markdown_blocks.write(args.write, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}", block)
-        console.print(f"tables: {args.write}", highlight=False)
+        markdown_blocks.write(document, f"{note}\n\n{report.markdown(rows, outcome.specials, compared)}", block)
+        console.print(f"tables: {document}", highlight=False)
     return {"": 0, "interrupted": 130}.get(stopped, 1)
 
 

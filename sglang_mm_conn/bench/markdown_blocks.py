@@ -5,6 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 TRANSFERS, STREAMED, SERVERS = "bench", "bench streamed", "bench servers"
+RESULTS = Path("docs/results")
+_FILES = {TRANSFERS: "transfers.md", STREAMED: "streamed.md", SERVERS: "servers.md"}
+
+
+def document(path: Path, name: str) -> Path:
+    """The file that takes the block ``name``: ``path`` itself, or the block's own file where it is a folder."""
+    return path / _FILES[name] if path.is_dir() else path
 
 
 def markers(name: str) -> tuple[str, str]:

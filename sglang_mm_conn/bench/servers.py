@@ -120,7 +120,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     backends = _backends(args)
     if args.write is not None:
-        markdown_blocks.insert(args.write.read_text(), "", markdown_blocks.SERVERS)
+        written = markdown_blocks.document(args.write, markdown_blocks.SERVERS)
+        markdown_blocks.insert(written.read_text(), "", markdown_blocks.SERVERS)
     rounds, alone, concurrent = (3, 4, 16) if args.quick else (args.rounds or 7, 8, 40)
     facts = host_info.describe()
     console.print(host_info.line(facts), style="dim", highlight=False)
@@ -282,5 +283,6 @@ def _report(args: argparse.Namespace, console: Console, figures: list[Figures], 
             markdown_table(HEADINGS, [one.cells() for one in figures]),
             "\n".join(f"- {line}" for line in comparisons(figures)),
         )
-        markdown_blocks.write(args.write, "\n\n".join(parts), markdown_blocks.SERVERS)
-        console.print(f"table: {args.write}", highlight=False)
+        document = markdown_blocks.document(args.write, markdown_blocks.SERVERS)
+        markdown_blocks.write(document, "\n\n".join(parts), markdown_blocks.SERVERS)
+        console.print(f"table: {document}", highlight=False)

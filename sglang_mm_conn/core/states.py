@@ -31,12 +31,12 @@ class _State(Enum):
 class ReceiverState(_State):
     """A room on the language side."""
 
-    EXPECTED = "expected"  # a request waits for it, the encoder has not announced it yet
-    QUEUED = "queued"  # announced; waits for blocks and holds none
-    OFFERED = "offered"  # holds blocks that the encoder may write at any moment
-    COPYING = "copying"  # the window is confirmed; its rows are being copied out of the blocks
-    SUCCESS = "success"
-    FAILED = "failed"
+    EXPECTED = "expected"  # a request waits for the room. Left by: Announce
+    QUEUED = "queued"  # announced; waits for blocks and holds none. Left by: blocks are free, an offer is sent
+    OFFERED = "offered"  # the encoder may write its blocks at any moment. Left by: Progress or Done of this window
+    COPYING = "copying"  # the window is confirmed; its rows are copied out of the blocks. Left by: copied out
+    SUCCESS = "success"  # every row is there
+    FAILED = "failed"  # from any state: an error of either side, an abort, the deadline, a lost encoder
 
 
 RECEIVER_TRANSITIONS: dict[ReceiverState, frozenset[ReceiverState]] = {
@@ -52,11 +52,11 @@ RECEIVER_TRANSITIONS: dict[ReceiverState, frozenset[ReceiverState]] = {
 class SenderState(_State):
     """A room on the encoder side, over all its sessions."""
 
-    ANNOUNCED = "announced"  # some required session has not said Init
-    READY = "ready"  # every session has said Init, the embedding is not there yet
-    TRANSFERRING = "transferring"  # the room is complete and its queue is fixed
-    SUCCESS = "success"
-    FAILED = "failed"
+    ANNOUNCED = "announced"  # an Init is missing. Left by: the last required Init
+    READY = "ready"  # every Init is there, the embedding is not. Left by: the embedding
+    TRANSFERRING = "transferring"  # complete, its queue is fixed. Left by: the last session's last window
+    SUCCESS = "success"  # every session has every row
+    FAILED = "failed"  # from any state: a failed write, an Abort, the deadline, a lost language rank
 
 
 SENDER_TRANSITIONS: dict[SenderState, frozenset[SenderState]] = {
@@ -71,9 +71,9 @@ SENDER_TRANSITIONS: dict[SenderState, frozenset[SenderState]] = {
 class WindowState(_State):
     """The current window of one (room, session) on the encoder side."""
 
-    OFFERED = "offered"  # blocks are known, nothing was written
-    WRITING = "writing"  # a data call is under way
-    PARTIAL = "partial"  # confirmed, rows remain: waits for Resume
+    OFFERED = "offered"  # blocks are known, nothing is written. Left by: a data call begins
+    WRITING = "writing"  # a data call is under way. Left by: it returned
+    PARTIAL = "partial"  # confirmed, rows remain. Left by: Resume
     DONE = "done"  # every row is confirmed
     CLOSED = "closed"  # ended without success; no write is under way or will come
     IN_DOUBT = "in_doubt"  # ended by a data call after which bytes may still land

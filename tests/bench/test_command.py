@@ -119,6 +119,12 @@ def test_tables_go_between_the_markers_and_nothing_else_changes() -> None:
         markdown_blocks.insert("no markers", "new")
 
 
+def test_a_folder_takes_the_tables_in_the_file_of_their_kind(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert markdown_blocks.document(tmp_path, markdown_blocks.STREAMED) == tmp_path / "streamed.md"
+    assert markdown_blocks.document(page, markdown_blocks.STREAMED) == page
+
+
 def test_a_run_measures_every_transport_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, page = tmp_path / "figures.json", tmp_path / "page.md"
     page.write_text(f"# Page\n{BEGIN}\n{END}\nend\n")

@@ -52,7 +52,7 @@ examples:
   python -m tests.faults --only "encoder killed"           one fault; names are those of the table
   python -m tests.faults --only "half written / mooncake"  one step on one path
   python -m tests.faults --duration 3600 --json out.json   for an hour, at random moments after the first round
-  python -m tests.faults --write                           the table goes into docs/reliability.md
+  python -m tests.faults --write                           the table goes into docs/results/faults.md
 
 Ends with 1 where a promise was broken; the logs of all processes are kept then.""",
     )
@@ -64,7 +64,7 @@ Ends with 1 where a promise was broken; the logs of all processes are kept then.
     )  # fmt: skip
     parser.add_argument("--seed", default="", help="of what is random (default: a fresh one, which is printed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every attempt to FILE")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/results/faults.md")
     return parser
 
 

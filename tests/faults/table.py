@@ -1,4 +1,4 @@
-"""The table of what was seen: on the terminal, as JSON, and in docs/reliability.md."""
+"""The table of what was seen: on the terminal, as JSON, and in docs/results/faults.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.table import Table
 from tests.connector.processes import ROOT
 from tests.faults.cases import Attempt
 
-DOCUMENT = ROOT / "docs" / "reliability.md"
+RESULTS = ROOT / "docs" / "results"
+DOCUMENT = RESULTS / "faults.md"
 BEGIN, END = "<!-- faults:begin -->", "<!-- faults:end -->"
 COLUMNS = ("fault", "step", "data path", "what happened", "answer after s (median / max)", "tried")
 

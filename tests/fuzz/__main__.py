@@ -18,10 +18,11 @@ from rich.table import Table
 from sglang_mm_conn.memory.segment import sweep_stale_segments
 from tests.connector.processes import Zygote
 from tests.faults.baseline import RSS_MARGIN_KB
-from tests.faults.table import DOCUMENT, write
+from tests.faults.table import RESULTS, write
 from tests.fuzz.flood import FLOODS, FLOOR_SECONDS, MOST_RATIO, Measured, measure
 from tests.fuzz.run import DEADLINE, Ground, Outcome, fuzz
 
+DOCUMENT = RESULTS / "fuzz.md"
 MARKERS = ("<!-- fuzz:begin -->", "<!-- fuzz:end -->")
 FLOOD_MARKERS = ("<!-- flood:begin -->", "<!-- flood:end -->")
 COLUMNS = (
@@ -52,7 +53,7 @@ What a peer that has the key and lies about who it is may do to the server that 
         epilog="""\
 examples:
   python -m tests.fuzz                            100,000 frames, half of them with a key, and the floods: minutes
-  python -m tests.fuzz --frames 1000000 --write   the long form; its figures go into docs/reliability.md
+  python -m tests.fuzz --frames 1000000 --write   the long form; its figures go into docs/results/fuzz.md
   python -m tests.fuzz --seed 1234abcd --no-flood the same frames in the same order again
 
 Ends with 1 where a promise was broken; the seed is printed and the logs of both processes are kept then.""",
@@ -62,7 +63,7 @@ Ends with 1 where a promise was broken; the seed is printed and the logs of both
     parser.add_argument("--flood", action="store_true", help="only the floods")
     parser.add_argument("--no-flood", action="store_true", help="all but the floods")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--write", action="store_true", help="put the figures into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="put the figures into docs/results/fuzz.md")
     return parser
 
 
@@ -203,9 +204,9 @@ def main() -> int:
         return 1
     if options.write:
         if run.outcomes:
-            write(fuzz_in_markdown(run.outcomes), markers=MARKERS)
+            write(fuzz_in_markdown(run.outcomes), DOCUMENT, MARKERS)
         if run.floods:
-            write(floods_in_markdown(run.floods), markers=FLOOD_MARKERS)
+            write(floods_in_markdown(run.floods), DOCUMENT, FLOOD_MARKERS)
         console.print(f"Written into {DOCUMENT}")
     shutil.rmtree(directory)
     return 0

@@ -1,7 +1,7 @@
 """Everything that a GPU can show, in at most five minutes. ci/gpu.sh starts it on a machine with one.
 
 Writes gpu.json (all figures), gpu.md (the table) and gpu.log (what every step printed). ``--write`` puts an earlier
-run's gpu.json into docs/gpu.md.
+run's gpu.json into docs/results/gpu.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=300.0, help="most seconds for all steps (default: 300)")
     parser.add_argument("--only", metavar="STEP,...", help=f"only these steps of {', '.join(names)}")
     parser.add_argument("--stand-ins", type=Path, help="folder added to PYTHONPATH where sglang's kernels are imported")
-    parser.add_argument("--write", type=Path, metavar="JSON", help="run nothing: put these figures into docs/gpu.md")
+    parser.add_argument("--write", type=Path, metavar="JSON", help="only put these figures into docs/results/gpu.md")
     return parser
 
 

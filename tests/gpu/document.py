@@ -1,4 +1,4 @@
-"""The page docs/gpu.md's generated part, from the figures of one run. Pure but for `write`."""
+"""The generated part of docs/results/gpu.md, from the figures of one run. Pure but for `write`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_mm_conn.bench.markdown_blocks import write as write_between_markers
 from sglang_mm_conn.bench.report import markdown_table
 from tests.gpu.steps import NOT_RUN, ROOT
 
-DOCUMENT = ROOT / "docs" / "gpu.md"
+DOCUMENT = ROOT / "docs" / "results" / "gpu.md"
 BLOCK = "gpu"
 NO_GPU = "**This was not run on a GPU yet.**"
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""docs/gpu.md is what a run's JSON says: figures with the card's name, or that there were none."""
+"""docs/results/gpu.md is what a run's JSON says: figures with the card's name, or that there were none."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ import time
 import traceback
 from collections import Counter
 
-from tests.faults.table import write
+from tests.faults.table import RESULTS, write
 from tests.simulator.mutations import MUTATIONS, without
 from tests.simulator.schedule import Schedule
 
 CHUNK = 100
+DOCUMENT = RESULTS / "simulator.md"
 MARKERS = ("<!-- simulator:begin -->", "<!-- simulator:end -->")
 PROOF_MARKERS = ("<!-- protections:begin -->", "<!-- protections:end -->")
 
@@ -44,7 +45,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     parser.add_argument(
         "--write", action="store_true",
-        help="put the figures, or with --prove those of each protection, into docs/reliability.md",
+        help="put the figures, or with --prove those of each protection, into docs/results/simulator.md",
     )  # fmt: skip
     return parser
 
@@ -124,7 +125,7 @@ def prove(seed: str, schedules: int, jobs: int, *, as_json: bool, into_document:
                  "| taken away | noticed within schedules |", "|---|---:|",
                  *(f"| {name} | {within if problem else f'not in {within}'} |"
                    for name, (within, problem) in missed.items())]  # fmt: skip
-        write("\n".join(lines), markers=PROOF_MARKERS)
+        write("\n".join(lines), DOCUMENT, PROOF_MARKERS)
     return 0 if all(problem for _, problem in missed.values()) else 1
 
 
@@ -164,7 +165,7 @@ def main() -> int:
     print(figures)
     if options.write:
         command = f"python -m tests.simulator --schedules {options.schedules} --write"
-        write(f"`{command}` printed this:\n\n{figures}", markers=MARKERS)
+        write(f"`{command}` printed this:\n\n{figures}", DOCUMENT, MARKERS)
     for name, problem in run.broken:
         print(f"VIOLATION in {name}: {problem}\n    python -m tests.simulator --replay {name}"
               + (f" --without '{options.without}'" if options.without else ""))  # fmt: skip

@@ -16,10 +16,11 @@ from rich.table import Table
 
 from sglang_mm_conn.memory.segment import sweep_stale_segments
 from tests.connector.processes import Zygote
-from tests.faults.table import DOCUMENT, write
+from tests.faults.table import RESULTS, write
 from tests.soak.plan import ABORTED, ENCODERS, LANGUAGES, POOL_TOKENS, UNDER_WAY
 from tests.soak.run import ROOM_SECONDS, Outcome, Soak
 
+DOCUMENT = RESULTS / "soak.md"
 MARKERS = ("<!-- soak:begin -->", "<!-- soak:end -->")
 SIZES = ("small", "medium", "larger than the pool")
 HELD = ("process", "rooms ended", "descriptors", "sockets", "threads", "resident MiB", "tombstones")
@@ -44,7 +45,7 @@ examples:
   python -m tests.soak                       100,000 rooms over shared memory: minutes
   python -m tests.soak --path mooncake       over Mooncake
   python -m tests.soak --rooms 2000          seconds
-  python -m tests.soak --write               the figures go into docs/reliability.md
+  python -m tests.soak --write               the figures go into docs/results/soak.md
 
 Ends with 1 where a promise was broken; the logs of all processes are kept then.""",
     )
@@ -52,7 +53,7 @@ Ends with 1 where a promise was broken; the logs of all processes are kept then.
     parser.add_argument("--path", choices=("shm", "mooncake"), default="shm", help="data path (default: %(default)s)")
     parser.add_argument("--seed", default="", help="of all that is random (default: a fresh one, which is printed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--write", action="store_true", help="put the figures into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="put the figures into docs/results/soak.md")
     return parser
 
 
@@ -140,7 +141,7 @@ def main() -> int:
         console.print(f"Logs: {directory}")
         return 1
     if options.write:
-        write(in_markdown(outcome), markers=MARKERS)
+        write(in_markdown(outcome), DOCUMENT, MARKERS)
         console.print(f"Written into {DOCUMENT}")
     shutil.rmtree(directory)
     return 0
