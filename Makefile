@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test unit lint simulate faults fuzz soak gpu-kit clean
+.PHONY: help install demo bench test unit lint coverage simulate faults fuzz soak gpu-kit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,15 +18,20 @@ demo: install ## Three real sglang servers on this machine's CPU, compared (opti
 bench: install ## Measure this connector beside sglang's own transports (options: ARGS="--quick", ARGS="--help")
 	@$(PYTHON) -m sglang_mm_conn bench $(ARGS)
 
-test: lint ## Lint, types, and all tests, those with real sglang servers too
-	@$(PYTHON) -m pytest -q
+test: lint coverage ## Lint, types, and all tests, those with real sglang servers too
+	@$(PYTHON) -m pytest -q --ignore=tests/core
 
 unit: install ## All tests that need no sglang server
 	@$(PYTHON) -m pytest -q -m "not servers"
 
-lint: install ## ruff and mypy
+lint: install ## ruff (rules and format) and mypy
 	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+
+coverage: install ## The tests of core/, and a floor for the branches of it that they take
+	@$(PYTHON) -m coverage run -m pytest -q tests/core
+	@$(PYTHON) -m coverage report
 
 simulate: install ## Play 100,000 simulated schedules with faults (options: ARGS="--help")
 	@$(PYTHON) -m tests.simulator $(ARGS)
@@ -44,7 +49,7 @@ gpu-kit: install ## Collect what ci/gpu.sh needs on a machine with a GPU and no 
 	@$(PYTHON) ci/gpu/kit.py $(ARGS)
 
 clean: ## Remove what builds, tests and the demo leave behind (the environment stays)
-	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf build dist .coverage .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@rm -rf ci/cpu_bed/build
 	@find . -name .git -prune -o -path './$(VENV)' -prune -o -name __pycache__ -type d -prune \
 		-exec rm -rf {} +

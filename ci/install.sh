@@ -23,9 +23,14 @@ die() {
 }
 
 fingerprint() {
-    find ci/requirements.txt ci/constraints.txt ci/install.sh ci/cpu_bed setup.py \
-        \( -name build -o -name '*.egg-info' -o -name __pycache__ \) -prune -o -type f -print0 |
-        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
+    {
+        # Of pyproject.toml only what describes the package: what follows configures tools and installs nothing.
+        sed '/^\[tool\.ruff\]/,$d' pyproject.toml
+        cat sglang_mm_conn/__init__.py
+        find ci/requirements.txt ci/constraints.txt ci/install.sh ci/cpu_bed \
+            \( -name build -o -name '*.egg-info' -o -name __pycache__ \) -prune -o -type f -print0 |
+            LC_ALL=C sort -z | xargs -0 sha256sum
+    } | sha256sum | cut -d' ' -f1
 }
 
 # step TITLE COMMAND...: one numbered line; the command's output goes to the log, whose end is shown if the command fails.

@@ -24,7 +24,7 @@ from tests.pages import DEPLOYMENTS, GENERATED, ROOT, named_block, sglang_comman
 from tests.simulator import __main__ as simulator
 from tests.soak import __main__ as soak
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 PAGE = DEPLOYMENTS.read_text()
 # Options of other programs: docker, pip and make.
 OTHER_OPTIONS = {"--gpus", "--network", "--ipc", "--shm-size", "--help"}

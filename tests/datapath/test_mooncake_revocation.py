@@ -72,7 +72,7 @@ def _writer_frozen_in_mid_write(engine: Any, memory: torch.Tensor) -> Iterator[s
         yield writer
     finally:
         writer.kill()
-        writer.wait()
+        writer.communicate()  # waits, and closes the pipe
 
 
 def _wait_for_more(memory: torch.Tensor, than: int, seconds: float) -> int:

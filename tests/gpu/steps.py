@@ -88,7 +88,7 @@ def steps(device: str) -> list[Step]:
 
     # Without a GPU the tests of the same copies, on a device that is late on purpose, stand for its own.
     tests = ("tests/gpu/test_gpu.py", "-m", "not gpu_pool") if gpu else ("tests/connector/test_gpu_memory.py",)
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", "{out}")
+    pytest = ("-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "--junitxml", "{out}")
     large = sizes.removeprefix("1M,")
     found = [
         Step(
