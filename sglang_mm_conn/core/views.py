@@ -32,9 +32,9 @@ class Views:
         return sum(len(blocks) for _, blocks in self._views.values())
 
     def grant(self, entry: ReceiverRoom) -> bool:
-        """Whether the embedding, which is there in one window, may stay in its blocks; counts them where it may.
+        """Whether an embedding that came in one window may stay in its blocks; counts them where it may.
 
-        Only where no room waits for blocks: they would not come back before the view is over.
+        To be asked only while no room waits for blocks: these come back when the request is over, not before.
         """
         count, first = len(entry.blocks), entry.blocks[0]
         if (

@@ -73,7 +73,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "shard stored at completion": (
         change(
             SenderCore, "_advance",
-            ("if not self._complete(entry):", "if not entry.transfer_infos:"),
+            ("if not entry.complete:", "if not entry.transfer_infos:"),
             (
                 "entry.machine.transition_to(SenderState.TRANSFERRING)",
                 "entry.state is SenderState.TRANSFERRING or entry.machine.transition_to(SenderState.TRANSFERRING)",
@@ -100,7 +100,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "Drained only after the write": (
         change(
             SenderCore, "_on_abort",
-            ("info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)", "True"),
+            ("info.drained", "True"),
             (
                 "if info is not None and not info.machine.final:",
                 "if info is not None and not info.machine.final and info.state is not WindowState.WRITING:",
@@ -155,7 +155,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(ReceiverCore, "_offer_again", ("if entry.state is ReceiverState.OFFERED", "if False")),
     ),
     "rooms are announced again after a lost connection": (
-        change(SenderCore, "register", ("actions.append(self._announcement(entry, session))", "pass")),
+        change(SenderCore, "register", ("actions.append(announcement(entry, session))", "pass")),
     ),
     "a refusal of a path that was given up is old": (
         change(Encoders, "on_refused", ('message.kind == "data_path" and', "False and")),
