@@ -1,4 +1,4 @@
-"""The language side's rooms: claims, offers, resumes, quarantine. Pure; returns what is to be done as actions.
+"""Owns the language side's rooms: their messages, transitions and deadlines. Pure; returns actions.
 
 Who owns a block, at each moment:
 
@@ -8,126 +8,38 @@ Who owns a block, at each moment:
   (those messages are sent after the data call returned 0, and one window is written once);
 - an embedding that came in one window, in contiguous blocks, may stay there as a **view**: its blocks are the
   result's, and after it the request's, until nothing refers to them any more (``view_released``). Views hold
-  ``view_blocks`` blocks together at most, and none are made while a room waits, so the others always go round;
-- a room that fails while it is offered: **quarantine**, until one of the proofs that no write is to come: Progress or
-  Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone (shared memory), or
-  that the epoch it was offered for was revoked (Mooncake; see connector.revocation).
+  ``view_blocks`` blocks together at most, and none are made while a room waits, so the others always go round
+  (core.views);
+- a room that fails while it is offered: **quarantine** (core.quarantine), until one of the proofs that no write is to
+  come: Progress or Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone
+  (shared memory), or that the epoch it was offered for was revoked (Mooncake; see datapath.mooncake.revocation).
 
-A room that waits for blocks holds none: the rows it has were copied out first. So waiting can never be circular.
+A room that waits for blocks (core.offers) holds none: the rows it has were copied out first. So waiting can never be
+circular.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Send
+from sglang_mm_conn.core import accounts
+from sglang_mm_conn.core.actions import Action, Ended, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry
-from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Progress, Resume, as_text
-from sglang_mm_conn.core.states import RECEIVER_TRANSITIONS, Poll, ReceiverState, StateMachine
+from sglang_mm_conn.core.messages import Announce, Done, Drained, Failed, Progress
+from sglang_mm_conn.core.offers import Offers, offer_message
+from sglang_mm_conn.core.quarantine import QuarantineTable
+from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage, abort_message
+from sglang_mm_conn.core.states import ReceiverState
 from sglang_mm_conn.core.tombstones import Outcome, Tombstones
+from sglang_mm_conn.core.unclaimed import UnclaimedRooms
+from sglang_mm_conn.core.views import Views
 
-# The encoder is told a deadline that lies this much before ours, so that the journey of the message and the answer
-# cannot make the encoder's the later one.
-DEADLINE_MARGIN_SECONDS = 1.0
-DEADLINE_MARGIN_SHARE = 0.1
 # An encode may outlive its room by its own timeout; a tombstone must outlive the encode.
 TOMBSTONE_SECONDS = 3600.0
-# Of one encoder process: one that announces nonsense leaves room for the others.
-UNCLAIMED_LIMIT = 8192
-# Keeps one offer far below the smallest limit of a control frame; what remains follows by resume.
-MAX_OFFER_BLOCKS = 65536
-# How often an Abort that was not answered is said again.
-ABORT_AGAIN_SECONDS = 5.0
 SUCCESS_CODE = 200
-
-RoomMessage = Announce | Progress | Done | Failed | Drained
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One encoder process as this side knows it: its incarnation, our session to it, and the engine epoch it was
-    given."""
-
-    incarnation: str
-    mooncake_session_id: str
-    data_path: str
-    epoch: int = 0
-
-
-@dataclass(slots=True)
-class ReceiverRoom:
-    """One room. ``sent_tokens`` rows are confirmed *and* copied out."""
-
-    room: str
-    encoder: str
-    deadline: float
-    started: float
-    required_dst_info_num: int
-    machine: StateMachine[ReceiverState] = field(
-        default_factory=lambda: StateMachine(RECEIVER_TRANSITIONS, ReceiverState.EXPECTED)
-    )
-    peer: Peer | None = None
-    total_tokens: int = 0
-    row_bytes: int = 0
-    dtype: str = ""
-    window: int = -1
-    epoch: int = 0  # engine epoch that the current window was offered for
-    blocks: list[int] = field(default_factory=list)
-    allocated_tokens: int = 0
-    sent_tokens: int = 0
-    metadata: bytes = b""
-    elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was copied
-    last: bool = False
-    view: bool = False  # the blocks may stay the result's
-    outcome: Outcome | None = None
-    ended: float = 0.0
-    forgotten: bool = False
-
-    @property
-    def state(self) -> ReceiverState:
-        return self.machine.state
-
-    @property
-    def resumes(self) -> int:
-        return max(0, self.window)
-
-    def poll(self) -> Poll:
-        """Monotonic: Failed and Success are final, a resume does not lead back from Transferring."""
-        if self.state is ReceiverState.FAILED:
-            return Poll.Failed
-        if self.state is ReceiverState.SUCCESS:
-            return Poll.Success
-        if self.state is ReceiverState.EXPECTED:
-            return Poll.Bootstrapping
-        if self.state is ReceiverState.QUEUED and self.window < 0:
-            return Poll.WaitingForInput
-        return Poll.Transferring
-
-
-@dataclass(frozen=True)
-class Quarantine:
-    """Blocks of a failed room that its encoder may still write."""
-
-    owner: tuple[str, int]
-    peer: Peer
-    blocks: tuple[int, ...]
-    confirmed_tokens: int  # rows in all, once this window has landed
-    since: float
-    ask_again_at: float
-
-
-@dataclass(frozen=True)
-class Unclaimed:
-    """An announcement (or failure) of a room that no request has claimed yet."""
-
-    peer: Peer
-    message: Announce | Failed
-    until: float
 
 
 class ReceiverCore:
@@ -148,20 +60,13 @@ class ReceiverCore:
         self.allocator = allocator
         self.geometry = geometry
         self.rooms: dict[str, ReceiverRoom] = {}
-        self.quarantine: dict[str, Quarantine] = {}
-        self.views: dict[str, tuple[tuple[str, int], tuple[int, ...]]] = {}  # room -> owner, blocks
+        self.quarantine = QuarantineTable(allocator)
+        self.views = Views(allocator, most_blocks=view_blocks, least_bytes=view_least_bytes)
         self.tombstones = Tombstones()
-        self.unclaimed: dict[str, Unclaimed] = {}
-        self._unclaimed_of: Counter[str] = Counter()  # encoder process -> its entries in ``unclaimed``
+        self.unclaimed = UnclaimedRooms(claim_timeout)
+        self.offers = Offers(allocator, geometry, first_offer=first_offer, max_embedding_bytes=max_embedding_bytes)
         self._peers: dict[str, Peer] = {}
-        self._waiting: deque[ReceiverRoom] = deque()  # FIFO; rooms that ended meanwhile are skipped
-        self._first_offer = first_offer
-        self._claim_timeout = claim_timeout
-        self._max_embedding_bytes = max_embedding_bytes
-        self._view_blocks = view_blocks
-        self._view_least_bytes = view_least_bytes
         self._next_deadline = math.inf  # no room that has not ended has an earlier one
-        self._viewed = 0  # blocks of views, and of copies that may make one
 
     # -- what the request asks for -------------------------------------------------------------------------------
 
@@ -177,7 +82,7 @@ class ReceiverCore:
         self._next_deadline = min(self._next_deadline, deadline)
         if outcome is not None:  # it failed, or was given up, before the request came
             return self._fail(entry, outcome.reason, outcome.code, now)
-        unclaimed = self._drop_unclaimed(room)
+        unclaimed = self.unclaimed.take(room)
         return [] if unclaimed is None else self.on_message(unclaimed.peer.incarnation, unclaimed.message, now)
 
     def abort(self, room: str, reason: str, code: int, now: float) -> list[Action]:
@@ -207,50 +112,41 @@ class ReceiverCore:
             else:
                 entry.peer = peer
                 actions += self._offer_again(entry, now)
-        for room, held in self.quarantine.items():
-            if held.peer.incarnation == peer.incarnation:
-                actions.append(self._abort_message(held.peer, room, "asked again after a lost connection"))
+        for asked, room in self.quarantine.of_process(peer.incarnation):
+            actions.append(abort_message(asked, room, "asked again after a lost connection"))
         return actions
 
     def peer_lost(self, incarnation: str, reason: str, now: float) -> list[Action]:
         """The encoder process is gone or silent: its rooms fail. Offered blocks stay in quarantine."""
         self._peers.pop(incarnation, None)
-        for room in [room for room, item in self.unclaimed.items() if item.peer.incarnation == incarnation]:
-            self._drop_unclaimed(room)
-        actions: list[Action] = []
-        for entry in list(self.rooms.values()):
-            if entry.peer is not None and entry.peer.incarnation == incarnation:
-                actions += self._fail(entry, reason, 502, now, notify_peer=False)
-        return actions
+        self.unclaimed.drop_process(incarnation)
+        lost = [
+            entry for entry in self.rooms.values() if entry.peer is not None and entry.peer.incarnation == incarnation
+        ]
+        return [action for entry in lost for action in self._fail(entry, reason, 502, now, notify_peer=False)]
 
     def encoder_failed(self, encoder: str, reason: str, code: int, now: float) -> list[Action]:
         """No process of ``encoder`` can be used: rooms that it has not announced fail."""
-        actions: list[Action] = []
-        for entry in list(self.rooms.values()):
-            if entry.encoder == encoder and entry.state is ReceiverState.EXPECTED:
-                actions += self._fail(entry, reason, code, now)
-        return actions
+        hopeless = [
+            entry for entry in self.rooms.values() if entry.encoder == encoder and entry.state is ReceiverState.EXPECTED
+        ]
+        return [action for entry in hopeless for action in self._fail(entry, reason, code, now)]
 
     def writer_gone(self, incarnation: str, now: float) -> list[Action]:
         """It is proven that the process ``incarnation`` does not exist any more (shared memory: its lock is free)."""
-        for room, held in list(self.quarantine.items()):
-            if held.peer.incarnation == incarnation and held.peer.data_path == "shm":
-                self._release_quarantined(room)
-        return self._serve_waiting(now)
+        return self._serve_waiting(now) if self.quarantine.writer_gone(incarnation) else []
 
     def quarantined_peers(self) -> set[Peer]:
         """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
-        return {held.peer for held in self.quarantine.values()}
+        return self.quarantine.peers()
 
     def in_doubt_since(self, data_path: str) -> float | None:
         """When the oldest quarantine of ``data_path`` began; None where there is none."""
-        return min((held.since for held in self.quarantine.values() if held.peer.data_path == data_path), default=None)
+        return self.quarantine.in_doubt_since(data_path)
 
     def is_in_use(self, mooncake_session_id: str, epoch: int) -> bool:
         """Whether a healthy window is offered, or a peer may still be offered one, for an epoch up to ``epoch``."""
-        return any(
-            peer.mooncake_session_id == mooncake_session_id and peer.epoch <= epoch for peer in self._peers.values()
-        ) or any(
+        return any(peer.writes_through(mooncake_session_id, epoch) for peer in self._peers.values()) or any(
             entry.state is ReceiverState.OFFERED
             and entry.peer is not None
             and entry.peer.mooncake_session_id == mooncake_session_id
@@ -260,10 +156,7 @@ class ReceiverCore:
 
     def epoch_revoked(self, mooncake_session_id: str, epoch: int, now: float) -> list[Action]:
         """The epochs up to ``epoch`` were revoked for certain: nothing lands through them any more."""
-        for room, held in list(self.quarantine.items()):
-            if held.peer.mooncake_session_id == mooncake_session_id and held.peer.epoch <= epoch:
-                self._release_quarantined(room)
-        return self._serve_waiting(now)
+        return self._serve_waiting(now) if self.quarantine.epoch_revoked(mooncake_session_id, epoch) else []
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -282,7 +175,7 @@ class ReceiverCore:
             # Two processes claim one room; only the one that was answered first is served. Its Drained is not answered.
             if not isinstance(message, Announce):
                 return []
-            return [self._abort_message(peer, message.room, "the room is served by another encoder process")]
+            return [abort_message(peer, message.room, "the room is served by another encoder process")]
         if isinstance(message, Announce):
             return self._on_announce(entry, peer, message, now)
         if isinstance(message, Failed):
@@ -296,145 +189,60 @@ class ReceiverCore:
         return self._on_progress(entry, message, now)
 
     def _on_announce(self, entry: ReceiverRoom, peer: Peer, message: Announce, now: float) -> list[Action]:
-        if entry.state is not ReceiverState.EXPECTED:
-            same = (entry.total_tokens, entry.row_bytes, entry.dtype) == (
-                message.total_tokens, message.row_bytes, message.dtype,
-            )  # fmt: skip
-            if not same:
+        if entry.machine.state is not ReceiverState.EXPECTED:
+            if not entry.same_size(message):
                 return self._fail(entry, "announced twice with different sizes", 502, now)
             return self._offer_again(entry, now)
         entry.peer = peer  # only the encoder that was sent the room's name can know it
-        if message.row_bytes > self.geometry.block_bytes:
-            return self._fail(
-                entry,
-                f"a row of {message.row_bytes} bytes does not fit a block of {self.geometry.block_bytes} bytes",
-                500, now,
-            )  # fmt: skip
-        if message.total_tokens * message.row_bytes > self._max_embedding_bytes:
-            return self._fail(
-                entry,
-                f"{message.total_tokens} rows of {message.row_bytes} bytes are more than "
-                f"SGLANG_MM_CONN_MAX_EMBEDDING_BYTES={self._max_embedding_bytes}",
-                413, now,
-            )  # fmt: skip
+        too_large = self.offers.too_large(message)
+        if too_large is not None:
+            return self._fail(entry, too_large.reason, too_large.code, now)
         entry.total_tokens, entry.row_bytes, entry.dtype = message.total_tokens, message.row_bytes, message.dtype
         entry.machine.transition_to(ReceiverState.QUEUED)
-        self._waiting.append(entry)
+        self.offers.waiting.append(entry)
         return self._serve_waiting(now)
 
     def _on_failed(self, entry: ReceiverRoom, peer: Peer, message: Failed, now: float) -> list[Action]:
         entry.peer = entry.peer or peer
         actions = self._fail(entry, message.reason, message.code, now, notify_peer=False)
-        if message.drained:
-            self._release_quarantined(entry.room)
+        if message.drained and self.quarantine.release(entry.room):
             actions += self._serve_waiting(now)
         return actions
 
     def _on_progress(self, entry: ReceiverRoom, message: Progress | Done, now: float) -> list[Action]:
-        done = isinstance(message, Done)
         if isinstance(message, Progress) and message.refused:
             if message.refused_window != entry.window or entry.state is not ReceiverState.OFFERED:
                 return []  # about an offer that was said twice and confirmed since
             return self._fail(entry, f"the encoder refused the offer: {message.refused}", 502, now)
         if message.window < entry.window or (
-            message.window == entry.window and entry.state in (ReceiverState.COPYING, ReceiverState.QUEUED)
+            message.window == entry.window and entry.machine.state in (ReceiverState.COPYING, ReceiverState.QUEUED)
         ):
             return []  # the answer to a repeated offer, or a repeated confirmation: it changes nothing
-        confirmed = entry.sent_tokens + entry.allocated_tokens
-        claimed = message.total_tokens if isinstance(message, Done) else message.sent_tokens
-        if (
-            entry.state is not ReceiverState.OFFERED
-            or message.window != entry.window
-            or claimed != confirmed
-            or done != (confirmed == entry.total_tokens)
-        ):
-            return self._fail(
-                entry,
-                f"{type(message).__name__} of window {message.window} with {claimed} rows, "
-                f"but window {entry.window} offered rows {entry.sent_tokens} to {confirmed} of {entry.total_tokens}",
-                502, now,
-            )  # fmt: skip
-        if entry.window == 0:
-            entry.metadata = message.metadata
+        contradiction = entry.contradiction(message)
+        if contradiction:
+            return self._fail(entry, contradiction, 502, now)
         entry.machine.transition_to(ReceiverState.COPYING)
-        entry.last = done
-        entry.view = done and entry.window == 0 and self._may_be_view(entry)
-        if entry.view:
-            self._viewed += len(entry.blocks)
-        if isinstance(message, Done):
-            entry.elapsed = message.elapsed - now  # completed when the rows have been copied
-        return [
-            CopyOut(
-                room=entry.room,
-                window=entry.window,
-                blocks=tuple(entry.blocks),
-                first_token=entry.sent_tokens,
-                tokens=entry.allocated_tokens,
-                row_bytes=entry.row_bytes,
-                total_tokens=entry.total_tokens,
-                dtype=entry.dtype,
-                last=done,
-                checksum=message.checksum if isinstance(message, Done) else None,
-                view=entry.view,
-            )
-        ]
-
-    def _may_be_view(self, entry: ReceiverRoom) -> bool:
-        count, first = len(entry.blocks), entry.blocks[0]
-        return (
-            self._viewed + count <= self._view_blocks
-            and entry.total_tokens * entry.row_bytes >= self._view_least_bytes
-            and entry.blocks == list(range(first, first + count))
-            and not any(other.state is ReceiverState.QUEUED for other in self._waiting)
-        )
+        entry.confirm(message, now)
+        entry.view = entry.last and entry.window == 0 and not self.offers.anyone_waits() and self.views.grant(entry)
+        return [entry.copy_out(message.checksum if isinstance(message, Done) else None)]
 
     def _on_ended(self, peer: Peer, message: RoomMessage, now: float) -> list[Action]:
         """About a room that nobody waits for: ended, or not claimed yet."""
         room = message.room
-        held = self.quarantine.get(room)
-        if held is not None and held.peer == peer:  # what is said about another session of this process proves nothing
-            if (
-                isinstance(message, Drained)
-                or (isinstance(message, Failed) and message.drained)
-                or (isinstance(message, Progress | Done) and self._says_landed(held, message))
-            ):
-                self._release_quarantined(room)
-                return self._serve_waiting(now)
-            return []
+        if self.quarantine.waits_for(peer, room):
+            return self._serve_waiting(now) if self.quarantine.on_message(message) else []
         if room in self.tombstones or room in self.rooms:
             outcome = self.tombstones.get(room)
             arrived = outcome is not None and outcome.code == SUCCESS_CODE
             # One that arrived is announced again to a rank that registers anew; the other ranks still need it.
             if isinstance(message, Announce) and not arrived:
-                return [self._abort_message(peer, room, "nobody waits for this room any more")]
+                return [abort_message(peer, room, "nobody waits for this room any more")]
             return []
         if isinstance(message, Announce | Failed):
-            self._drop_unclaimed(room)  # to the end: they are kept in the order of their time
-            if self._unclaimed_of[peer.incarnation] < UNCLAIMED_LIMIT:
-                if isinstance(message, Failed):
-                    message = Failed(
-                        room=room, reason=as_text(message.reason), code=message.code, drained=message.drained
-                    )
-                self.unclaimed[room] = Unclaimed(peer, message, now + self._claim_timeout)
-                self._unclaimed_of[peer.incarnation] += 1
-            elif isinstance(message, Announce):
-                return [self._abort_message(peer, room, "too many rooms are announced that no request has claimed")]
+            kept = self.unclaimed.put(peer, message, now)
+            if not kept and isinstance(message, Announce):
+                return [abort_message(peer, room, "too many rooms are announced that no request has claimed")]
         return []
-
-    @staticmethod
-    def _says_landed(held: Quarantine, message: Progress | Done) -> bool:
-        """Whether exactly the window in quarantine is confirmed, and by a message that does not contradict itself."""
-        if isinstance(message, Done):
-            return (message.window, message.total_tokens) == (held.owner[1], held.confirmed_tokens)
-        return not message.refused and (message.window, message.sent_tokens) == (held.owner[1], held.confirmed_tokens)
-
-    def _drop_unclaimed(self, room: str) -> Unclaimed | None:
-        unclaimed = self.unclaimed.pop(room, None)
-        if unclaimed is not None:
-            self._unclaimed_of[unclaimed.peer.incarnation] -= 1
-            if not self._unclaimed_of[unclaimed.peer.incarnation]:
-                del self._unclaimed_of[unclaimed.peer.incarnation]
-        return unclaimed
 
     # -- the rows were copied out ---------------------------------------------------------------------------------
 
@@ -447,15 +255,14 @@ class ReceiverCore:
         if window != entry.window or not entry.blocks:
             raise ConnError(f"room {room}: window {window} was copied, but {entry.window} is current")
         if view:
-            if not entry.view:
-                raise ConnError(f"room {room}: nobody allowed a view of its blocks")
-            self.views[room] = (room, window), tuple(entry.blocks)
+            self.views.put(entry)
         else:
             self.allocator.release((room, window), entry.blocks)
-            self._viewed -= len(entry.blocks) if entry.view else 0
+            if entry.view:
+                self.views.renounce(entry.blocks)
         entry.blocks = []
         actions: list[Action] = []
-        if entry.state is ReceiverState.COPYING:
+        if entry.machine.state is ReceiverState.COPYING:
             entry.sent_tokens += entry.allocated_tokens
             entry.allocated_tokens = 0
             if error:
@@ -468,16 +275,14 @@ class ReceiverCore:
                 actions.append(Ended(room, success=True))
             else:
                 entry.machine.transition_to(ReceiverState.QUEUED)
-                self._waiting.append(entry)
+                self.offers.waiting.append(entry)
         elif entry.forgotten:
             del self.rooms[room]
         return actions + self._serve_waiting(now)
 
     def view_released(self, room: str, now: float) -> list[Action]:
         """Nothing refers to the view of ``room`` any more, and nothing ever will."""
-        owner, blocks = self.views.pop(room)
-        self.allocator.release(owner, blocks)
-        self._viewed -= len(blocks)
+        self.views.release(room)
         return self._serve_waiting(now)
 
     # -- time ----------------------------------------------------------------------------------------------------
@@ -488,48 +293,27 @@ class ReceiverCore:
         if now >= self._next_deadline:
             for entry in list(self.rooms.values()):
                 if not entry.machine.final and now >= entry.deadline:
-                    actions += self._fail(
-                        entry,
-                        f"not finished after {now - entry.started:.1f} s (state {entry.state.value}, "
-                        f"{entry.sent_tokens} of {entry.total_tokens} rows)",
-                        408, now,
-                    )  # fmt: skip
+                    actions += self._fail(entry, entry.unfinished(now), 408, now)
             open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
             self._next_deadline = min((entry.deadline for entry in open_rooms), default=math.inf)
-        while self.unclaimed and now >= (item := next(iter(self.unclaimed.values()))).until:  # the oldest is the first
+        for item, outcome in self.unclaimed.take_expired(now):
             room = item.message.room
-            self._drop_unclaimed(room)
+            self.tombstones.put(room, outcome, now + TOMBSTONE_SECONDS)
             if isinstance(item.message, Announce):
-                reason = f"no request claimed the room within {self._claim_timeout:g} s"
-                self.tombstones.put(room, Outcome(reason, 408), now + TOMBSTONE_SECONDS)
-                actions.append(self._abort_message(item.peer, room, reason))
-            else:
-                outcome = Outcome(item.message.reason, item.message.code)
-                self.tombstones.put(room, outcome, now + TOMBSTONE_SECONDS)
-        for room, held in self.quarantine.items():
-            if now >= held.ask_again_at and held.peer.incarnation in self._peers:
-                self.quarantine[room] = replace(held, ask_again_at=now + ABORT_AGAIN_SECONDS)
-                actions.append(self._abort_message(held.peer, room, "asked again: its blocks are in quarantine"))
+                actions.append(abort_message(item.peer, room, outcome.reason))
+        for peer, room in self.quarantine.to_ask_again(now, self._peers):
+            actions.append(abort_message(peer, room, "asked again: its blocks are in quarantine"))
         self.tombstones.sweep(now)
-        self._waiting = deque(entry for entry in self._waiting if entry.state is ReceiverState.QUEUED)
+        self.offers.sweep()
         return actions
 
     # -- offers --------------------------------------------------------------------------------------------------
 
     def _serve_waiting(self, now: float) -> list[Action]:
-        """Offer what is free to whoever has waited longest. The head takes what there is, so nobody starves."""
+        """Blocks are free, or a room waits anew: offer what there is."""
         actions: list[Action] = []
-        while self._waiting and self.allocator.free_count:
-            entry = self._waiting.popleft()
-            if entry.state is not ReceiverState.QUEUED:
-                continue
-            tokens = entry.total_tokens - entry.sent_tokens
-            if entry.window < 0 and self._first_offer is not None:
-                tokens = min(tokens, self._first_offer)
-            needed = self.geometry.blocks_for(tokens, entry.row_bytes)
-            count = min(needed, self.allocator.free_count, MAX_OFFER_BLOCKS)
-            blocks = self.allocator.allocate((entry.room, entry.window + 1), count)
-            tokens = min(tokens, self.geometry.capacity(count, entry.row_bytes))
+        while self.offers.waiting and (taken := self.offers.take()) is not None:
+            entry, blocks, tokens = taken
             actions.append(self.resume_transfer(entry, blocks, entry.sent_tokens, tokens, now))
         return actions
 
@@ -537,57 +321,18 @@ class ReceiverCore:
         self, entry: ReceiverRoom, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int, now: float
     ) -> Send:
         """Offer the next window of a room that holds no blocks: Init for window 0, Resume for any later one."""
-        if sent_tokens != entry.sent_tokens:
-            raise ConnError(f"room {entry.room}: {sent_tokens} rows named, {entry.sent_tokens} are here")
-        owner = (entry.room, entry.window + 1)
-        if not self.allocator.holds(owner, embedding_indices):
-            raise ConnError(f"blocks {embedding_indices[:8]}... are not held by (room, window) {owner}")
-        most = self.geometry.capacity(len(embedding_indices), entry.row_bytes)
-        if not 1 <= allocated_tokens <= min(most, entry.total_tokens - sent_tokens):
-            raise ConnError(f"room {entry.room}: allocated_tokens={allocated_tokens}, but the blocks hold {most} rows")
+        self.offers.check(entry, embedding_indices, sent_tokens, allocated_tokens)
         assert entry.peer is not None
         entry.machine.transition_to(ReceiverState.OFFERED)
         entry.window += 1
         entry.epoch = entry.peer.epoch
         entry.blocks = embedding_indices
         entry.allocated_tokens = allocated_tokens
-        return self._offer(entry, now)
-
-    def _offer(self, entry: ReceiverRoom, now: float) -> Send:
-        assert entry.peer is not None
-        left = entry.deadline - now
-        left = max(0.0, left - min(DEADLINE_MARGIN_SECONDS, left * DEADLINE_MARGIN_SHARE))
-        session = entry.peer.mooncake_session_id
-        if entry.window == 0:
-            return Send(
-                entry.peer.incarnation,
-                Init(
-                    room=entry.room,
-                    mooncake_session_id=session,
-                    epoch=entry.epoch,
-                    dst_embedding_indices=list(entry.blocks),
-                    allocated_tokens=entry.allocated_tokens,
-                    required_dst_info_num=entry.required_dst_info_num,
-                    deadline=left,
-                ),
-            )
-        return Send(
-            entry.peer.incarnation,
-            Resume(
-                room=entry.room,
-                mooncake_session_id=session,
-                epoch=entry.epoch,
-                window=entry.window,
-                dst_embedding_indices=list(entry.blocks),
-                sent_tokens=entry.sent_tokens,
-                allocated_tokens=entry.allocated_tokens,
-                deadline=left,
-            ),
-        )
+        return offer_message(entry, now)
 
     def _offer_again(self, entry: ReceiverRoom, now: float) -> list[Action]:
         """Repeat the current offer (the encoder answers a repeated one with the confirmed state)."""
-        return [self._offer(entry, now)] if entry.state is ReceiverState.OFFERED else []
+        return [offer_message(entry, now)] if entry.state is ReceiverState.OFFERED else []
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -603,56 +348,18 @@ class ReceiverCore:
         self.tombstones.put(entry.room, entry.outcome, now + TOMBSTONE_SECONDS)
         actions: list[Action] = []
         if offered:
-            assert entry.peer is not None
-            owner = (entry.room, entry.window)
-            self.allocator.quarantine(owner, entry.blocks)
-            peer = replace(entry.peer, epoch=entry.epoch)
-            confirmed = entry.sent_tokens + entry.allocated_tokens
-            self.quarantine[entry.room] = Quarantine(
-                owner, peer, tuple(entry.blocks), confirmed, now, now + ABORT_AGAIN_SECONDS
-            )
+            self.quarantine.put(entry, now)
             entry.blocks = []
         # Blocks of a window that is being copied are freed by on_copied: the copier still reads them.
         if notify_peer and entry.peer is not None and not entry.last:
-            actions.append(self._abort_message(entry.peer, entry.room, reason))
+            actions.append(abort_message(entry.peer, entry.room, reason))
         actions.append(Ended(entry.room, success=False, reason=reason, code=code))
         return actions
 
-    def _release_quarantined(self, room: str) -> None:
-        held = self.quarantine.pop(room, None)
-        if held is not None:
-            self.allocator.release_quarantined(held.owner, held.blocks)
-
-    @staticmethod
-    def _abort_message(peer: Peer, room: str, reason: str) -> Send:
-        return Send(
-            peer.incarnation,
-            Abort(room=room, mooncake_session_id=peer.mooncake_session_id, reason=as_text(reason)),
-        )
-
     def report(self) -> dict[str, Any]:
         """Blocks by who has them, rooms by state, announcements that no request has claimed."""
-        return {
-            "blocks": self.allocator.blocks,
-            "free": self.allocator.free_count,
-            "held": self.allocator.held_count,
-            "views": sum(len(blocks) for _, blocks in self.views.values()),
-            "quarantined": self.allocator.quarantined_count,
-            "rooms": dict(Counter(entry.state.value for entry in self.rooms.values())),
-            "unclaimed": len(self.unclaimed),
-        }
+        return accounts.report(self.allocator, self.rooms, self.views, self.unclaimed)
 
     def check_integrity(self) -> None:
         """Raise unless every block is accounted for: free, an open window's or a view's, or quarantined on record."""
-        self.allocator.check_integrity()
-        viewed = sum(len(blocks) for _, blocks in self.views.values())
-        held = viewed + sum(len(entry.blocks) for entry in self.rooms.values())
-        granted = sum(len(entry.blocks) for entry in self.rooms.values() if entry.view)
-        if self._viewed != viewed + granted or self._viewed > self._view_blocks:
-            raise ConnError(f"{self._viewed} blocks counted as views, but {viewed} are and {granted} may become one")
-        quarantined = sum(len(item.blocks) for item in self.quarantine.values())
-        if held != self.allocator.held_count or quarantined != self.allocator.quarantined_count:
-            raise ConnError(
-                f"rooms hold {held} blocks, the allocator says {self.allocator.held_count}; "
-                f"quarantine lists {quarantined}, the allocator says {self.allocator.quarantined_count}"
-            )
+        accounts.check_integrity(self.allocator, self.rooms, self.views, self.quarantine)

@@ -1,4 +1,4 @@
-"""The encoder side's rooms: announcements, windows, answers. Pure; returns what is to be done as actions.
+"""Owns the encoder side's rooms: their messages, transitions, windows and deadlines. Pure; returns actions.
 
 One room serves one or more language ranks, each through its session. Progress is kept per (room, session): a resume
 of one session never touches another's blocks. What may be written, and when:
@@ -11,149 +11,22 @@ of one session never touches another's blocks. What may be written, and when:
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import msgspec
-
-from sglang_mm_conn.core.actions import Action, Ended, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, Ended, Release, Send
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
-from sglang_mm_conn.core.layout import Geometry, window_extents
-from sglang_mm_conn.core.messages import (
-    Abort,
-    Announce,
-    Done,
-    Drained,
-    Failed,
-    Init,
-    Message,
-    Progress,
-    Resume,
-    as_text,
-)
+from sglang_mm_conn.core.messages import Abort, Drained, Init, Progress, Resume
+from sglang_mm_conn.core.replies import Replies, announcement, failed_message, status_reply
 from sglang_mm_conn.core.rooms import server_of
+from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo, WindowWrite
 from sglang_mm_conn.core.sharding import port_sum_queue_index
-from sglang_mm_conn.core.states import (
-    SENDER_TRANSITIONS,
-    WINDOW_TRANSITIONS,
-    Poll,
-    SenderState,
-    StateMachine,
-    WindowState,
-)
+from sglang_mm_conn.core.states import SenderState, WindowState
 from sglang_mm_conn.core.tombstones import Outcome, Tombstones
+from sglang_mm_conn.core.write_slots import WriteSlots
 
 # A tombstone must outlive the requests and encodes that may still name its room.
 TOMBSTONE_SECONDS = 3600.0
-# Completion messages (and failures) kept, in case the connection was lost with one of them on its way.
-DONE_LIMIT = 1024
-DONE_SECONDS = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegisteredSession:
-    """One language rank's session, as registered: who speaks for it and the shape of its memory."""
-
-    mooncake_session_id: str
-    peer: str  # control peer that registered it
-    incarnation: str
-    server: str
-    rank: int
-    size: int
-    geometry: Geometry
-    epochs: tuple[int, ...] = (0,)  # not revoked
-    number: int = 0  # of the registration
-    most_writes: int = 1 << 30  # at the same time: a destination that hangs must not hold every worker
-
-
-@dataclass(slots=True)
-class TransferEmbeddingInfo:
-    """Progress of one (room, session): its current window, and what is confirmed (the seed's name and fields)."""
-
-    room: str
-    mooncake_session_id: str
-    required_dst_info_num: int
-    dst_embedding_indices: list[int]
-    allocated_tokens: int
-    sent_tokens: int = 0
-    window: int = 0
-    epoch: int = 0
-    src_embedding_indices: tuple[int, ...] | None = None
-    total_tokens: int = 0
-    machine: StateMachine[WindowState] = field(
-        default_factory=lambda: StateMachine(WINDOW_TRANSITIONS, WindowState.OFFERED)
-    )
-
-    @property
-    def state(self) -> WindowState:
-        return self.machine.state
-
-
-class WindowWrite(msgspec.Struct, frozen=True):
-    """One data call: rows ``first_token``... of the source into ``blocks`` of ``session``."""
-
-    room: str
-    session: RegisteredSession
-    window: int
-    epoch: int
-    blocks: tuple[int, ...]
-    first_token: int
-    tokens: int
-
-
-@dataclass(slots=True)
-class SenderRoom:
-    """One room over all its sessions (``transfer_infos`` by session id)."""
-
-    room: str
-    server: str
-    total_tokens: int
-    row_bytes: int
-    dtype: str
-    deadline: float
-    started: float
-    machine: StateMachine[SenderState] = field(
-        default_factory=lambda: StateMachine(SENDER_TRANSITIONS, SenderState.ANNOUNCED)
-    )
-    transfer_infos: dict[str, TransferEmbeddingInfo] = field(default_factory=dict)
-    required_dst_info_num: int = 0
-    queue_idx: int | None = None
-    source_at: float = 0.0  # when the embedding was there
-    elapsed: float = 0.0  # from then until its last row was confirmed
-    source: tuple[int, ...] | None = None  # source blocks; None: the embedding is not there yet
-    metadata: bytes = b""
-    checksum: int | None = None
-    unheard_since: float | None = None  # no session of its server is registered since then
-    busy: bool = False  # a thread serves this room; windows of one room are written in order
-    outcome: Outcome | None = None
-
-    @property
-    def state(self) -> SenderState:
-        return self.machine.state
-
-    def poll(self) -> Poll:
-        return {
-            SenderState.ANNOUNCED: Poll.Bootstrapping,
-            SenderState.READY: Poll.WaitingForInput,
-            SenderState.TRANSFERRING: Poll.Transferring,
-            SenderState.SUCCESS: Poll.Success,
-            SenderState.FAILED: Poll.Failed,
-        }[self.state]
-
-    @property
-    def offers(self) -> list[tuple[str, TransferEmbeddingInfo]]:
-        """By session id, what is offered and not being written yet."""
-        return [item for item in self.transfer_infos.items() if item[1].state is WindowState.OFFERED]
-
-    @property
-    def offered_bytes(self) -> int:
-        """Of all language ranks together."""
-        return sum(info.allocated_tokens for _, info in self.offers) * self.row_bytes
-
-    @property
-    def windows(self) -> int:
-        return max((info.window + 1 for info in self.transfer_infos.values()), default=0)
 
 
 class SenderCore:
@@ -163,14 +36,8 @@ class SenderCore:
         self.rooms: dict[str, SenderRoom] = {}
         self.sessions: dict[str, RegisteredSession] = {}
         self.tombstones = Tombstones()
-        # (room, session) -> until, answer: to be repeated after a lost connection
-        self._done: OrderedDict[tuple[str, str], tuple[float, Message]] = OrderedDict()
-        self._failures: OrderedDict[str, None] = OrderedDict()  # rooms; said to every session that registers
-        # (room, session) -> epoch through which bytes may still land. Forgotten only when that epoch is revoked: one
-        # forgotten earlier would be called drained.
-        self._in_doubt: dict[tuple[str, str], int] = {}
-        self._writes: Counter[str] = Counter()  # session -> writes under way
-        self._deferred: dict[str, deque[str]] = {}  # session -> rooms whose window waits for its turn there
+        self.replies = Replies(self.tombstones)
+        self.write_slots = WriteSlots()
         self._next_check = math.inf  # no room that has not ended is due before
         self._queues = queues
         self._send_timeout = send_timeout
@@ -190,17 +57,13 @@ class SenderCore:
                 continue
             entry.unheard_since = None
             # Also where it has said Init: an Abort may have been lost with the connection, this is what it answers.
-            actions.append(self._announcement(entry, session))
-        for room in self._failures:
-            # It may have failed before this rank was here, or on a connection that was lost.
-            if server_of(room) == session.server and room in self.tombstones:
-                actions.append(Send(session.peer, self._outcome_message(room, session, self.rooms.get(room))))
-        return actions
+            actions.append(announcement(entry, session))
+        # They may have failed before this rank was here, or on a connection that was lost.
+        return actions + self.replies.failures_for(session, self.rooms)
 
     def retire(self, mooncake_session_id: str, epoch: int) -> None:
         """The language rank revoked the epochs up to ``epoch``: no window is taken for them any more."""
-        for key in [key for key, one in self._in_doubt.items() if key[1] == mooncake_session_id and one <= epoch]:
-            del self._in_doubt[key]
+        self.replies.epoch_retired(mooncake_session_id, epoch)
         session = self.sessions.get(mooncake_session_id)
         if session is not None:
             kept = tuple(one for one in session.epochs if one > epoch)
@@ -232,14 +95,14 @@ class SenderCore:
             return []
         outcome = self.tombstones.get(room)
         if outcome is not None:
-            failed = self._failed(room, outcome, drained=True)
+            failed = failed_message(room, outcome, drained=True)
             return [Ended(room, success=False, reason=failed.reason, code=failed.code)]
         entry = SenderRoom(room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now)
         self.rooms[room] = entry
         sessions = self._sessions_of(entry.server)
         entry.unheard_since = None if sessions else now
         self._next_check = min(self._next_check, self._due(entry))
-        return [self._announcement(entry, session) for session in sessions]
+        return [announcement(entry, session) for session in sessions]
 
     def add_source(
         self, room: str, src_embedding_indices: Sequence[int], metadata: bytes, checksum: int | None, now: float
@@ -262,10 +125,11 @@ class SenderCore:
         if room in self.tombstones:
             return []
         server_of(room)  # raises before anything is remembered
-        self.tombstones.put(room, Outcome(reason, code), now + TOMBSTONE_SECONDS)
-        self._remember_failure(room)
+        outcome = Outcome(reason, code)
+        self.tombstones.put(room, outcome, now + TOMBSTONE_SECONDS)
+        self.replies.failed(room)
         actions: list[Action] = [
-            Send(session.peer, self._failed(room, Outcome(reason, code), drained=True))
+            Send(session.peer, failed_message(room, outcome, drained=True))
             for session in self._sessions_of(server_of(room))
         ]
         return [*actions, Ended(room, success=False, reason=reason, code=code, peer=f"server {server_of(room)}")]
@@ -281,10 +145,7 @@ class SenderCore:
             return self._on_abort(session, message, now)
         entry = self.rooms.get(message.room)
         if entry is None or entry.machine.final:
-            done = self._done.get((message.room, session.mooncake_session_id))
-            if done is not None:
-                return [Send(peer, done[1])]
-            return [Send(peer, self._outcome_message(message.room, session, entry))]
+            return [self.replies.to_offer_of_ended(message.room, session, entry)]
         if session.server == entry.server:
             entry.deadline = min(entry.deadline, now + message.deadline)
             self._next_check = min(self._next_check, entry.deadline)
@@ -295,21 +156,9 @@ class SenderCore:
     def _on_init(self, entry: SenderRoom, session: RegisteredSession, message: Init, now: float) -> list[Action]:
         info = entry.transfer_infos.get(session.mooncake_session_id)
         if info is not None:
-            repeated = info.window == 0 and self._same_offer(info, message)
-            return [
-                self._status_reply(
-                    entry, info, session, "" if repeated or info.window > 0 else "another Init came first"
-                )
-            ]
-        refusal = self._offer_problem(entry, session, message, entry.total_tokens)
-        if not refusal and session.server != entry.server:
-            refusal = f"the room belongs to language server {entry.server}, not {session.server}"
-        if not refusal and message.required_dst_info_num != session.size:
-            refusal = f"required_dst_info_num={message.required_dst_info_num}, but the server has {session.size} ranks"
-        if not refusal and entry.transfer_infos and message.required_dst_info_num != entry.required_dst_info_num:
-            refusal = f"required_dst_info_num={message.required_dst_info_num}, {entry.required_dst_info_num} before"
-        if not refusal and self._complete(entry):
-            refusal = f"all {entry.required_dst_info_num} ranks have said Init"
+            repeated = info.window > 0 or info.same_offer(message)
+            return [status_reply(entry, info, session, "" if repeated else "another Init came first")]
+        refusal = entry.init_problem(session, message)
         if refusal:
             return [Send(session.peer, Progress(room=entry.room, window=-1, sent_tokens=0, refused=refusal))]
         entry.required_dst_info_num = message.required_dst_info_num
@@ -330,8 +179,8 @@ class SenderCore:
                 room=entry.room, window=-1, sent_tokens=0, refused="no Init before", refused_window=message.window
             )
             return [Send(session.peer, refused)]
-        if message.window == info.window and self._same_offer(info, message):
-            return [self._status_reply(entry, info, session, "")]  # repeated: it changes nothing
+        if message.window == info.window and info.same_offer(message):
+            return [status_reply(entry, info, session, "")]  # repeated: it changes nothing
         if info.state is not WindowState.PARTIAL:
             refusal = f"window {info.window} is {info.state.value}"
         elif message.window != info.window + 1:
@@ -339,23 +188,23 @@ class SenderCore:
         elif message.sent_tokens != info.sent_tokens:
             refusal = f"sent_tokens={message.sent_tokens} named, {info.sent_tokens} are confirmed"
         else:
-            refusal = self._offer_problem(entry, session, message, entry.total_tokens - info.sent_tokens)
+            refusal = entry.offer_problem(session, message, entry.total_tokens - info.sent_tokens)
         if refusal:
-            return [self._status_reply(entry, info, session, refusal, message.window)]
+            return [status_reply(entry, info, session, refusal, message.window)]
         info.machine.transition_to(WindowState.OFFERED)
         info.window = message.window
         info.epoch = message.epoch
         info.dst_embedding_indices = list(message.dst_embedding_indices)
         info.allocated_tokens = message.allocated_tokens
         # The seed's bug: without new work for the same queue the transfer would hang for ever.
-        return [self._chunk(entry)]
+        return [entry.chunk()]
 
     def _on_abort(self, session: RegisteredSession, message: Abort, now: float) -> list[Action]:
         if session.server != server_of(message.room):  # also before it is announced: an abort would end it at once
             raise ProtocolError(f"session of server {session.server} aborts room {message.room}")
         entry = self.rooms.get(message.room)
         if entry is None:
-            if (message.room, session.mooncake_session_id) in self._in_doubt:
+            if self.replies.is_in_doubt(message.room, session.mooncake_session_id):
                 return []
             if message.room not in self.tombstones:
                 # The encode may still be on its way here: it ends as soon as it announces.
@@ -364,7 +213,7 @@ class SenderCore:
         info = entry.transfer_infos.get(session.mooncake_session_id)
         actions: list[Action] = []
         # Where a write is under way, Drained follows when the data call has returned.
-        if info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT):
+        if info is None or info.drained:
             if info is not None and not info.machine.final:
                 info.machine.transition_to(WindowState.CLOSED)
             actions.append(Send(session.peer, Drained(room=entry.room)))
@@ -385,12 +234,8 @@ class SenderCore:
             return None
         for session_id, info in entry.offers:
             session = self.sessions.get(session_id)
-            if session is None:
+            if session is None or not self.write_slots.take(session, room):
                 continue
-            if self._writes[session_id] >= session.most_writes:
-                self._deferred.setdefault(session_id, deque()).append(room)
-                continue
-            self._writes[session_id] += 1
             if info.src_embedding_indices is None:
                 info.src_embedding_indices = entry.source
                 info.total_tokens = entry.total_tokens
@@ -410,10 +255,10 @@ class SenderCore:
         if error:
             info.machine.transition_to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
             if in_doubt:
-                self._in_doubt[entry.room, session.mooncake_session_id] = write.epoch
+                self.replies.doubt(entry.room, session.mooncake_session_id, write.epoch)
             others = self._fail(entry, f"{error} (to {session.mooncake_session_id})", 502, now, except_session=session)
             assert entry.outcome is not None
-            actions = [Send(session.peer, self._failed(entry.room, entry.outcome, drained=not in_doubt)), *others]
+            actions = [Send(session.peer, failed_message(entry.room, entry.outcome, drained=not in_doubt)), *others]
         elif entry.machine.final:
             info.machine.transition_to(WindowState.CLOSED)
             actions = [Send(session.peer, Drained(room=entry.room))]
@@ -422,37 +267,23 @@ class SenderCore:
             entry.elapsed = max(0.0, now - entry.source_at)
             done = info.sent_tokens == entry.total_tokens
             info.machine.transition_to(WindowState.DONE if done else WindowState.PARTIAL)
-            answer = self._status_reply(entry, info, session, "")
+            answer = status_reply(entry, info, session, "")
             actions = [answer]
             if done:
-                key = (entry.room, session.mooncake_session_id)
-                self._done[key] = (now + DONE_SECONDS, answer.message)
-                while len(self._done) > DONE_LIMIT:
-                    self._done.popitem(last=False)
-            if self._complete(entry) and all(
-                other.state is WindowState.DONE for other in entry.transfer_infos.values()
-            ):
+                self.replies.done(entry.room, session.mooncake_session_id, answer.message, now)
+            if entry.complete and all(other.state is WindowState.DONE for other in entry.transfer_infos.values()):
                 entry.machine.transition_to(SenderState.SUCCESS)
                 entry.outcome = Outcome("", 200)
                 actions.append(Ended(entry.room, success=True))
         actions += self._drop_if_over(entry, now)
         session_id = session.mooncake_session_id
-        self._writes[session_id] -= 1
-        if not self._writes[session_id]:
-            del self._writes[session_id]
-        return [*actions, *self._next_deferred(session_id)]
+        self.write_slots.give_back(session_id)
+        return actions + self._next_deferred(session_id)
 
     def _next_deferred(self, session_id: str) -> list[Action]:
         """The session is free for another write: the longest waiting room's chunk is queued again."""
-        waiting = self._deferred.get(session_id, deque())
-        while waiting:
-            entry = self.rooms.get(waiting.popleft())
-            if entry is None or entry.state is not SenderState.TRANSFERRING:
-                continue
-            if entry.transfer_infos[session_id].state is WindowState.OFFERED:
-                return [self._chunk(entry)]
-        self._deferred.pop(session_id, None)
-        return []
+        entry = self.write_slots.next_room(session_id, self.rooms)
+        return [] if entry is None else [entry.chunk()]
 
     # -- time ----------------------------------------------------------------------------------------------------
 
@@ -462,27 +293,16 @@ class SenderCore:
         if now >= self._next_check:
             for entry in list(self.rooms.values()):
                 if not entry.machine.final and now >= entry.deadline:
-                    actions += self._fail(
-                        entry,
-                        f"not finished after {now - entry.started:.1f} s "
-                        f"({len(entry.transfer_infos)} of {entry.required_dst_info_num or 'unknown'} ranks said Init)",
-                        504, now,
-                    )  # fmt: skip
+                    actions += self._fail(entry, entry.unfinished(now), 504, now)
                 elif now >= self._due(entry):
-                    actions += self._fail(
-                        entry, f"language server {entry.server} has not been here for {self._claim_timeout:g} s", 504,
-                        now,
-                    )  # fmt: skip
+                    reason = f"language server {entry.server} has not been here for {self._claim_timeout:g} s"
+                    actions += self._fail(entry, reason, 504, now)
             open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
             self._next_check = min(map(self._due, open_rooms), default=math.inf)
-        for session_id in list(self._deferred):
-            # Normally the end of a write passes the turn on; a room that was aborted in its turn wrote nothing.
-            session = self.sessions.get(session_id)
-            if session is None or self._writes[session_id] < session.most_writes:
-                actions += self._next_deferred(session_id)
+        for session_id in self.write_slots.idle(self.sessions):
+            actions += self._next_deferred(session_id)
         self.tombstones.sweep(now)
-        while self._done and next(iter(self._done.values()))[0] <= now:
-            self._done.popitem(last=False)
+        self.replies.sweep(now)
         return actions
 
     def _due(self, entry: SenderRoom) -> float:
@@ -490,11 +310,6 @@ class SenderCore:
         if entry.unheard_since is None:
             return entry.deadline
         return min(entry.deadline, entry.unheard_since + self._claim_timeout)
-
-    def _remember_failure(self, room: str) -> None:
-        self._failures[room] = None
-        while len(self._failures) > DONE_LIMIT:
-            self._failures.popitem(last=False)
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -506,106 +321,15 @@ class SenderCore:
         current = self.sessions.get(session.mooncake_session_id)
         return session if current is None or current.incarnation != session.incarnation else current
 
-    @staticmethod
-    def _announcement(entry: SenderRoom, session: RegisteredSession) -> Send:
-        return Send(
-            session.peer,
-            Announce(room=entry.room, total_tokens=entry.total_tokens, row_bytes=entry.row_bytes, dtype=entry.dtype),
-        )
-
-    @staticmethod
-    def _complete(entry: SenderRoom) -> bool:
-        return 0 < entry.required_dst_info_num == len(entry.transfer_infos)
-
     def _advance(self, entry: SenderRoom) -> list[Action]:
-        if not self._complete(entry):
+        if not entry.complete:
             return []
         if entry.source is None:
             entry.machine.transition_to(SenderState.READY)
             return []
         entry.machine.transition_to(SenderState.TRANSFERRING)
         entry.queue_idx = port_sum_queue_index(entry.transfer_infos, self._queues)
-        return [self._chunk(entry)]
-
-    @staticmethod
-    def _chunk(entry: SenderRoom) -> TransferEmbeddingChunk:
-        assert entry.queue_idx is not None and entry.source is not None
-        return TransferEmbeddingChunk(
-            room=entry.room,
-            queue_idx=entry.queue_idx,
-            embedding_indices=entry.source,
-            is_last=True,
-            total_tokens=entry.total_tokens,
-        )
-
-    @staticmethod
-    def _same_offer(info: TransferEmbeddingInfo, message: Init | Resume) -> bool:
-        return (
-            info.epoch == message.epoch
-            and info.dst_embedding_indices == message.dst_embedding_indices
-            and info.allocated_tokens == message.allocated_tokens
-        )
-
-    @staticmethod
-    def _offer_problem(entry: SenderRoom, session: RegisteredSession, message: Init | Resume, remaining: int) -> str:
-        """Why the offer cannot be taken; empty where it can. Nothing is written on an unchecked index or length."""
-        if message.epoch not in session.epochs:
-            return f"epoch {message.epoch} is over, {max(session.epochs)} is the newest"
-        if message.allocated_tokens > remaining:
-            return f"allocated_tokens={message.allocated_tokens}, but {remaining} rows remain"
-        try:
-            window_extents(session.geometry, message.dst_embedding_indices, message.allocated_tokens * entry.row_bytes)
-        except ProtocolError as error:
-            return str(error)
-        return ""
-
-    def _status_reply(
-        self,
-        entry: SenderRoom,
-        info: TransferEmbeddingInfo,
-        session: RegisteredSession,
-        refused: str,
-        refused_window: int = 0,
-    ) -> Send:
-        """What is confirmed for (room, session): the answer to completion, to a repeated and to a refused offer."""
-        if info.state is WindowState.DONE and not refused:
-            return Send(
-                session.peer,
-                Done(
-                    room=entry.room,
-                    window=info.window,
-                    total_tokens=entry.total_tokens,
-                    elapsed=entry.elapsed,
-                    metadata=entry.metadata if info.window == 0 else b"",
-                    checksum=entry.checksum,
-                ),
-            )
-        confirmed = info.window if info.state in (WindowState.PARTIAL, WindowState.DONE) else info.window - 1
-        return Send(
-            session.peer,
-            Progress(
-                room=entry.room,
-                window=confirmed,
-                sent_tokens=info.sent_tokens,
-                metadata=entry.metadata if confirmed == 0 and not refused else b"",
-                refused=refused,
-                refused_window=refused_window,
-            ),
-        )
-
-    def _outcome_message(self, room: str, session: RegisteredSession, entry: SenderRoom | None) -> Failed:
-        """What a session is told about a room that has ended or was never here."""
-        if entry is not None and entry.outcome is not None:
-            info = entry.transfer_infos.get(session.mooncake_session_id)
-            drained = info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
-            return self._failed(room, entry.outcome, drained=drained)
-        outcome = self.tombstones.get(room) or Outcome("the encoder does not know this room", 404)
-        return self._failed(room, outcome, drained=(room, session.mooncake_session_id) not in self._in_doubt)
-
-    @staticmethod
-    def _failed(room: str, outcome: Outcome, *, drained: bool) -> Failed:
-        code = outcome.code if 400 <= outcome.code <= 599 else 410
-        return Failed(room=room, reason=as_text(outcome.reason) or "the room has ended", code=code, drained=drained)
+        return [entry.chunk()]
 
     def _fail(
         self, entry: SenderRoom, reason: str, code: int, now: float, *, except_session: RegisteredSession | None = None
@@ -614,15 +338,15 @@ class SenderCore:
             return []
         entry.machine.transition_to(SenderState.FAILED)
         entry.outcome = Outcome(reason, code)
-        self._remember_failure(entry.room)
+        self.replies.failed(entry.room)
         actions: list[Action] = []
         for session in self._sessions_of(entry.server):
             if except_session is not None and session.mooncake_session_id == except_session.mooncake_session_id:
                 continue
             info = entry.transfer_infos.get(session.mooncake_session_id)
-            drained = info is None or info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
+            drained = info is None or info.drained
             # One whose write is under way hears Drained when its data call returns.
-            actions.append(Send(session.peer, self._failed(entry.room, entry.outcome, drained=drained)))
+            actions.append(Send(session.peer, failed_message(entry.room, entry.outcome, drained=drained)))
         for info in entry.transfer_infos.values():
             if info.state in (WindowState.OFFERED, WindowState.PARTIAL):
                 info.machine.transition_to(WindowState.CLOSED)

@@ -27,9 +27,11 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
     encode,
 )
-from sglang_mm_conn.core.receiver import Peer, ReceiverCore
+from sglang_mm_conn.core.receiver import ReceiverCore
+from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.rooms import new_room_base
-from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, WindowWrite
+from sglang_mm_conn.core.sender import SenderCore
+from sglang_mm_conn.core.sender_room import RegisteredSession, WindowWrite
 from sglang_mm_conn.core.states import Poll
 
 SERVER = "5e" * 8

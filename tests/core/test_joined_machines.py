@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_mm_conn.core.receiver import UNCLAIMED_LIMIT
+from sglang_mm_conn.core.unclaimed import UNCLAIMED_LIMIT
 from tests.core.harness import Rank, Wire
 
 Index = st.integers(0, 31)
@@ -167,7 +167,7 @@ class JoinedMachine(RuleBasedStateMachine):
         for rank in self.wire.ranks if hasattr(self, "wire") else ():
             rank.core.check_integrity()
             assert len(rank.core.unclaimed) <= UNCLAIMED_LIMIT
-            for entry in rank.core._waiting:
+            for entry in rank.core.offers.waiting:
                 assert not entry.blocks or entry.state.value != "queued"
 
     def teardown(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_mm_conn.core import receiver
+from sglang_mm_conn.core import offers, receiver, unclaimed
 from sglang_mm_conn.core.actions import Action, Ended, Send
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import (
@@ -19,7 +19,7 @@ from sglang_mm_conn.core.messages import (
     Resume,
     decode_from_language,
 )
-from sglang_mm_conn.core.receiver import Peer
+from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.states import Poll, ReceiverState
 from tests.core.harness import ENCODER, LIMIT, Wire, metadata_of, only, sends
@@ -264,7 +264,7 @@ def test_a_stale_success_is_not_found_by_a_room_of_the_same_name() -> None:
 
 
 def test_unclaimed_announcements_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver, "UNCLAIMED_LIMIT", 3)
+    monkeypatch.setattr(unclaimed, "UNCLAIMED_LIMIT", 3)
     wire = Wire()
     for _ in range(5):
         wire.announce(wire.room(), 10)
@@ -275,7 +275,7 @@ def test_unclaimed_announcements_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_encoder_that_announces_nonsense_leaves_room_for_the_announcements_of_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(receiver, "UNCLAIMED_LIMIT", 3)
+    monkeypatch.setattr(unclaimed, "UNCLAIMED_LIMIT", 3)
     core = Wire().rank.core
     for incarnation in ("mad", "sane"):
         core.peer_ready(Peer(incarnation, "127.0.0.1:1", "shm"), 0.0)
@@ -767,7 +767,7 @@ def test_the_encoder_is_told_a_deadline_before_ours(left: float) -> None:
     wire.expect(room, timeout=left)
     (init,) = wire.inject_to_rank(announce_of(room))
     assert isinstance(init, Init) and 0.9 * left <= init.deadline < left
-    assert left - init.deadline <= receiver.DEADLINE_MARGIN_SECONDS + 1e-9
+    assert left - init.deadline <= offers.DEADLINE_MARGIN_SECONDS + 1e-9
 
 
 def test_an_offer_after_the_deadline_names_no_negative_time() -> None:
@@ -921,7 +921,7 @@ def test_tables_return_to_baseline_after_successes_failures_and_aborts() -> None
     assert len(wire.rank.core.tombstones) == 60
     wire.assert_baseline()
     wire.tick(receiver.TOMBSTONE_SECONDS)
-    assert len(wire.rank.core.tombstones) == 0 and not wire.rank.core._waiting
+    assert len(wire.rank.core.tombstones) == 0 and not wire.rank.core.offers.waiting
 
 
 def test_a_report_says_who_has_the_blocks_and_how_far_the_rooms_are() -> None:

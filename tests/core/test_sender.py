@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from sglang_mm_conn.core import sender
+from sglang_mm_conn.core import replies, sender
 from sglang_mm_conn.core.actions import Ended, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ConnError, IllegalTransition, ProtocolError
 from sglang_mm_conn.core.messages import (
@@ -23,7 +23,7 @@ from sglang_mm_conn.core.messages import (
     Resume,
     decode_from_encoder,
 )
-from sglang_mm_conn.core.sender import SenderRoom, WindowWrite
+from sglang_mm_conn.core.sender_room import SenderRoom, WindowWrite
 from sglang_mm_conn.core.states import Poll, SenderState, WindowState
 from tests.core.harness import SERVER, Rank, Wire, metadata_of, only
 
@@ -750,13 +750,13 @@ def test_one_failure_does_not_blacklist_the_session() -> None:
 
 
 def test_tables_return_to_baseline_and_remembered_completions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender, "DONE_LIMIT", 8)
+    monkeypatch.setattr(replies, "DONE_LIMIT", 8)
     wire = Wire()
     rooms = [wire.start(50) for _ in range(20)]
     wire.settle()
     assert all(wire.succeeded(room) for room in rooms)
     wire.assert_baseline()
-    assert len(wire.encoder._done) == 8
+    assert len(wire.encoder.replies._done) == 8
     assert len(wire.encoder.tombstones) == 20
     wire.tick(sender.TOMBSTONE_SECONDS + 1)
     assert len(wire.encoder.tombstones) == 0
@@ -769,7 +769,7 @@ def test_a_completion_no_longer_remembered_is_answered_as_ended_and_drained() ->
     wire.begin_write()
     wire.end_write(wire.writing[0])
     wire.drop()  # its Done is lost
-    wire.encoder.tick(wire.now + sender.DONE_SECONDS)
+    wire.encoder.tick(wire.now + replies.DONE_SECONDS)
     wire.reconnect()
     wire.settle()
     assert not wire.rank.ended[first].success and wire.rank.ended[first].code == 410
@@ -811,4 +811,4 @@ def test_one_session_gets_only_its_share_of_writes_and_every_room_its_turn_also_
     assert write is not None
     wire.encoder.on_written(write, "", False, wire.now)
     wire.encoder.tick(wire.now)
-    assert not wire.encoder._deferred and not wire.encoder._writes
+    assert not wire.encoder.write_slots.deferred and not wire.encoder.write_slots.writes

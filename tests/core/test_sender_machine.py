@@ -26,7 +26,8 @@ from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Message, Progress, Resume
 from sglang_mm_conn.core.rooms import new_room_base
-from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, WindowWrite
+from sglang_mm_conn.core.sender import SenderCore
+from sglang_mm_conn.core.sender_room import RegisteredSession, WindowWrite
 from sglang_mm_conn.core.states import Poll
 
 BLOCKS, BLOCK_BYTES = 8, 12
@@ -579,7 +580,7 @@ class SenderMachine(RuleBasedStateMachine):
                         self.say(rank, message)
                 self.come_to_rest()
         assert all(room.ended for room in left) and fresh.ended
-        assert not self.core.rooms and not self.core._writes and not self.core._deferred
+        assert not self.core.rooms and not self.core.write_slots.writes and not self.core.write_slots.deferred
         for room in self.rooms.values():
             assert room.released or not room.announced
             for rank in self.ranks_of(room):  # whoever asks again hears the outcome, and that it may reuse its blocks

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_mm_conn.connector.language.sessions import LocalSessions
-from sglang_mm_conn.core import rooms
+from sglang_mm_conn.core import accounts, rooms
 from sglang_mm_conn.core.receiver import ReceiverCore
 from sglang_mm_conn.core.registration import Registrations
 from sglang_mm_conn.core.sender import SenderCore
+from sglang_mm_conn.core.views import Views
 from sglang_mm_conn.datapath.mooncake.revocation import Revocation
 from tests.simulator.scheduler import attribute
 
@@ -56,7 +57,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
             ReceiverCore, "_fail",
             (
                 "        # Blocks of a window that is being copied",
-                "            self._release_quarantined(entry.room)\n        # Blocks of a window that is being copied",
+                "            self.quarantine.release(entry.room)\n        # Blocks of a window that is being copied",
             ),
         ),
     ),
@@ -72,7 +73,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "shard stored at completion": (
         change(
             SenderCore, "_advance",
-            ("if not self._complete(entry):", "if not entry.transfer_infos:"),
+            ("if not entry.complete:", "if not entry.transfer_infos:"),
             (
                 "entry.machine.transition_to(SenderState.TRANSFERRING)",
                 "entry.state is SenderState.TRANSFERRING or entry.machine.transition_to(SenderState.TRANSFERRING)",
@@ -99,7 +100,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "Drained only after the write": (
         change(
             SenderCore, "_on_abort",
-            ("info.state not in (WindowState.WRITING, WindowState.IN_DOUBT)", "True"),
+            ("info.drained", "True"),
             (
                 "if info is not None and not info.machine.final:",
                 "if info is not None and not info.machine.final and info.state is not WindowState.WRITING:",
@@ -131,29 +132,30 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(
             ReceiverCore, "_on_progress",
             (
-                "        entry.last = done\n",
-                "        entry.last = done\n        self.allocator.release((entry.room, entry.window), entry.blocks)\n",
+                "        entry.confirm(message, now)\n",
+                "        entry.confirm(message, now)\n"
+                "        self.allocator.release((entry.room, entry.window), entry.blocks)\n",
             ),
         ),
         change(ReceiverCore, "on_copied", ("self.allocator.release((room, window), entry.blocks)", "pass")),
-        change(ReceiverCore, "check_integrity", ("if held !=", "if False and held !=")),
+        change(accounts, "check_integrity", ("if held !=", "if False and held !=")),
     ),
     "blocks stay with a view until it is over": (
         change(
-            ReceiverCore, "on_copied",
+            Views, "put",
             (
-                "            self.views[room] = (room, window), tuple(entry.blocks)\n",
-                "            self._viewed -= len(entry.blocks)\n"
-                "            self.allocator.release((room, window), entry.blocks)\n",
+                "        self._views[entry.room] = (entry.room, entry.window), entry.blocks\n",
+                "        self._counted -= len(entry.blocks)\n"
+                "        self._allocator.release((entry.room, entry.window), entry.blocks)\n",
             ),
         ),
-        change(ReceiverCore, "view_released", ("        owner, blocks", "        return []\n        owner, blocks")),
+        change(Views, "release", ("        owner, blocks", "        return\n        owner, blocks")),
     ),
     "offers are repeated after a lost connection": (
         change(ReceiverCore, "_offer_again", ("if entry.state is ReceiverState.OFFERED", "if False")),
     ),
     "rooms are announced again after a lost connection": (
-        change(SenderCore, "register", ("actions.append(self._announcement(entry, session))", "pass")),
+        change(SenderCore, "register", ("actions.append(announcement(entry, session))", "pass")),
     ),
     "a refusal of a path that was given up is old": (
         change(Registrations, "refused", ('message.kind == "data_path" and', "False and")),

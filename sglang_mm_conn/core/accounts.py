@@ -1,0 +1,45 @@
+"""Adds up who has the blocks of a language rank's pool: for its log, and to prove that none is lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.quarantine import QuarantineTable
+from sglang_mm_conn.core.receiver_room import ReceiverRoom
+from sglang_mm_conn.core.unclaimed import UnclaimedRooms
+from sglang_mm_conn.core.views import Views
+
+
+def report(
+    allocator: BlockAllocator, rooms: Mapping[str, ReceiverRoom], views: Views, unclaimed: UnclaimedRooms
+) -> dict[str, Any]:
+    """Blocks by who has them, rooms by state, announcements that no request has claimed."""
+    return {
+        "blocks": allocator.blocks,
+        "free": allocator.free_count,
+        "held": allocator.held_count,
+        "views": views.blocks,
+        "quarantined": allocator.quarantined_count,
+        "rooms": dict(Counter(entry.state.value for entry in rooms.values())),
+        "unclaimed": len(unclaimed),
+    }
+
+
+def check_integrity(
+    allocator: BlockAllocator, rooms: Mapping[str, ReceiverRoom], views: Views, quarantine: QuarantineTable
+) -> None:
+    """Raise unless every block is accounted for: free, an open window's or a view's, or quarantined on record."""
+    allocator.check_integrity()
+    granted = sum(len(entry.blocks) for entry in rooms.values() if entry.view)
+    views.check_integrity(granted)
+    held = views.blocks + sum(len(entry.blocks) for entry in rooms.values())
+    quarantined = sum(len(held_back.blocks) for held_back in quarantine.values())
+    if held != allocator.held_count or quarantined != allocator.quarantined_count:
+        raise ConnError(
+            f"rooms hold {held} blocks, the allocator says {allocator.held_count}; "
+            f"quarantine lists {quarantined}, the allocator says {allocator.quarantined_count}"
+        )

@@ -1,0 +1,113 @@
+"""Owns the queue of rooms that wait for blocks, and what each is offered."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from sglang_mm_conn.core.actions import Send
+from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.layout import Geometry
+from sglang_mm_conn.core.messages import Announce, Init, Resume
+from sglang_mm_conn.core.receiver_room import ReceiverRoom
+from sglang_mm_conn.core.states import ReceiverState
+from sglang_mm_conn.core.tombstones import Outcome
+
+# The encoder is told a deadline that lies this much before ours, so that the journey of the message and the answer
+# cannot make the encoder's the later one.
+DEADLINE_MARGIN_SECONDS = 1.0
+DEADLINE_MARGIN_SHARE = 0.1
+# Keeps one offer far below the smallest limit of a control frame; what remains follows by resume.
+MAX_OFFER_BLOCKS = 65536
+
+
+class Offers:
+    """First come, first served; the head takes what is free, so nobody starves."""
+
+    def __init__(
+        self, allocator: BlockAllocator, geometry: Geometry, *, first_offer: int | None, max_embedding_bytes: int
+    ) -> None:
+        """``first_offer``: most rows of a room's first window; None: as many as there are."""
+        self._allocator = allocator
+        self._geometry = geometry
+        self._first_offer = first_offer
+        self._max_embedding_bytes = max_embedding_bytes
+        self.waiting: deque[ReceiverRoom] = deque()  # rooms that ended meanwhile are skipped
+
+    def too_large(self, message: Announce) -> Outcome | None:
+        """How the room ends because no offer can hold its embedding; None where offers can."""
+        if message.row_bytes > self._geometry.block_bytes:
+            reason = f"a row of {message.row_bytes} bytes does not fit a block of {self._geometry.block_bytes} bytes"
+            return Outcome(reason, 500)
+        if message.total_tokens * message.row_bytes > self._max_embedding_bytes:
+            reason = f"{message.total_tokens} rows of {message.row_bytes} bytes are more than "
+            return Outcome(f"{reason}SGLANG_MM_CONN_MAX_EMBEDDING_BYTES={self._max_embedding_bytes}", 413)
+        return None
+
+    def anyone_waits(self) -> bool:
+        return bool(self.waiting) and any(entry.state is ReceiverState.QUEUED for entry in self.waiting)
+
+    def sweep(self) -> None:
+        """Forget the rooms that ended while they waited."""
+        self.waiting = deque(entry for entry in self.waiting if entry.state is ReceiverState.QUEUED)
+
+    def take(self) -> tuple[ReceiverRoom, list[int], int] | None:
+        """Whoever has waited longest, with the blocks of its next window and the rows to offer them for. None where
+        nobody waits or no block is free."""
+        while self.waiting and self._allocator.free_count:
+            entry = self.waiting.popleft()
+            if entry.machine.state is not ReceiverState.QUEUED:
+                continue
+            tokens = entry.total_tokens - entry.sent_tokens
+            if entry.window < 0 and self._first_offer is not None:
+                tokens = min(tokens, self._first_offer)
+            needed = self._geometry.blocks_for(tokens, entry.row_bytes)
+            count = min(needed, self._allocator.free_count, MAX_OFFER_BLOCKS)
+            blocks = self._allocator.allocate((entry.room, entry.window + 1), count)
+            return entry, blocks, min(tokens, self._geometry.capacity(count, entry.row_bytes))
+        return None
+
+    def check(self, entry: ReceiverRoom, blocks: list[int], sent_tokens: int, allocated_tokens: int) -> None:
+        """Raise ConnError where this cannot be the room's next window."""
+        if sent_tokens != entry.sent_tokens:
+            raise ConnError(f"room {entry.room}: {sent_tokens} rows named, {entry.sent_tokens} are here")
+        owner = (entry.room, entry.window + 1)
+        if not self._allocator.holds(owner, blocks):
+            raise ConnError(f"blocks {blocks[:8]}... are not held by (room, window) {owner}")
+        most = self._geometry.capacity(len(blocks), entry.row_bytes)
+        if not 1 <= allocated_tokens <= min(most, entry.total_tokens - sent_tokens):
+            raise ConnError(f"room {entry.room}: allocated_tokens={allocated_tokens}, but the blocks hold {most} rows")
+
+
+def offer_message(entry: ReceiverRoom, now: float) -> Send:
+    """The current window as it is offered: Init for window 0, Resume for any later one."""
+    assert entry.peer is not None
+    left = entry.deadline - now
+    left = max(0.0, left - min(DEADLINE_MARGIN_SECONDS, left * DEADLINE_MARGIN_SHARE))
+    session = entry.peer.mooncake_session_id
+    if entry.window == 0:
+        return Send(
+            entry.peer.incarnation,
+            Init(
+                room=entry.room,
+                mooncake_session_id=session,
+                epoch=entry.epoch,
+                dst_embedding_indices=list(entry.blocks),
+                allocated_tokens=entry.allocated_tokens,
+                required_dst_info_num=entry.required_dst_info_num,
+                deadline=left,
+            ),
+        )
+    return Send(
+        entry.peer.incarnation,
+        Resume(
+            room=entry.room,
+            mooncake_session_id=session,
+            epoch=entry.epoch,
+            window=entry.window,
+            dst_embedding_indices=list(entry.blocks),
+            sent_tokens=entry.sent_tokens,
+            allocated_tokens=entry.allocated_tokens,
+            deadline=left,
+        ),
+    )

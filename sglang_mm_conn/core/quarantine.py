@@ -1,0 +1,122 @@
+"""Owns the quarantine: blocks of failed rooms that an encoder may still write, until a proof frees them.
+
+The proofs: Progress or Done of exactly that window, Drained, Failed with ``drained``, the end of the writing process
+(shared memory), the revocation of the epoch that the window was offered for (Mooncake).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.messages import Done, Drained, Failed, Progress
+from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage
+
+# How often an Abort that was not answered is said again.
+ABORT_AGAIN_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Quarantine:
+    """Blocks of a failed room that its encoder may still write."""
+
+    owner: tuple[str, int]  # room, window
+    peer: Peer  # with the epoch that the window was offered for
+    blocks: tuple[int, ...]
+    confirmed_tokens: int  # rows in all, once this window has landed
+    since: float
+    ask_again_at: float
+
+
+class QuarantineTable(Mapping[str, Quarantine]):
+    """By room, what is in quarantine. Whoever frees blocks serves the rooms that wait for some."""
+
+    def __init__(self, allocator: BlockAllocator) -> None:
+        self._allocator = allocator
+        self._held: dict[str, Quarantine] = {}
+
+    def __getitem__(self, room: str) -> Quarantine:
+        return self._held[room]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def put(self, entry: ReceiverRoom, now: float) -> None:
+        """Take the blocks of the window that ``entry`` has offered."""
+        assert entry.peer is not None
+        owner = (entry.room, entry.window)
+        self._allocator.quarantine(owner, entry.blocks)
+        # The peer may have been given a newer epoch since; this window can only land through its own.
+        peer = replace(entry.peer, epoch=entry.epoch)
+        confirmed = entry.sent_tokens + entry.allocated_tokens
+        self._held[entry.room] = Quarantine(owner, peer, tuple(entry.blocks), confirmed, now, now + ABORT_AGAIN_SECONDS)
+
+    def waits_for(self, peer: Peer, room: str) -> bool:
+        """Whether a message of ``peer`` about ``room`` may prove something: not one of another session or epoch."""
+        held = self._held.get(room)
+        return held is not None and held.peer == peer
+
+    def on_message(self, message: RoomMessage) -> bool:
+        """A message of the peer that the room's blocks wait for. Returns whether it frees them."""
+        held = self._held[message.room]
+        if isinstance(message, Drained):
+            proven = True
+        elif isinstance(message, Failed):
+            proven = message.drained
+        else:
+            proven = isinstance(message, Progress | Done) and self._says_landed(held, message)
+        return proven and self.release(message.room)
+
+    @staticmethod
+    def _says_landed(held: Quarantine, message: Progress | Done) -> bool:
+        """Whether exactly the window in quarantine is confirmed, and by a message that does not contradict itself."""
+        if isinstance(message, Done):
+            return (message.window, message.total_tokens) == (held.owner[1], held.confirmed_tokens)
+        return not message.refused and (message.window, message.sent_tokens) == (held.owner[1], held.confirmed_tokens)
+
+    def release(self, room: str) -> bool:
+        """No write into the blocks of ``room`` is to come. Returns whether blocks are free again."""
+        held = self._held.pop(room, None)
+        if held is None:
+            return False
+        self._allocator.release_quarantined(held.owner, held.blocks)
+        return True
+
+    def writer_gone(self, incarnation: str) -> bool:
+        """The process does not exist any more. Over Mooncake that proves nothing: its writes may be on their way."""
+        return self._release_where(lambda peer: peer.incarnation == incarnation and peer.data_path == "shm")
+
+    def epoch_revoked(self, mooncake_session_id: str, epoch: int) -> bool:
+        """Nothing lands through the epochs up to ``epoch`` any more. Returns whether blocks are free again."""
+        return self._release_where(lambda peer: peer.writes_through(mooncake_session_id, epoch))
+
+    def _release_where(self, proven: Callable[[Peer], bool]) -> bool:
+        rooms = [room for room, held in self._held.items() if proven(held.peer)]
+        for room in rooms:
+            self.release(room)
+        return bool(rooms)
+
+    def peers(self) -> set[Peer]:
+        """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
+        return {held.peer for held in self._held.values()}
+
+    def in_doubt_since(self, data_path: str) -> float | None:
+        """When the oldest quarantine of ``data_path`` began; None where there is none."""
+        return min((held.since for held in self._held.values() if held.peer.data_path == data_path), default=None)
+
+    def of_process(self, incarnation: str) -> list[tuple[Peer, str]]:
+        """Whom to ask, and about which room, now that this process is connected again."""
+        return [(held.peer, room) for room, held in self._held.items() if held.peer.incarnation == incarnation]
+
+    def to_ask_again(self, now: float, registered: Container[str]) -> list[tuple[Peer, str]]:
+        """Whom to ask, and about which room, because the last Abort was not answered; each one's time starts anew."""
+        due = []
+        for room, held in self._held.items():
+            if now >= held.ask_again_at and held.peer.incarnation in registered:
+                held.ask_again_at = now + ABORT_AGAIN_SECONDS
+                due.append((held.peer, room))
+        return due

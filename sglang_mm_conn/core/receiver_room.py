@@ -1,0 +1,135 @@
+"""Owns the records of the language side: an encoder process as it is known here, and one room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_mm_conn.core.actions import CopyOut, Send
+from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Progress, as_text
+from sglang_mm_conn.core.states import RECEIVER_TRANSITIONS, Poll, ReceiverState, StateMachine
+from sglang_mm_conn.core.tombstones import Outcome
+
+RoomMessage = Announce | Progress | Done | Failed | Drained
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One encoder process as this side knows it: its incarnation, our session to it, and the engine epoch it was
+    given."""
+
+    incarnation: str
+    mooncake_session_id: str
+    data_path: str
+    epoch: int = 0
+
+    def writes_through(self, mooncake_session_id: str, epoch: int) -> bool:
+        """Whether it writes through an epoch of this session up to ``epoch``."""
+        return self.mooncake_session_id == mooncake_session_id and self.epoch <= epoch
+
+
+@dataclass(slots=True)
+class ReceiverRoom:
+    """One room. ``sent_tokens`` rows are confirmed *and* copied out."""
+
+    room: str
+    encoder: str
+    deadline: float
+    started: float
+    required_dst_info_num: int
+    machine: StateMachine[ReceiverState] = field(
+        default_factory=lambda: StateMachine(RECEIVER_TRANSITIONS, ReceiverState.EXPECTED)
+    )
+    peer: Peer | None = None
+    total_tokens: int = 0
+    row_bytes: int = 0
+    dtype: str = ""
+    window: int = -1
+    epoch: int = 0  # engine epoch that the current window was offered for
+    blocks: list[int] = field(default_factory=list)
+    allocated_tokens: int = 0
+    sent_tokens: int = 0
+    metadata: bytes = b""
+    elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was copied
+    last: bool = False
+    view: bool = False  # the blocks may stay the result's
+    outcome: Outcome | None = None
+    ended: float = 0.0
+    forgotten: bool = False
+
+    @property
+    def state(self) -> ReceiverState:
+        return self.machine.state
+
+    @property
+    def resumes(self) -> int:
+        return max(0, self.window)
+
+    def poll(self) -> Poll:
+        """Monotonic: Failed and Success are final, a resume does not lead back from Transferring."""
+        if self.state is ReceiverState.FAILED:
+            return Poll.Failed
+        if self.state is ReceiverState.SUCCESS:
+            return Poll.Success
+        if self.state is ReceiverState.EXPECTED:
+            return Poll.Bootstrapping
+        if self.state is ReceiverState.QUEUED and self.window < 0:
+            return Poll.WaitingForInput
+        return Poll.Transferring
+
+    def same_size(self, message: Announce) -> bool:
+        return (self.total_tokens, self.row_bytes, self.dtype) == (
+            message.total_tokens, message.row_bytes, message.dtype,
+        )  # fmt: skip
+
+    def contradiction(self, message: Progress | Done) -> str:
+        """How ``message`` differs from the open offer; empty where it confirms exactly that window."""
+        confirmed = self.sent_tokens + self.allocated_tokens
+        claimed = message.total_tokens if isinstance(message, Done) else message.sent_tokens
+        if (
+            self.machine.state is ReceiverState.OFFERED
+            and message.window == self.window
+            and claimed == confirmed
+            and isinstance(message, Done) == (confirmed == self.total_tokens)
+        ):
+            return ""
+        return (
+            f"{type(message).__name__} of window {message.window} with {claimed} rows, "
+            f"but window {self.window} offered rows {self.sent_tokens} to {confirmed} of {self.total_tokens}"
+        )
+
+    def unfinished(self, now: float) -> str:
+        return (
+            f"not finished after {now - self.started:.1f} s (state {self.state.value}, "
+            f"{self.sent_tokens} of {self.total_tokens} rows)"
+        )
+
+    def confirm(self, message: Progress | Done, now: float) -> None:
+        """Note what ``message`` says about the current window, which it confirms."""
+        if self.window == 0:
+            self.metadata = message.metadata
+        if isinstance(message, Done):
+            self.last = True
+            self.elapsed = message.elapsed - now  # completed when the rows have been copied
+
+    def copy_out(self, checksum: int | None) -> CopyOut:
+        """The copy of the current window's rows out of its blocks."""
+        return CopyOut(
+            room=self.room,
+            window=self.window,
+            blocks=tuple(self.blocks),
+            first_token=self.sent_tokens,
+            tokens=self.allocated_tokens,
+            row_bytes=self.row_bytes,
+            total_tokens=self.total_tokens,
+            dtype=self.dtype,
+            last=self.last,
+            checksum=checksum,
+            view=self.view,
+        )
+
+
+def abort_message(peer: Peer, room: str, reason: str) -> Send:
+    return Send(
+        peer.incarnation,
+        Abort(room=room, mooncake_session_id=peer.mooncake_session_id, reason=as_text(reason)),
+    )
