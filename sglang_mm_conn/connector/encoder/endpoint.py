@@ -23,6 +23,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.compatibility import mismatch
 from sglang_mm_conn.core.errors import (
     ConnError,
     DataPathError,
@@ -47,7 +48,6 @@ from sglang_mm_conn.core.messages import (
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, SenderRoom, WindowWrite
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.core.sharding import session_port
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
 from sglang_mm_conn.memory.device import Event
@@ -114,8 +114,7 @@ class EncoderEndpoint:
         runtime = runtime or Runtime()
         self.settings = settings
         self.incarnation = new_id()
-        self.dtype = dtype
-        self.widest_row_bytes = widest_row_bytes
+        self._mismatch = partial(mismatch, settings=settings, dtype=dtype, widest_row_bytes=widest_row_bytes)
         self._clock = runtime.clock
         self._device = runtime.device
         self._inline_limit_bytes = runtime.inline_limit_bytes
@@ -407,38 +406,6 @@ class EncoderEndpoint:
             return []
         self._links.close(other.mooncake_session_id)
         return self._perform(self.core.session_lost(other.mooncake_session_id, "its peer registered another", now))
-
-    def _mismatch(self, message: Register) -> str:
-        """Why the two sides do not fit, naming both values; empty where they do."""
-        for what, theirs, ours in (
-            ("block size (SGLANG_EMBEDDING_CACHE_BLOCK_SIZE)", message.block_size, self.settings.block_size),
-            ("dtype", message.dtype, self.dtype),
-            ("SGLANG_MM_CONN_CHECKSUM", message.checksum, self.settings.checksum),
-            ("SGLANG_MM_CONN_MAX_FRAME_BYTES", message.max_frame_bytes, self.settings.max_frame_bytes),
-            ("SGLANG_MM_CONN_MAX_METADATA_BYTES", message.max_metadata_bytes, self.settings.max_metadata_bytes),
-        ):
-            if theirs != ours:
-                return f"{what} is {theirs} on the language server and {ours} on the encoder"
-        if self.widest_row_bytes > message.row_bytes:
-            return (
-                f"the encoder's widest row has {self.widest_row_bytes} bytes, "
-                f"the language server expects at most {message.row_bytes}"
-            )
-        if self.settings.data_path not in ("auto", message.data_path):
-            return (
-                f"SGLANG_MM_CONN_DATA_PATH is {self.settings.data_path} on the encoder, "
-                f"but the language server offers {message.data_path}"
-            )
-        try:
-            session_port(message.mooncake_session_id)  # the shard rule needs it
-        except ProtocolError as error:
-            return str(error)
-        if message.rank >= message.size:
-            return f"rank {message.rank} of {message.size}"
-        length = message.blocks_per_region * message.block_bytes
-        if any(region.length != length for region in message.regions):
-            return f"a region is not {message.blocks_per_region} blocks of {message.block_bytes} bytes long"
-        return ""
 
     # -- transfer workers ----------------------------------------------------------------------------------------
 
