@@ -671,7 +671,7 @@ class Schedule:
             left = {
                 "rooms": len(here.core.rooms),
                 "sources": len(here._sources),
-                "listeners": len(here._listeners),
+                "listeners": len(here._actions.listeners),
                 "writes": len(here.core._writes) + sum(encoder.busy.values()),
                 "deferred": len(here.core._deferred),
                 "sessions too many": max(0, len(here.core.sessions) - len(ranks)),

@@ -9,7 +9,6 @@ operation.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +16,14 @@ from functools import partial
 
 import torch
 
+from sglang_mm_conn.connector.encoder.actions import ActionRunner
 from sglang_mm_conn.connector.encoder.links import LinkBusy, LinkLease, Links
+from sglang_mm_conn.connector.encoder.source import Source
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
-from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.actions import Action, Ended, TransferEmbeddingChunk
 from sglang_mm_conn.core.compatibility import mismatch
 from sglang_mm_conn.core.errors import (
     ConnError,
@@ -35,7 +36,6 @@ from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
-    Message,
     Refused,
     Register,
     Registered,
@@ -43,14 +43,12 @@ from sglang_mm_conn.core.messages import (
     Retire,
     as_text,
     decode_from_language,
-    encode,
 )
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, SenderRoom, WindowWrite
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
-from sglang_mm_conn.memory.device import Event
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +57,6 @@ _TICK_SECONDS = 0.25
 _WAITING_REGISTRATIONS = 1024
 # A session whose process was heard within so many heartbeats is not given to another process.
 _ALIVE_HEARTBEATS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """An embedding that was handed over. It may be read once ``ready`` has happened: a GPU may still compute it."""
-
-    rows: torch.Tensor  # uint8, one dimension
-    ready: Event
 
 
 @dataclass(slots=True)
@@ -124,14 +114,10 @@ class EncoderEndpoint:
         self._links = Links(data_paths)
         self._peers: dict[str, _ControlPeer] = {}
         self._sources: dict[str, Source] = {}
-        self._listeners: dict[str, Callable[[Ended], None]] = {}
         self._registering: set[str] = set()  # attaching may take long: they hear heartbeats meanwhile
         self._to_register: dict[str, Register] = {}  # the newest of each peer that waits for the registrar
         self._rate_limited_log = RateLimitedLog(logger)
         self._next_heartbeat = 0.0
-        self.transfer_queues: list[queue.SimpleQueue[TransferEmbeddingChunk | None]] = [
-            queue.SimpleQueue() for _ in range(settings.queues)
-        ]
         self._registrar = runtime.executor(1, "mm-conn-registrar")
         self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._control = runtime.control_server(
@@ -142,6 +128,8 @@ class EncoderEndpoint:
             on_tick=self._on_tick,
             tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
         )
+        self._actions = ActionRunner(self._lock, self._control, self._sources, queues=settings.queues)
+        self.transfer_queues = self._actions.transfer_queues
         # Threads start last: they use everything above.
         self._threads = [runtime.start_thread(self.embedding_thread, "mm-conn-embedding")]
         for index in range(settings.queues):
@@ -165,9 +153,9 @@ class EncoderEndpoint:
     ) -> None:
         """The size of ``room`` is known. ``listener`` hears its end, once, on a thread of this endpoint or at once."""
         with self._lock:
-            ended = self._perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
-            self._listeners.setdefault(room, listener)
-        self._notify_listeners(ended)
+            ended = self._actions.perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
+            self._actions.listen(room, listener)
+        self._actions.notify(ended)
 
     def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
         """The embedding of ``room`` is there: [tokens, width], contiguous. It must never change: a write may be under
@@ -177,14 +165,10 @@ class EncoderEndpoint:
         Raises ConnError where its size is not what was announced. Queues a TransferEmbeddingChunk once every
         language rank has said Init.
         """
-        # Each operation lets go of the GIL, and may wait for it.
-        values = embedding.detach() if embedding.requires_grad else embedding
-        rows = values.reshape(-1).view(torch.uint8)
-        source = Source(rows, self._device.mark(rows))
+        source = Source.of(embedding, self._device)
         row_bytes = embedding.shape[1] * embedding.element_size()
-        checksum = self._checksum(source) if self.settings.checksum else None
+        checksum = source.checksum(self._device) if self.settings.checksum else None
         blocks = -(-embedding.shape[0] // self.settings.block_size)
-        inline: list[TransferEmbeddingChunk] = []
         with self._lock:
             entry = self.core.rooms.get(room)
             if entry is None:
@@ -197,24 +181,19 @@ class EncoderEndpoint:
             actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
             if not entry.machine.final:
                 self._sources[room] = source  # before the chunk is queued, and never in place of another
-            ended = self._perform(actions, inline)
-        self._notify_listeners(ended)
+            ended, inline = self._perform(actions)
+        self._actions.notify(ended)
         for chunk in inline:
-            if rows.numel() <= self._inline_limit_bytes:
+            if source.rows.numel() <= self._inline_limit_bytes:
                 self._serve(chunk)
             else:  # the caller has other things to do: it writes no window of a large embedding
                 self._control.call(partial(self._serve, chunk))
 
-    def _checksum(self, source: Source) -> int:
-        """This waits for a GPU: a checksum is for tests, and for finding faults."""
-        source.ready.synchronize()
-        return self._device.checksum(source.rows)
-
     def fail(self, room: str, reason: str, code: int) -> None:
         """The encode of ``room`` failed; its language ranks are told."""
         with self._lock:
-            ended = self._perform(self.core.fail(room, reason, code, self._clock()))
-        self._notify_listeners(ended)
+            ended = self._actions.perform(self.core.fail(room, reason, code, self._clock()))
+        self._actions.notify(ended)
 
     def poll(self, room: str) -> Poll | None:
         """None where the room is not (any more) in the tables."""
@@ -230,7 +209,6 @@ class EncoderEndpoint:
 
     def _on_frame(self, peer: str, frame: bytes) -> None:
         now = self._clock()
-        inline: list[TransferEmbeddingChunk] = []
         try:
             message = decode_from_language(frame, self.settings.max_frame_bytes)
             if isinstance(message, Register):
@@ -238,7 +216,9 @@ class EncoderEndpoint:
                 return
             known = self._peers.get(peer)
             if known is None:
-                self._send(peer, Refused(reason="this encoder does not know the session", kind="register_first"))
+                self._actions.send(
+                    peer, Refused(reason="this encoder does not know the session", kind="register_first")
+                )
                 return
             known.last_seen = now
             if isinstance(message, Heartbeat):
@@ -248,7 +228,7 @@ class EncoderEndpoint:
                 return
             with self._lock:
                 actions = self.core.on_message(peer, message, now)
-                ended = self._perform(actions, inline)
+                ended, inline = self._perform(actions)
         except ProtocolError as error:
             self._rate_limited_log.log(peer, logging.WARNING, "Control message from %s refused: %s", peer, error)
             return
@@ -259,22 +239,22 @@ class EncoderEndpoint:
                         "Resume transfer triggered: room=%s, queue_idx=%d, src_blocks=%d",
                         action.room, action.queue_idx, len(action.embedding_indices),
                     )  # fmt: skip
-        self._notify_listeners(ended)
+        self._actions.notify(ended)
         for chunk in inline:
             self._serve(chunk)
 
     def _on_tick(self) -> None:
         now = self._clock()
         with self._lock:
-            ended = self._perform(self.core.tick(now))
-        self._notify_listeners(ended)
+            ended = self._actions.perform(self.core.tick(now))
+        self._actions.notify(ended)
         for peer, known in list(self._peers.items()):
             if now - known.last_seen > self.settings.peer_timeout:
                 self._drop_peer(peer, f"the language server was silent for {self.settings.peer_timeout:g} s")
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + self.settings.heartbeat
             for peer in {*self._peers, *self._registering}:
-                self._send(peer, Heartbeat(incarnation=self.incarnation))
+                self._actions.send(peer, Heartbeat(incarnation=self.incarnation))
 
     def _retire(self, known: _ControlPeer, message: Retire) -> None:
         if known.session != message.mooncake_session_id:
@@ -291,10 +271,10 @@ class EncoderEndpoint:
             session = self.core.sessions.get(known.session)
             if session is None or session.peer != peer:
                 return  # the session speaks through a newer connection
-            ended = self._perform(self.core.session_lost(known.session, reason, self._clock()))
+            ended = self._actions.perform(self.core.session_lost(known.session, reason, self._clock()))
             self._links.close(known.session)
         logger.warning("Language rank %s lost: %s", known.session, reason)
-        self._notify_listeners(ended)
+        self._actions.notify(ended)
 
     # -- registration (registrar thread) -------------------------------------------------------------------------
 
@@ -311,7 +291,7 @@ class EncoderEndpoint:
                 self._to_register[peer] = message
                 self._registering.add(peer)
         if full:
-            self._send(peer, Refused(reason="too many language ranks register at once", kind="register_first"))
+            self._actions.send(peer, Refused(reason="too many language ranks register at once", kind="register_first"))
         elif not waits:
             self._registrar.submit(self._register, peer)
 
@@ -324,20 +304,20 @@ class EncoderEndpoint:
                 self._rate_limited_log.log(
                     peer, logging.ERROR, "Language rank %s refused: %s", message.mooncake_session_id, problem
                 )
-                self._send(peer, Refused(reason=problem, kind="mismatch"))
+                self._actions.send(peer, Refused(reason=problem, kind="mismatch"))
             else:
                 self._attach(peer, message)
         except (LinkBusy, WriterSlotTaken) as error:  # a registration that was overtaken: the next may do
-            self._send(peer, Refused(reason=str(error), kind="register_first"))
+            self._actions.send(peer, Refused(reason=str(error), kind="register_first"))
         except (DataPathUnavailable, ProtocolError) as error:
             self._rate_limited_log.log(
                 peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error
             )
-            self._send(peer, Refused(reason=as_text(str(error)), kind="data_path", data_path=message.data_path))
+            self._actions.send(peer, Refused(reason=as_text(str(error)), kind="data_path", data_path=message.data_path))
         except Exception as error:
             logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
             reason = as_text(f"{type(error).__name__}: {error}")
-            self._send(peer, Refused(reason=reason, kind="data_path", data_path=message.data_path))
+            self._actions.send(peer, Refused(reason=reason, kind="data_path", data_path=message.data_path))
         finally:
             with self._lock:
                 if peer not in self._to_register:
@@ -371,7 +351,7 @@ class EncoderEndpoint:
             ended: list[Ended] = []
             known = self.core.sessions.get(message.mooncake_session_id)
             if not same_session:
-                ended += self._perform(
+                ended += self._actions.perform(
                     self.core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
                 )
             elif known is not None:
@@ -380,10 +360,10 @@ class EncoderEndpoint:
             if self._links.has(message.mooncake_session_id, message.epoch):
                 ended += self._give_up_other_session(peer, message.mooncake_session_id, now)
                 self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
-                self._send(peer, answer)
-                ended += self._perform(self.core.register(session, now))
+                self._actions.send(peer, answer)
+                ended += self._actions.perform(self.core.register(session, now))
             else:  # dropped for its silence on an older connection, in this very moment
-                self._send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
+                self._actions.send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
         if message.oldest_epoch:
             self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
         self._rate_limited_log.log(
@@ -392,7 +372,7 @@ class EncoderEndpoint:
             message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,
             session.geometry.blocks, message.block_bytes,
         )  # fmt: skip
-        self._notify_listeners(ended)
+        self._actions.notify(ended)
 
     def _is_alive(self, session: RegisteredSession) -> bool:
         peer = self._peers.get(session.peer)
@@ -405,7 +385,9 @@ class EncoderEndpoint:
         if other is None or other.peer != peer:
             return []
         self._links.close(other.mooncake_session_id)
-        return self._perform(self.core.session_lost(other.mooncake_session_id, "its peer registered another", now))
+        return self._actions.perform(
+            self.core.session_lost(other.mooncake_session_id, "its peer registered another", now)
+        )
 
     # -- transfer workers ----------------------------------------------------------------------------------------
 
@@ -436,6 +418,17 @@ class EncoderEndpoint:
         whole = all(info.allocated_tokens == entry.total_tokens for _, info in offers)
         return whole and entry.total_tokens * entry.row_bytes <= self._inline_limit_bytes
 
+    def _perform(self, actions: list[Action]) -> tuple[list[Ended], list[TransferEmbeddingChunk]]:
+        """Under the lock. Returns the ends, and the chunks that no worker need serve."""
+        ended, chunks = self._actions.perform_without_queueing(actions)
+        inline = []
+        for chunk in chunks:
+            if self._should_write_inline(chunk):
+                inline.append(chunk)
+            else:
+                self._actions.queue_chunk(chunk)
+        return ended, inline
+
     def _write_window(self, room: str) -> bool:
         call = self.begin_window(room)
         if call is None:
@@ -458,7 +451,7 @@ class EncoderEndpoint:
                 lease = self._links.lease(write.session.mooncake_session_id, write.epoch)
             except DataPathError as failure:
                 refusal = str(failure)
-                self._send(write.session.peer, Refused(reason=refusal, kind="register_first"))
+                self._actions.send(write.session.peer, Refused(reason=refusal, kind="register_first"))
             return DataCall(write, entry, source, lease, refusal)
 
     def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
@@ -467,7 +460,7 @@ class EncoderEndpoint:
         if call.lease is not None:
             call.lease.release()
         with self._lock:
-            ended = self._perform(self.core.on_written(call.write, error, in_doubt, self._clock()))
+            ended = self._actions.perform(self.core.on_written(call.write, error, in_doubt, self._clock()))
         for action in ended:
             if action.success:
                 logger.info(
@@ -475,7 +468,7 @@ class EncoderEndpoint:
                     action.room, call.entry.total_tokens, call.entry.windows,
                     call.link.name if call.link is not None else "none", call.entry.elapsed * 1000,
                 )  # fmt: skip
-        self._notify_listeners(ended)
+        self._actions.notify(ended)
 
     def data_call(self, call: DataCall) -> tuple[str, bool]:
         """Returns what went wrong (empty: nothing) and whether bytes may still land."""
@@ -495,48 +488,6 @@ class EncoderEndpoint:
             logger.exception("Data call for room %s failed", call.write.room)
             return f"{type(failure).__name__}: {failure}", not link.synchronous
         return "", False
-
-    # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _send(self, peer: str, message: Message) -> None:
-        self._control.send(peer, encode(message))
-
-    def _perform(self, actions: list[Action], inline: list[TransferEmbeddingChunk] | None = None) -> list[Ended]:
-        """Under the lock, so that messages leave in the order of the decisions. Returns the ends, to be told after.
-
-        Chunks that no worker need serve are left in ``inline``, where there is one.
-        """
-        ended = []
-        for action in actions:
-            if isinstance(action, Send):
-                self._send(action.peer, action.message)
-            elif isinstance(action, TransferEmbeddingChunk):
-                if inline is not None and self._should_write_inline(action):
-                    inline.append(action)
-                else:
-                    self.transfer_queues[action.queue_idx].put(action)
-            elif isinstance(action, Release):
-                self._sources.pop(action.room, None)
-            elif isinstance(action, Ended):
-                ended.append(action)
-            elif isinstance(action, CopyOut):
-                raise ConnError("unexpected action CopyOut in an encoder")
-        return ended
-
-    def _notify_listeners(self, ended: list[Ended]) -> None:
-        for action in ended:
-            if not action.success:
-                logger.warning(
-                    "Embedding not sent: room=%s peer=%s code=%d reason=%s",
-                    action.room, action.peer or "none", action.code, action.reason,
-                )  # fmt: skip
-            with self._lock:
-                listener = self._listeners.pop(action.room, None)
-            if listener is not None:
-                try:
-                    listener(action)
-                except Exception:
-                    logger.exception("Listener of room %s failed", action.room)
 
     def close(self) -> None:
         """Stop all threads; for tests and orderly shutdown."""
