@@ -677,7 +677,7 @@ class Schedule:
                 "sessions too many": max(0, len(here.core.sessions) - len(ranks)),
                 "links too many": max(0, len(here._links) - len(here.core.sessions)),
                 "peers too many": max(0, len(here._peers) - len(ranks)),
-                "registrations": len(here._registering),
+                "registrations": len(here._registrar.registering),
             }
             if any(left.values()):
                 return f"{encoder.name}: " + ", ".join(f"{value} {name}" for name, value in left.items() if value)

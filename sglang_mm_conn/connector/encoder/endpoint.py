@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from sglang_mm_conn.connector.encoder.actions import ActionRunner
-from sglang_mm_conn.connector.encoder.links import LinkBusy, LinkLease, Links
+from sglang_mm_conn.connector.encoder.links import LinkLease, Links
+from sglang_mm_conn.connector.encoder.registration import ControlPeer, Registrar
 from sglang_mm_conn.connector.encoder.source import Source
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
@@ -28,24 +29,20 @@ from sglang_mm_conn.core.compatibility import mismatch
 from sglang_mm_conn.core.errors import (
     ConnError,
     DataPathError,
-    DataPathUnavailable,
     ProtocolError,
-    WriterSlotTaken,
 )
-from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
+from sglang_mm_conn.core.layout import Extent, window_extents
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
     Refused,
     Register,
-    Registered,
     Resume,
     Retire,
-    as_text,
     decode_from_language,
 )
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import RegisteredSession, SenderCore, SenderRoom, WindowWrite
+from sglang_mm_conn.core.sender import SenderCore, SenderRoom, WindowWrite
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
@@ -53,10 +50,6 @@ from sglang_mm_conn.datapath.base import DataPath, WriteLink
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
-# Peers whose registration may wait for the registrar; of each only the newest counts.
-_WAITING_REGISTRATIONS = 1024
-# A session whose process was heard within so many heartbeats is not given to another process.
-_ALIVE_HEARTBEATS = 3
 
 
 @dataclass(slots=True)
@@ -80,12 +73,6 @@ class DataCall:
         return window_extents(write.session.geometry, write.blocks, nbytes, first)
 
 
-@dataclass
-class _ControlPeer:
-    last_seen: float
-    session: str = ""
-
-
 class EncoderEndpoint:
     """One per encoder process that holds embeddings (rank 0 of each worker)."""
 
@@ -104,7 +91,6 @@ class EncoderEndpoint:
         runtime = runtime or Runtime()
         self.settings = settings
         self.incarnation = new_id()
-        self._mismatch = partial(mismatch, settings=settings, dtype=dtype, widest_row_bytes=widest_row_bytes)
         self._clock = runtime.clock
         self._device = runtime.device
         self._inline_limit_bytes = runtime.inline_limit_bytes
@@ -112,13 +98,11 @@ class EncoderEndpoint:
         self._lock = threading.Lock()
         self.core = SenderCore(queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout)
         self._links = Links(data_paths)
-        self._peers: dict[str, _ControlPeer] = {}
+        self._peers: dict[str, ControlPeer] = {}
         self._sources: dict[str, Source] = {}
-        self._registering: set[str] = set()  # attaching may take long: they hear heartbeats meanwhile
-        self._to_register: dict[str, Register] = {}  # the newest of each peer that waits for the registrar
         self._rate_limited_log = RateLimitedLog(logger)
         self._next_heartbeat = 0.0
-        self._registrar = runtime.executor(1, "mm-conn-registrar")
+        executor = runtime.executor(1, "mm-conn-registrar")
         self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._control = runtime.control_server(
             host,
@@ -130,6 +114,11 @@ class EncoderEndpoint:
         )
         self._actions = ActionRunner(self._lock, self._control, self._sources, queues=settings.queues)
         self.transfer_queues = self._actions.transfer_queues
+        self._registrar = Registrar(
+            self._lock, self.core, self._actions, self._links, self._peers, settings,
+            incarnation=self.incarnation, clock=self._clock, executor=executor, rate_limited_log=self._rate_limited_log,
+            mismatch=partial(mismatch, settings=settings, dtype=dtype, widest_row_bytes=widest_row_bytes),
+        )  # fmt: skip
         # Threads start last: they use everything above.
         self._threads = [runtime.start_thread(self.embedding_thread, "mm-conn-embedding")]
         for index in range(settings.queues):
@@ -212,7 +201,7 @@ class EncoderEndpoint:
         try:
             message = decode_from_language(frame, self.settings.max_frame_bytes)
             if isinstance(message, Register):
-                self._register_soon(peer, message)
+                self._registrar.register_soon(peer, message)
                 return
             known = self._peers.get(peer)
             if known is None:
@@ -253,10 +242,10 @@ class EncoderEndpoint:
                 self._drop_peer(peer, f"the language server was silent for {self.settings.peer_timeout:g} s")
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + self.settings.heartbeat
-            for peer in {*self._peers, *self._registering}:
+            for peer in {*self._peers, *self._registrar.registering}:
                 self._actions.send(peer, Heartbeat(incarnation=self.incarnation))
 
-    def _retire(self, known: _ControlPeer, message: Retire) -> None:
+    def _retire(self, known: ControlPeer, message: Retire) -> None:
         if known.session != message.mooncake_session_id:
             raise ProtocolError(f"session {message.mooncake_session_id} is not registered by this peer")
         with self._lock:
@@ -275,119 +264,6 @@ class EncoderEndpoint:
             self._links.close(known.session)
         logger.warning("Language rank %s lost: %s", known.session, reason)
         self._actions.notify(ended)
-
-    # -- registration (registrar thread) -------------------------------------------------------------------------
-
-    def _register_soon(self, peer: str, message: Register) -> None:
-        """One job for each peer, however often it registers while it waits: the others get their turn."""
-        with self._lock:
-            waiting = self._to_register.get(peer)
-            waits = waiting is not None
-            full = not waits and len(self._to_register) >= _WAITING_REGISTRATIONS
-            overtaken = (
-                waiting is not None and waiting.incarnation == message.incarnation and waiting.number > message.number
-            )
-            if not full and not overtaken:
-                self._to_register[peer] = message
-                self._registering.add(peer)
-        if full:
-            self._actions.send(peer, Refused(reason="too many language ranks register at once", kind="register_first"))
-        elif not waits:
-            self._registrar.submit(self._register, peer)
-
-    def _register(self, peer: str) -> None:
-        with self._lock:
-            message = self._to_register.pop(peer)
-        try:
-            problem = self._mismatch(message)
-            if problem:
-                self._rate_limited_log.log(
-                    peer, logging.ERROR, "Language rank %s refused: %s", message.mooncake_session_id, problem
-                )
-                self._actions.send(peer, Refused(reason=problem, kind="mismatch"))
-            else:
-                self._attach(peer, message)
-        except (LinkBusy, WriterSlotTaken) as error:  # a registration that was overtaken: the next may do
-            self._actions.send(peer, Refused(reason=str(error), kind="register_first"))
-        except (DataPathUnavailable, ProtocolError) as error:
-            self._rate_limited_log.log(
-                peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error
-            )
-            self._actions.send(peer, Refused(reason=as_text(str(error)), kind="data_path", data_path=message.data_path))
-        except Exception as error:
-            logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
-            reason = as_text(f"{type(error).__name__}: {error}")
-            self._actions.send(peer, Refused(reason=reason, kind="data_path", data_path=message.data_path))
-        finally:
-            with self._lock:
-                if peer not in self._to_register:
-                    self._registering.discard(peer)
-
-    def _attach(self, peer: str, message: Register) -> None:
-        with self._lock:
-            known = self.core.sessions.get(message.mooncake_session_id)
-        if known is not None and known.incarnation == message.incarnation and known.number > message.number:
-            return  # overtaken, on a connection that is broken: whoever speaks now speaks through another
-        if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
-            raise LinkBusy(f"session {message.mooncake_session_id} is another process's, which lives")
-        same_session = self._links.open(message)
-        session = RegisteredSession(
-            mooncake_session_id=message.mooncake_session_id,
-            peer=peer,
-            incarnation=message.incarnation,
-            server=message.server,
-            rank=message.rank,
-            size=message.size,
-            geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
-            epochs=(message.epoch,),
-            most_writes=max(1, self.settings.workers_per_queue // 2),
-            number=message.number,
-        )
-        now = self._clock()
-        answer = Registered(
-            mooncake_session_id=message.mooncake_session_id, epoch=message.epoch, incarnation=self.incarnation
-        )
-        with self._lock:
-            ended: list[Ended] = []
-            known = self.core.sessions.get(message.mooncake_session_id)
-            if not same_session:
-                ended += self._actions.perform(
-                    self.core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
-                )
-            elif known is not None:
-                living = {epoch for epoch in known.epochs if epoch >= message.oldest_epoch}
-                session = replace(session, epochs=tuple(sorted({*living, message.epoch})))
-            if self._links.has(message.mooncake_session_id, message.epoch):
-                ended += self._give_up_other_session(peer, message.mooncake_session_id, now)
-                self._peers[peer] = _ControlPeer(now, message.mooncake_session_id)
-                self._actions.send(peer, answer)
-                ended += self._actions.perform(self.core.register(session, now))
-            else:  # dropped for its silence on an older connection, in this very moment
-                self._actions.send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
-        if message.oldest_epoch:
-            self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
-        self._rate_limited_log.log(
-            peer, logging.INFO,
-            "Language rank %d of %d registered: session=%s epoch=%d path=%s pool=%d blocks of %d bytes",
-            message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,
-            session.geometry.blocks, message.block_bytes,
-        )  # fmt: skip
-        self._actions.notify(ended)
-
-    def _is_alive(self, session: RegisteredSession) -> bool:
-        peer = self._peers.get(session.peer)
-        return peer is not None and self._clock() - peer.last_seen < _ALIVE_HEARTBEATS * self.settings.heartbeat
-
-    def _give_up_other_session(self, peer: str, session: str, now: float) -> list[Ended]:
-        """Under the lock. A peer speaks for one session; nobody would end the one that it registered before."""
-        known = self._peers.get(peer)
-        other = None if known is None or known.session == session else self.core.sessions.get(known.session)
-        if other is None or other.peer != peer:
-            return []
-        self._links.close(other.mooncake_session_id)
-        return self._actions.perform(
-            self.core.session_lost(other.mooncake_session_id, "its peer registered another", now)
-        )
 
     # -- transfer workers ----------------------------------------------------------------------------------------
 
@@ -497,5 +373,5 @@ class EncoderEndpoint:
                 transfer_queue.put(None)
         for thread in self._threads:
             thread.join(10)
-        self._registrar.shutdown(wait=True)
+        self._registrar.close()
         self._links.close_all()
