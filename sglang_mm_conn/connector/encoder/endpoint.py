@@ -1,9 +1,14 @@
-"""The encoder's end: announces rooms, writes windows, answers language ranks.
+"""The encoder's end: announces rooms, hands embeddings to the transfer, hears language ranks and drops silent ones.
 
-Threads: ``embedding_thread`` owns the control socket; ``transfer_worker`` threads, a few per transfer queue, make the
-data calls, but for copies in memory that are short (``_should_write_inline``); one registrar attaches memory. All state
-is in the core and a few tables, under one lock that is never held during a data call, an attachment, or a socket
-operation.
+It composes the parts of an encoder: ``ActionRunner`` carries out what the core asks for, ``Registrar`` attaches the
+memory of language ranks, ``Transfer`` writes windows. They return values and never call this module.
+
+Threads: ``embedding_thread`` owns the control socket and hears frames and ticks; ``transfer_worker`` threads, a few per
+transfer queue, make data calls; one registrar attaches memory. Senders call from any thread.
+
+Locking: the parts share one lock. It guards the core, the sources, the listeners and the waiting registrations. It is
+never held during a data call, an attachment or a socket operation. The registrar adds peers to ``_peers`` under it; the
+control thread reads them and drops silent ones without it, each in a single operation.
 """
 
 from __future__ import annotations
@@ -11,27 +16,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from sglang_mm_conn.connector.encoder.actions import ActionRunner
-from sglang_mm_conn.connector.encoder.links import LinkLease, Links
+from sglang_mm_conn.connector.encoder.links import Links
 from sglang_mm_conn.connector.encoder.registration import ControlPeer, Registrar
 from sglang_mm_conn.connector.encoder.source import Source
+from sglang_mm_conn.connector.encoder.transfer import Transfer
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.actions import Action, Ended, TransferEmbeddingChunk
 from sglang_mm_conn.core.compatibility import mismatch
-from sglang_mm_conn.core.errors import (
-    ConnError,
-    DataPathError,
-    ProtocolError,
-)
-from sglang_mm_conn.core.layout import Extent, window_extents
+from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
@@ -42,35 +42,14 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
 )
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import SenderCore, SenderRoom, WindowWrite
+from sglang_mm_conn.core.sender import SenderCore
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.datapath.base import DataPath, WriteLink
+from sglang_mm_conn.datapath.base import DataPath
 
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
-
-
-@dataclass(slots=True)
-class DataCall:
-    """One window on its way: what is written, from where, and through which link."""
-
-    write: WindowWrite
-    entry: SenderRoom
-    source: Source  # kept until the write has returned, and the copies that it waits for have happened
-    lease: LinkLease | None  # of the link, which stays open until the call has returned
-    refusal: str = ""  # why there is no link
-
-    @property
-    def link(self) -> WriteLink | None:
-        return None if self.lease is None else self.lease.link
-
-    def extents(self) -> list[Extent]:
-        """Where the bytes of the window go."""
-        write, row_bytes = self.write, self.entry.row_bytes
-        first, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
-        return window_extents(write.session.geometry, write.blocks, nbytes, first)
 
 
 class EncoderEndpoint:
@@ -93,25 +72,19 @@ class EncoderEndpoint:
         self.incarnation = new_id()
         self._clock = runtime.clock
         self._device = runtime.device
-        self._inline_limit_bytes = runtime.inline_limit_bytes
-        self._uncontended_inline_limit_bytes = runtime.uncontended_inline_limit_bytes
+        self._rate_limited_log = RateLimitedLog(logger)
+        self._next_heartbeat = 0.0
         self._lock = threading.Lock()
         self.core = SenderCore(queues=settings.queues, send_timeout=send_timeout, claim_timeout=settings.claim_timeout)
         self._links = Links(data_paths)
         self._peers: dict[str, ControlPeer] = {}
         self._sources: dict[str, Source] = {}
-        self._rate_limited_log = RateLimitedLog(logger)
-        self._next_heartbeat = 0.0
         executor = runtime.executor(1, "mm-conn-registrar")
         self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._control = runtime.control_server(
-            host,
-            key=self.key,
-            max_frame_bytes=settings.max_frame_bytes,
-            on_frame=self._on_frame,
-            on_tick=self._on_tick,
-            tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
-        )
+            host, key=self.key, max_frame_bytes=settings.max_frame_bytes, on_frame=self._on_frame,
+            on_tick=self._on_tick, tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
+        )  # fmt: skip
         self._actions = ActionRunner(self._lock, self._control, self._sources, queues=settings.queues)
         self.transfer_queues = self._actions.transfer_queues
         self._registrar = Registrar(
@@ -119,12 +92,10 @@ class EncoderEndpoint:
             incarnation=self.incarnation, clock=self._clock, executor=executor, rate_limited_log=self._rate_limited_log,
             mismatch=partial(mismatch, settings=settings, dtype=dtype, widest_row_bytes=widest_row_bytes),
         )  # fmt: skip
-        # Threads start last: they use everything above.
-        self._threads = [runtime.start_thread(self.embedding_thread, "mm-conn-embedding")]
-        for index in range(settings.queues):
-            for number in range(settings.workers_per_queue):
-                worker = partial(self.transfer_worker, index)
-                self._threads.append(runtime.start_thread(worker, f"mm-conn-transfer-{index}.{number}"))
+        self.transfer = Transfer(
+            self._lock, self.core, self._actions, self._links, self._sources, self._control, runtime
+        )
+        self._threads = self._start_threads(runtime)  # last: they use everything above
         logger.info(
             "conn_multimodal encoder %s: control port %d on %s, %d transfer queues with %d workers each, data path %s",
             self.incarnation, self._control.port, host, settings.queues, settings.workers_per_queue, settings.data_path,
@@ -151,8 +122,8 @@ class EncoderEndpoint:
         way when the room ends. This side keeps it until no write reads it any more. On a GPU it may still be being
         computed, on the stream that is current in the calling thread: no write reads it before that.
 
-        Raises ConnError where its size is not what was announced. Queues a TransferEmbeddingChunk once every
-        language rank has said Init.
+        Raises ConnError where its size is not what was announced. Its windows are written once every language rank has
+        said Init; ``Transfer`` chooses the thread.
         """
         source = Source.of(embedding, self._device)
         row_bytes = embedding.shape[1] * embedding.element_size()
@@ -170,19 +141,13 @@ class EncoderEndpoint:
             actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
             if not entry.machine.final:
                 self._sources[room] = source  # before the chunk is queued, and never in place of another
-            ended, inline = self._perform(actions)
+            ended, inline = self.transfer.perform(actions, on_control_thread=False)
         self._actions.notify(ended)
-        for chunk in inline:
-            if source.rows.numel() <= self._inline_limit_bytes:
-                self._serve(chunk)
-            else:  # the caller has other things to do: it writes no window of a large embedding
-                self._control.call(partial(self._serve, chunk))
+        self.transfer.write_inline(inline)
 
     def fail(self, room: str, reason: str, code: int) -> None:
         """The encode of ``room`` failed; its language ranks are told."""
-        with self._lock:
-            ended = self._actions.perform(self.core.fail(room, reason, code, self._clock()))
-        self._actions.notify(ended)
+        self.transfer.fail(room, reason, code)
 
     def poll(self, room: str) -> Poll | None:
         """None where the room is not (any more) in the tables."""
@@ -190,11 +155,25 @@ class EncoderEndpoint:
             entry = self.core.rooms.get(room)
             return None if entry is None else entry.poll()
 
-    # -- embedding thread ----------------------------------------------------------------------------------------
+    # -- threads -------------------------------------------------------------------------------------------------
+
+    def _start_threads(self, runtime: Runtime) -> list[threading.Thread]:
+        threads = [runtime.start_thread(self.embedding_thread, "mm-conn-embedding")]
+        for index in range(self.settings.queues):
+            for number in range(self.settings.workers_per_queue):
+                worker = partial(self.transfer_worker, index)
+                threads.append(runtime.start_thread(worker, f"mm-conn-transfer-{index}.{number}"))
+        return threads
 
     def embedding_thread(self) -> None:
         """Owns the control socket until ``close``."""
         self._control.run()
+
+    def transfer_worker(self, index: int) -> None:
+        """Serves transfer queue ``index`` until ``close``."""
+        self.transfer.work(index)
+
+    # -- what the embedding thread hears -------------------------------------------------------------------------
 
     def _on_frame(self, peer: str, frame: bytes) -> None:
         now = self._clock()
@@ -205,9 +184,8 @@ class EncoderEndpoint:
                 return
             known = self._peers.get(peer)
             if known is None:
-                self._actions.send(
-                    peer, Refused(reason="this encoder does not know the session", kind="register_first")
-                )
+                reason = "this encoder does not know the session"
+                self._actions.send(peer, Refused(reason=reason, kind="register_first"))
                 return
             known.last_seen = now
             if isinstance(message, Heartbeat):
@@ -217,20 +195,14 @@ class EncoderEndpoint:
                 return
             with self._lock:
                 actions = self.core.on_message(peer, message, now)
-                ended, inline = self._perform(actions)
+                ended, inline = self.transfer.perform(actions, on_control_thread=True)
         except ProtocolError as error:
             self._rate_limited_log.log(peer, logging.WARNING, "Control message from %s refused: %s", peer, error)
             return
         if isinstance(message, Resume):
-            for action in actions:
-                if isinstance(action, TransferEmbeddingChunk):
-                    logger.info(
-                        "Resume transfer triggered: room=%s, queue_idx=%d, src_blocks=%d",
-                        action.room, action.queue_idx, len(action.embedding_indices),
-                    )  # fmt: skip
+            _log_resume(actions)
         self._actions.notify(ended)
-        for chunk in inline:
-            self._serve(chunk)
+        self.transfer.write_inline(inline)
 
     def _on_tick(self) -> None:
         now = self._clock()
@@ -265,106 +237,6 @@ class EncoderEndpoint:
         logger.warning("Language rank %s lost: %s", known.session, reason)
         self._actions.notify(ended)
 
-    # -- transfer workers ----------------------------------------------------------------------------------------
-
-    def transfer_worker(self, index: int) -> None:
-        """Serves transfer queue ``index`` until ``close``."""
-        while (chunk := self.transfer_queues[index].get()) is not None:
-            self._serve(chunk)
-
-    def _serve(self, chunk: TransferEmbeddingChunk) -> None:
-        """Writes the offered windows of a room. Its failure, of whatever kind, ends only that room."""
-        try:
-            while self._write_window(chunk.room):
-                pass
-        except Exception as error:
-            logger.exception("Writing windows of room %s failed", chunk.room)
-            self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
-
-    def _should_write_inline(self, chunk: TransferEmbeddingChunk) -> bool:
-        """Under the lock. Whether no worker need be woken, since the writes wait for nobody, being copies in memory,
-        and are short: those of a small embedding that is taken as a whole, and all of an embedding beside which no
-        other is here (the workers write several in parallel), as long as they are not large together."""
-        entry = self.core.rooms[chunk.room]
-        offers = entry.offers
-        if not all(self._links.synchronous(session, info.epoch) for session, info in offers):
-            return False
-        if len(self._sources) == 1 and entry.offered_bytes <= self._uncontended_inline_limit_bytes:
-            return True
-        whole = all(info.allocated_tokens == entry.total_tokens for _, info in offers)
-        return whole and entry.total_tokens * entry.row_bytes <= self._inline_limit_bytes
-
-    def _perform(self, actions: list[Action]) -> tuple[list[Ended], list[TransferEmbeddingChunk]]:
-        """Under the lock. Returns the ends, and the chunks that no worker need serve."""
-        ended, chunks = self._actions.perform_without_queueing(actions)
-        inline = []
-        for chunk in chunks:
-            if self._should_write_inline(chunk):
-                inline.append(chunk)
-            else:
-                self._actions.queue_chunk(chunk)
-        return ended, inline
-
-    def _write_window(self, room: str) -> bool:
-        call = self.begin_window(room)
-        if call is None:
-            return False
-        error, in_doubt = self.data_call(call)
-        self.end_window(call, error, in_doubt)
-        return True
-
-    def begin_window(self, room: str) -> DataCall | None:
-        """The next data call for ``room``, its link pinned until ``end_window``; None where there is none now."""
-        lease, refusal = None, ""
-        with self._lock:
-            write = self.core.begin_write(room)
-            if write is None:
-                return None
-            entry, source = self.core.rooms[room], self._sources[room]
-            try:
-                # Pin the link in the same critical section as begin_write. Otherwise a process that is suspended
-                # between the two could find a different link under the same name after the old one was revoked.
-                lease = self._links.lease(write.session.mooncake_session_id, write.epoch)
-            except DataPathError as failure:
-                refusal = str(failure)
-                self._actions.send(write.session.peer, Refused(reason=refusal, kind="register_first"))
-            return DataCall(write, entry, source, lease, refusal)
-
-    def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
-        """The data call has returned. ``error`` says what went wrong (empty: nothing), ``in_doubt`` whether bytes may
-        still land."""
-        if call.lease is not None:
-            call.lease.release()
-        with self._lock:
-            ended = self._actions.perform(self.core.on_written(call.write, error, in_doubt, self._clock()))
-        for action in ended:
-            if action.success:
-                logger.info(
-                    "Embedding sent: room=%s tokens=%d windows=%d path=%s ms=%.1f",
-                    action.room, call.entry.total_tokens, call.entry.windows,
-                    call.link.name if call.link is not None else "none", call.entry.elapsed * 1000,
-                )  # fmt: skip
-        self._actions.notify(ended)
-
-    def data_call(self, call: DataCall) -> tuple[str, bool]:
-        """Returns what went wrong (empty: nothing) and whether bytes may still land."""
-        link = call.link
-        if link is None:
-            return call.refusal, False
-        try:
-            call.source.ready.synchronize()
-        except Exception as failure:
-            return f"the embedding was not computed: {failure}", False
-        try:
-            link.write(call.source.rows, call.extents())
-        except DataPathError as failure:
-            return str(failure), failure.in_doubt
-        except Exception as failure:
-            # Nothing is known about what a data call did that ended in a way it should not.
-            logger.exception("Data call for room %s failed", call.write.room)
-            return f"{type(failure).__name__}: {failure}", not link.synchronous
-        return "", False
-
     def close(self) -> None:
         """Stop all threads; for tests and orderly shutdown."""
         self._control.stop()
@@ -375,3 +247,13 @@ class EncoderEndpoint:
             thread.join(10)
         self._registrar.close()
         self._links.close_all()
+
+
+def _log_resume(actions: list[Action]) -> None:
+    """A resume that was accepted has queued a chunk."""
+    for action in actions:
+        if isinstance(action, TransferEmbeddingChunk):
+            logger.info(
+                "Resume transfer triggered: room=%s, queue_idx=%d, src_blocks=%d",
+                action.room, action.queue_idx, len(action.embedding_indices),
+            )  # fmt: skip
