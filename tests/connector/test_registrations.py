@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
 import msgspec
 import pytest
 
-from sglang_mm_conn.connector.encoder import endpoint as encoder_module
+from sglang_mm_conn.connector.encoder import registration
 from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
 from sglang_mm_conn.connector.language.encoder_directory import EncoderDirectory, EncoderEvent
 from sglang_mm_conn.connector.runtime import Runtime
@@ -110,6 +110,8 @@ class Ground:
             SETTINGS, host="127.0.0.1", dtype="float32", widest_row_bytes=1, send_timeout=60.0,
             data_paths={"fake": self.path}, runtime=self.runtime,
         )  # fmt: skip
+        # Settings name one of the real data paths; here it is a fake one.
+        self.endpoint._registrar._mismatch = lambda message: ""
 
     def say(self, peer: str, message: Message) -> None:
         self.endpoint._on_frame(peer, encode(message))
@@ -125,10 +127,8 @@ class Ground:
 
 
 @pytest.fixture
-def ground(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ground]:
-    # Settings want one data path of theirs; here it is a fake one.
-    monkeypatch.setattr(encoder_module.EncoderEndpoint, "_mismatch", lambda self, message: "")
-    yield Ground()
+def ground() -> Ground:
+    return Ground()
 
 
 def test_of_a_peer_that_registers_over_and_over_only_the_newest_registration_waits(ground: Ground) -> None:
@@ -139,13 +139,13 @@ def test_of_a_peer_that_registers_over_and_over_only_the_newest_registration_wai
     ground.runtime.later.run()
     assert len(ground.heard("flood")) == len(ground.heard("healthy")) == 1
     assert ground.endpoint.core.sessions[REGISTER.mooncake_session_id].number == 999
-    assert not ground.endpoint._registering and not ground.endpoint._to_register
+    assert not ground.endpoint._registrar.registering and not ground.endpoint._registrar.waiting
     ground.register("flood", number=1000)
     assert ground.endpoint.core.sessions[REGISTER.mooncake_session_id].number == 1000
 
 
 def test_more_peers_than_may_wait_are_told_to_come_again(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "_WAITING_REGISTRATIONS", 3)
+    monkeypatch.setattr(registration, "_WAITING_REGISTRATIONS", 3)
     for number in range(5):
         ground.say(str(number), REGISTER)
     assert len(ground.runtime.later.waiting) == 3

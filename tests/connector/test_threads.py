@@ -83,14 +83,16 @@ class WatchedRuntime(Runtime):
         endpoint = (target.func if isinstance(target, partial) else target).__self__  # type: ignore[attr-defined]
         if endpoint not in self.fields:
             self.fields[endpoint] = set(vars(endpoint))
-            endpoint._lock = OwnedLock()
             self._watch(endpoint)
         return super().start_thread(target, name)
 
     def _watch(self, endpoint: Any) -> None:
-        core = endpoint.core
+        core, lock, shared = endpoint.core, OwnedLock(), endpoint._lock
+        for part in [endpoint, *vars(endpoint).values()]:
+            if getattr(part, "_lock", None) is shared:
+                part._lock = lock
         for name in [name for name in dir(type(core)) if not name.startswith("_") and callable(getattr(core, name))]:
-            setattr(core, name, partial(self._call, endpoint._lock, getattr(core, name)))
+            setattr(core, name, partial(self._call, lock, getattr(core, name)))
 
     def _call(self, lock: OwnedLock, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.calls += 1

@@ -373,7 +373,7 @@ class EncoderRole:
                 "peers": len(endpoint._peers),
                 "links": len(endpoint._links),
                 "sources": len(endpoint._sources),
-                "listeners": len(endpoint._listeners),
+                "listeners": len(endpoint._actions.listeners),
                 "tombstones": len(endpoint.core.tombstones),
                 "queued": sum(queue.qsize() for queue in endpoint.transfer_queues),
             }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_mm_conn.connector.encoder.endpoint import DataCall
+from sglang_mm_conn.connector.encoder.transfer import DataCall
 from sglang_mm_conn.core.errors import DataPathUnavailable, WriterSlotTaken
 from sglang_mm_conn.core.layout import Extent
 from sglang_mm_conn.core.messages import Register

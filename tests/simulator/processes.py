@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from sglang_mm_conn.connector.encoder.endpoint import DataCall, EncoderEndpoint
+from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
+from sglang_mm_conn.connector.encoder.transfer import DataCall
 from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent
@@ -108,15 +109,6 @@ class SimulatedRuntime(Runtime):
         return engine
 
 
-class SimulatedEncoder(EncoderEndpoint):
-    """The real one, but for the data calls that it makes itself: their pieces land in the simulated memory."""
-
-    process: EncoderProcess
-
-    def data_call(self, call: DataCall) -> tuple[str, bool]:
-        return self.process.write_inline(call)
-
-
 class EncoderProcess(Process):
     """One life of an encoder at ``url``."""
 
@@ -127,12 +119,13 @@ class EncoderProcess(Process):
         self.host = host
         self.busy: Counter[int] = Counter()  # transfer queue -> workers in a data call
         self.handing_over = False
-        self.endpoint = SimulatedEncoder(
+        self.endpoint = EncoderEndpoint(
             settings, host="127.0.0.1", dtype=DTYPE, widest_row_bytes=ROW_BYTES, send_timeout=SEND_TIMEOUT,
             data_paths={"shm": SimulatedPath("shm", self), "mooncake": SimulatedPath("mooncake", self)},
             runtime=SimulatedRuntime(world, self),
         )  # fmt: skip
-        self.endpoint.process = self
+        # The data calls that it makes itself: their pieces land in the simulated memory.
+        self.endpoint.transfer.data_call = self.write_inline  # type: ignore[method-assign]
         self.http = world.kernel.lane(self, width=100)
         world.encoders[url] = self
 
@@ -166,7 +159,7 @@ class EncoderProcess(Process):
         self._begin(chunk.room, index)
 
     def _begin(self, room: str, index: int) -> None:
-        while (call := self.endpoint.begin_window(room)) is not None:
+        while (call := self.endpoint.transfer.begin_window(room)) is not None:
             if call.link is not None:
                 self._only_one(room)
                 if index != self.world.queue_of.setdefault((self, room), index):
@@ -174,7 +167,7 @@ class EncoderProcess(Process):
                 self.world.writes.append(Write(call, self, index))
                 self.busy[index] += 1
                 return
-            self.endpoint.end_window(call, call.refusal, False)
+            self.endpoint.transfer.end_window(call, call.refusal, False)
 
     def _only_one(self, room: str) -> None:
         if any(write.room == room and write.encoder is self for write in self.world.writes):
@@ -188,7 +181,8 @@ class EncoderProcess(Process):
         self._only_one(call.write.room)
         if not call.link.synchronous:
             raise Violation(f"{call.write.room} is written inline over {call.link.name}, which may wait for others")
-        most = self.endpoint._inline_limit_bytes if self.handing_over else self.endpoint._uncontended_inline_limit_bytes
+        transfer = self.endpoint.transfer
+        most = transfer._inline_limit_bytes if self.handing_over else transfer._uncontended_inline_limit_bytes
         if call.write.tokens * call.entry.row_bytes > most:
             raise Violation(f"{call.write.room}: a window of {call.write.tokens} rows is written inline")
         write = Write(call, self, -1)
@@ -205,7 +199,7 @@ class EncoderProcess(Process):
         if in_doubt:
             self.world.late.append(write)
         self.busy[write.queue] -= 1
-        self.endpoint.end_window(write.call, error, in_doubt)
+        self.endpoint.transfer.end_window(write.call, error, in_doubt)
         self._begin(write.room, write.queue)
 
     def kill(self) -> None:

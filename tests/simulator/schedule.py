@@ -672,13 +672,13 @@ class Schedule:
             left = {
                 "rooms": len(here.core.rooms),
                 "sources": len(here._sources),
-                "listeners": len(here._listeners),
+                "listeners": len(here._actions.listeners),
                 "writes": len(here.core.write_slots.writes) + sum(encoder.busy.values()),
                 "deferred": len(here.core.write_slots.deferred),
                 "sessions too many": max(0, len(here.core.sessions) - len(ranks)),
                 "links too many": max(0, len(here._links) - len(here.core.sessions)),
                 "peers too many": max(0, len(here._peers) - len(ranks)),
-                "registrations": len(here._registering),
+                "registrations": len(here._registrar.registering),
             }
             if any(left.values()):
                 return f"{encoder.name}: " + ", ".join(f"{value} {name}" for name, value in left.items() if value)

@@ -1,7 +1,7 @@
-"""The encoder's data links: one per session and epoch, and how many writes go through each at this moment.
+"""The encoder's data links: owns one link per session and epoch, and counts the writes under way through each.
 
-A link that is given up closes when the last write through it has returned: closing it says that this process cannot
-write there any more (shared memory: it drops the lock that tells so).
+A link that is given up closes when its last write has returned, not before: a closed link means that this process can
+write there no more. Over shared memory, closing drops the writer's lock, which the language rank takes as proof.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LinkLease:
 
 
 class Links:
-    """Thread-safe; opening and closing happen outside its lock."""
+    """Thread-safe. A lock of its own guards the table; links are opened and closed without it."""
 
     def __init__(self, data_paths: Mapping[str, DataPath]) -> None:
         self._data_paths = data_paths
@@ -88,7 +88,7 @@ class Links:
             )
         link = path.open(register)
         if not same_process:
-            self.close(session)  # only now: who presents a session of another process must have memory to show
+            self.close(session)  # only now: nobody takes a session over without memory that could be opened
         with self._lock:
             if key in self._links:
                 busy = True

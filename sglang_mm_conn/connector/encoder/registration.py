@@ -1,0 +1,205 @@
+"""Registration of language ranks: owns the registrations that wait, and the thread that attaches the ranks' memory.
+
+Attaching may take long (a Mooncake engine starts, a segment is mapped), so it has a thread of its own.
+
+Locking: the endpoint's one lock guards the waiting registrations, the core and the peers. It is released while a link
+is opened. So ``_attach`` looks at the session before and after that: meanwhile the rank may have registered again on
+another connection, or have been dropped for its silence. Without the lock, the control thread reads ``registering`` and
+the peers, and drops silent peers, each in a single operation.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+from sglang_mm_conn.connector.encoder.actions import ActionRunner
+from sglang_mm_conn.connector.encoder.links import LinkBusy, Links
+from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
+from sglang_mm_conn.core.actions import Ended
+from sglang_mm_conn.core.errors import DataPathUnavailable, ProtocolError, WriterSlotTaken
+from sglang_mm_conn.core.layout import Geometry
+from sglang_mm_conn.core.messages import Refused, Register, Registered, as_text
+from sglang_mm_conn.core.sender import RegisteredSession, SenderCore
+from sglang_mm_conn.core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Peers whose registration may wait for the registrar; of each only the newest counts.
+_WAITING_REGISTRATIONS = 1024
+# A session whose process was heard within so many heartbeats is not given to another process.
+_ALIVE_HEARTBEATS = 3
+
+
+@dataclass
+class ControlPeer:
+    """A connection that has registered, and the session that it speaks for."""
+
+    last_seen: float
+    session: str
+
+
+class Registrar:
+    """Answers each Register with Registered or Refused; an overtaken one is dropped."""
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        core: SenderCore,
+        actions: ActionRunner,
+        links: Links,
+        peers: dict[str, ControlPeer],
+        settings: Settings,
+        *,
+        incarnation: str,
+        mismatch: Callable[[Register], str],
+        clock: Callable[[], float],
+        executor: Executor,
+        rate_limited_log: RateLimitedLog,
+    ) -> None:
+        """``peers``: by name; those that register are put there. ``incarnation``: of this encoder. ``mismatch``: why a
+        Register does not fit this encoder (``core.compatibility``). ``executor``: the thread that attaches memory.
+        ``rate_limited_log``: the endpoint's, so that all lines about a peer count together."""
+        self.registering: set[str] = set()  # peers that hear heartbeats while they wait
+        self.waiting: dict[str, Register] = {}  # by peer
+        self._lock = lock
+        self._core = core
+        self._actions = actions
+        self._links = links
+        self._peers = peers
+        self._settings = settings
+        self._incarnation = incarnation
+        self._mismatch = mismatch
+        self._clock = clock
+        self._executor = executor
+        self._rate_limited_log = rate_limited_log
+
+    def register_soon(self, peer: str, message: Register) -> None:
+        """Leave ``message`` to the registrar thread. However often a peer registers while it waits, it gets one job:
+        the others get their turn."""
+        with self._lock:
+            waiting = self.waiting.get(peer)
+            waits = waiting is not None
+            full = not waits and len(self.waiting) >= _WAITING_REGISTRATIONS
+            overtaken = (
+                waiting is not None and waiting.incarnation == message.incarnation and waiting.number > message.number
+            )
+            if not full and not overtaken:
+                self.waiting[peer] = message
+                self.registering.add(peer)
+        if full:
+            reason = "too many language ranks register at once"
+            self._actions.send(peer, Refused(reason=reason, kind="register_first"))
+        elif not waits:
+            self._executor.submit(self._register, peer)
+
+    def close(self) -> None:
+        """Return when no registration is under way."""
+        self._executor.shutdown(wait=True)
+
+    # -- registrar thread ----------------------------------------------------------------------------------------
+
+    def _register(self, peer: str) -> None:
+        with self._lock:
+            message = self.waiting.pop(peer)
+        try:
+            problem = self._mismatch(message)
+            if problem:
+                self._rate_limited_log.log(
+                    peer, logging.ERROR, "Language rank %s refused: %s", message.mooncake_session_id, problem
+                )
+                self._actions.send(peer, Refused(reason=problem, kind="mismatch"))
+            else:
+                self._attach(peer, message)
+        except (LinkBusy, WriterSlotTaken) as error:  # a registration that was overtaken: the next may do
+            self._actions.send(peer, Refused(reason=str(error), kind="register_first"))
+        except (DataPathUnavailable, ProtocolError) as error:
+            self._rate_limited_log.log(
+                peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error
+            )
+            self._refuse_data_path(peer, message, str(error))
+        except Exception as error:
+            logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
+            self._refuse_data_path(peer, message, f"{type(error).__name__}: {error}")
+        finally:
+            with self._lock:
+                if peer not in self.waiting:
+                    self.registering.discard(peer)
+
+    def _refuse_data_path(self, peer: str, message: Register, reason: str) -> None:
+        """Another data path may work."""
+        refused = Refused(reason=as_text(reason), kind="data_path", data_path=message.data_path)
+        self._actions.send(peer, refused)
+
+    def _attach(self, peer: str, message: Register) -> None:
+        """Raises LinkBusy, WriterSlotTaken, DataPathUnavailable."""
+        with self._lock:
+            known = self._core.sessions.get(message.mooncake_session_id)
+        if known is not None and known.incarnation == message.incarnation and known.number > message.number:
+            return  # overtaken, on a connection that is broken: whoever speaks now speaks through another
+        if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
+            raise LinkBusy(f"session {message.mooncake_session_id} is another process's, which lives")
+        same_session = self._links.open(message)
+        session = self._new_session(peer, message)
+        now = self._clock()
+        answer = Registered(
+            mooncake_session_id=message.mooncake_session_id, epoch=message.epoch, incarnation=self._incarnation
+        )
+        with self._lock:
+            ended: list[Ended] = []
+            known = self._core.sessions.get(message.mooncake_session_id)
+            if not same_session:
+                ended += self._actions.perform(
+                    self._core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
+                )
+            elif known is not None:
+                living = {epoch for epoch in known.epochs if epoch >= message.oldest_epoch}
+                session = replace(session, epochs=tuple(sorted({*living, message.epoch})))
+            if self._links.has(message.mooncake_session_id, message.epoch):
+                ended += self._give_up_other_session(peer, message.mooncake_session_id, now)
+                self._peers[peer] = ControlPeer(now, message.mooncake_session_id)
+                self._actions.send(peer, answer)  # before the announcements of the session's rooms
+                ended += self._actions.perform(self._core.register(session, now))
+            else:  # dropped for its silence on an older connection, in this very moment
+                self._actions.send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
+        if message.oldest_epoch:
+            self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
+        self._rate_limited_log.log(
+            peer, logging.INFO,
+            "Language rank %d of %d registered: session=%s epoch=%d path=%s pool=%d blocks of %d bytes",
+            message.rank, message.size, message.mooncake_session_id, message.epoch, message.data_path,
+            session.geometry.blocks, message.block_bytes,
+        )  # fmt: skip
+        self._actions.notify(ended)
+
+    def _new_session(self, peer: str, message: Register) -> RegisteredSession:
+        return RegisteredSession(
+            mooncake_session_id=message.mooncake_session_id,
+            peer=peer,
+            incarnation=message.incarnation,
+            server=message.server,
+            rank=message.rank,
+            size=message.size,
+            geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
+            epochs=(message.epoch,),
+            most_writes=max(1, self._settings.workers_per_queue // 2),
+            number=message.number,
+        )
+
+    def _is_alive(self, session: RegisteredSession) -> bool:
+        peer = self._peers.get(session.peer)
+        return peer is not None and self._clock() - peer.last_seen < _ALIVE_HEARTBEATS * self._settings.heartbeat
+
+    def _give_up_other_session(self, peer: str, session: str, now: float) -> list[Ended]:
+        """Under the lock. A peer speaks for one session; nobody would end the one that it registered before."""
+        known = self._peers.get(peer)
+        other = None if known is None or known.session == session else self._core.sessions.get(known.session)
+        if other is None or other.peer != peer:
+            return []
+        self._links.close(other.mooncake_session_id)
+        return self._actions.perform(
+            self._core.session_lost(other.mooncake_session_id, "its peer registered another", now)
+        )

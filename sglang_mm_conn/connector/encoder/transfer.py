@@ -1,0 +1,203 @@
+"""Writing windows: owns the data calls, their order within a room, and the choice of the thread that makes them.
+
+The transfer workers, a few per transfer queue, make the data calls, but for copies in memory that are short
+(``_writer``).
+
+Locking: the endpoint's one lock guards the core and the sources. It is held to begin a window and to end it, never
+during the data call between the two: a lease keeps the link open meanwhile, a DataCall its source.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+from dataclasses import dataclass
+from functools import partial
+
+from sglang_mm_conn.connector.encoder.actions import ActionRunner
+from sglang_mm_conn.connector.encoder.links import LinkLease, Links
+from sglang_mm_conn.connector.encoder.source import Source
+from sglang_mm_conn.connector.runtime import Runtime
+from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.core.actions import Action, Ended, TransferEmbeddingChunk
+from sglang_mm_conn.core.errors import DataPathError
+from sglang_mm_conn.core.layout import Extent, window_extents
+from sglang_mm_conn.core.messages import Refused
+from sglang_mm_conn.core.sender import SenderCore, SenderRoom, WindowWrite
+from sglang_mm_conn.datapath.base import WriteLink
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class DataCall:
+    """One window on its way: what is written, from where, and through which link."""
+
+    write: WindowWrite
+    entry: SenderRoom
+    source: Source  # kept until the write has returned, and the copies that it waits for have happened
+    lease: LinkLease | None  # of the link, which stays open until the call has returned
+    refusal: str = ""  # why there is no link
+
+    @property
+    def link(self) -> WriteLink | None:
+        return None if self.lease is None else self.lease.link
+
+    def extents(self) -> list[Extent]:
+        """Where the bytes of the window go."""
+        write, row_bytes = self.write, self.entry.row_bytes
+        first, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
+        return window_extents(write.session.geometry, write.blocks, nbytes, first)
+
+
+class Writer(enum.Enum):
+    """Which thread writes the offered windows of a room."""
+
+    CALLER = "caller"  # the one that heard last what the room needed
+    CONTROL_THREAD = "control thread"
+    WORKER = "worker"
+
+
+Inline = list[tuple[TransferEmbeddingChunk, Writer]]  # chunks that no worker serves
+
+
+class Transfer:
+    """Makes the data calls of all rooms. Windows of one room are written in order, each once (see ``SenderCore``)."""
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        core: SenderCore,
+        actions: ActionRunner,
+        links: Links,
+        sources: dict[str, Source],
+        control: ControlServer,
+        runtime: Runtime,
+    ) -> None:
+        """``sources``: by room."""
+        self._inline_limit_bytes = runtime.inline_limit_bytes
+        self._uncontended_inline_limit_bytes = runtime.uncontended_inline_limit_bytes
+        self._lock = lock
+        self._core = core
+        self._actions = actions
+        self._links = links
+        self._sources = sources
+        self._control = control
+        self._clock = runtime.clock
+
+    # -- who writes ----------------------------------------------------------------------------------------------
+
+    def perform(self, actions: list[Action], *, on_control_thread: bool) -> tuple[list[Ended], Inline]:
+        """Under the lock: carry ``actions`` out; a worker is woken only where it must be. When the lock is released,
+        the caller gives the first list to ``ActionRunner.notify``, the second to ``write_inline``."""
+        ended, chunks = self._actions.perform_without_queueing(actions)
+        inline: Inline = []
+        for chunk in chunks:
+            writer = self._writer(chunk, on_control_thread)
+            if writer is Writer.WORKER:
+                self._actions.queue_chunk(chunk)
+            else:
+                inline.append((chunk, writer))
+        return ended, inline
+
+    def _writer(self, chunk: TransferEmbeddingChunk, on_control_thread: bool) -> Writer:
+        """Under the lock. No worker is woken where the writes wait for nobody, being copies in memory, and are short:
+        those of a small embedding that is taken as a whole, and all of an embedding beside which no other is here (the
+        workers write several in parallel), as long as they are not large together.
+
+        The control thread makes those that it hears of. The thread that hands an embedding over has other things to do:
+        it writes a small embedding, and leaves every window of a larger one to the control thread.
+        """
+        entry = self._core.rooms[chunk.room]
+        offers = entry.offers
+        if not all(self._links.synchronous(session, info.epoch) for session, info in offers):
+            return Writer.WORKER
+        small = entry.total_tokens * entry.row_bytes <= self._inline_limit_bytes
+        whole = all(info.allocated_tokens == entry.total_tokens for _, info in offers)
+        alone = len(self._sources) == 1
+        if not (alone and entry.offered_bytes <= self._uncontended_inline_limit_bytes) and not (whole and small):
+            return Writer.WORKER
+        return Writer.CALLER if on_control_thread or small else Writer.CONTROL_THREAD
+
+    def write_inline(self, inline: Inline) -> None:
+        """Without the lock: what no worker serves."""
+        for chunk, writer in inline:
+            if writer is Writer.CALLER:
+                self._serve(chunk)
+            else:
+                self._control.call(partial(self._serve, chunk))
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def work(self, index: int) -> None:
+        """Serve transfer queue ``index`` until a None is taken from it."""
+        while (chunk := self._actions.transfer_queues[index].get()) is not None:
+            self._serve(chunk)
+
+    def _serve(self, chunk: TransferEmbeddingChunk) -> None:
+        """Write the offered windows of a room. A failure, of whatever kind, ends only that room."""
+        try:
+            while (call := self.begin_window(chunk.room)) is not None:
+                error, in_doubt = self.data_call(call)
+                self.end_window(call, error, in_doubt)
+        except Exception as error:
+            logger.exception("Writing windows of room %s failed", chunk.room)
+            self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
+
+    def begin_window(self, room: str) -> DataCall | None:
+        """The next data call for ``room``, its link pinned until ``end_window``; None where there is none now."""
+        lease, refusal = None, ""
+        with self._lock:
+            write = self._core.begin_write(room)
+            if write is None:
+                return None
+            entry, source = self._core.rooms[room], self._sources[room]
+            try:
+                # Pin the link in the same critical section as begin_write. Otherwise a process that is suspended
+                # between the two could find a different link under the same name after the old one was revoked.
+                lease = self._links.lease(write.session.mooncake_session_id, write.epoch)
+            except DataPathError as failure:
+                refusal = str(failure)
+                self._actions.send(write.session.peer, Refused(reason=refusal, kind="register_first"))
+            return DataCall(write, entry, source, lease, refusal)
+
+    def data_call(self, call: DataCall) -> tuple[str, bool]:
+        """Without the lock. Returns what went wrong (empty: nothing) and whether bytes may still land."""
+        link = call.link
+        if link is None:
+            return call.refusal, False
+        try:
+            call.source.ready.synchronize()
+        except Exception as failure:
+            return f"the embedding was not computed: {failure}", False
+        try:
+            link.write(call.source.rows, call.extents())
+        except DataPathError as failure:
+            return str(failure), failure.in_doubt
+        except Exception as failure:
+            # Nothing is known about what a data call did that ended in a way it should not.
+            logger.exception("Data call for room %s failed", call.write.room)
+            return f"{type(failure).__name__}: {failure}", not link.synchronous
+        return "", False
+
+    def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
+        """Report what ``data_call`` has returned, so that the room goes on, or ends."""
+        if call.lease is not None:
+            call.lease.release()
+        with self._lock:
+            ended = self._actions.perform(self._core.on_written(call.write, error, in_doubt, self._clock()))
+        for action in ended:
+            if action.success:
+                logger.info(
+                    "Embedding sent: room=%s tokens=%d windows=%d path=%s ms=%.1f",
+                    action.room, call.entry.total_tokens, call.entry.windows,
+                    call.link.name if call.link is not None else "none", call.entry.elapsed * 1000,
+                )  # fmt: skip
+        self._actions.notify(ended)
+
+    def fail(self, room: str, reason: str, code: int) -> None:
+        """End ``room``; its language ranks are told."""
+        with self._lock:
+            ended = self._actions.perform(self._core.fail(room, reason, code, self._clock()))
+        self._actions.notify(ended)

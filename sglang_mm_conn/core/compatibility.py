@@ -1,0 +1,51 @@
+"""Whether the memory and the settings that a language rank registers fit those of the encoder. Pure."""
+
+from __future__ import annotations
+
+from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.core.sharding import session_port
+
+
+def mismatch(register: Register, settings: Settings, *, dtype: str, widest_row_bytes: int) -> str:
+    """Why ``register`` does not fit an encoder with ``settings``, naming both values; empty where it fits.
+
+    ``dtype``, ``widest_row_bytes``: of the encoder's model.
+    """
+    for what, theirs, ours in (
+        ("block size (SGLANG_EMBEDDING_CACHE_BLOCK_SIZE)", register.block_size, settings.block_size),
+        ("dtype", register.dtype, dtype),
+        ("SGLANG_MM_CONN_CHECKSUM", register.checksum, settings.checksum),
+        ("SGLANG_MM_CONN_MAX_FRAME_BYTES", register.max_frame_bytes, settings.max_frame_bytes),
+        ("SGLANG_MM_CONN_MAX_METADATA_BYTES", register.max_metadata_bytes, settings.max_metadata_bytes),
+    ):
+        if theirs != ours:
+            return f"{what} is {theirs} on the language server and {ours} on the encoder"
+    if widest_row_bytes > register.row_bytes:
+        return (
+            f"the encoder's widest row has {widest_row_bytes} bytes, "
+            f"the language server expects at most {register.row_bytes}"
+        )
+    if settings.data_path not in ("auto", register.data_path):
+        return (
+            f"SGLANG_MM_CONN_DATA_PATH is {settings.data_path} on the encoder, "
+            f"but the language server offers {register.data_path}"
+        )
+    return _contradiction(register)
+
+
+def _contradiction(register: Register) -> str:
+    """Why ``register`` does not fit itself; empty where it does."""
+    try:
+        session_port(register.mooncake_session_id)  # the shard rule needs it
+    except ProtocolError as error:
+        return str(error)
+    if register.rank >= register.size:
+        return f"rank {register.rank} of {register.size}"
+    region_bytes = register.blocks_per_region * register.block_bytes
+    for region in register.regions:
+        if region.length != region_bytes:
+            blocks = f"{register.blocks_per_region} blocks of {register.block_bytes} bytes"
+            return f"a region is {region.length} bytes long, not {blocks}"
+    return ""
