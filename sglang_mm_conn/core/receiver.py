@@ -10,8 +10,8 @@ Who owns a block, at each moment:
   result's, and after it the request's, until nothing refers to them any more (``view_released``). Views hold
   ``view_blocks`` blocks together at most, and none are made while a room waits, so the others always go round;
 - a room that fails while it is offered: **quarantine**, until one of the proofs that no write is to come: Progress or
-  Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone (shared memory), or
-  that the epoch it was offered for was revoked (Mooncake; see connector.revocation).
+  Done of that window, Drained, Failed with ``drained``, or the proof of the data path (datapath.base): that the
+  writing process is gone, over a path with an exclusive lock, or that the epoch it was offered for was revoked.
 
 A room that waits for blocks holds none: the rows it has were copied out first. So waiting can never be circular.
 """
@@ -50,12 +50,12 @@ RoomMessage = Announce | Progress | Done | Failed | Drained
 
 @dataclass(frozen=True)
 class Peer:
-    """One encoder process as this side knows it: its incarnation, our session to it, and the engine epoch it was
-    given."""
+    """One encoder process as this side knows it: its incarnation, our session to it, and the epoch it was given."""
 
     incarnation: str
     mooncake_session_id: str
-    data_path: str
+    data_path: str  # its name, for logs
+    exclusive_lock: bool  # whether the end of the process is proved by the lock on its writer slot
     epoch: int = 0
 
 
@@ -76,7 +76,7 @@ class ReceiverRoom:
     row_bytes: int = 0
     dtype: str = ""
     window: int = -1
-    epoch: int = 0  # engine epoch that the current window was offered for
+    epoch: int = 0  # that the current window was offered for
     blocks: list[int] = field(default_factory=list)
     allocated_tokens: int = 0
     sent_tokens: int = 0
@@ -232,9 +232,9 @@ class ReceiverCore:
         return actions
 
     def writer_gone(self, incarnation: str, now: float) -> list[Action]:
-        """It is proven that the process ``incarnation`` does not exist any more (shared memory: its lock is free)."""
+        """It is proven that the process ``incarnation`` does not exist any more (its lock is free)."""
         for room, held in list(self.quarantine.items()):
-            if held.peer.incarnation == incarnation and held.peer.data_path == "shm":
+            if held.peer.incarnation == incarnation and held.peer.exclusive_lock:
                 self._release_quarantined(room)
         return self._serve_waiting(now)
 
@@ -242,9 +242,12 @@ class ReceiverCore:
         """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
         return {held.peer for held in self.quarantine.values()}
 
-    def in_doubt_since(self, data_path: str) -> float | None:
-        """When the oldest quarantine of ``data_path`` began; None where there is none."""
-        return min((held.since for held in self.quarantine.values() if held.peer.data_path == data_path), default=None)
+    def in_doubt_since(self, mooncake_session_id: str) -> float | None:
+        """When the session's oldest quarantine began; None where there is none."""
+        return min(
+            (held.since for held in self.quarantine.values() if held.peer.mooncake_session_id == mooncake_session_id),
+            default=None,
+        )
 
     def is_in_use(self, mooncake_session_id: str, epoch: int) -> bool:
         """Whether a healthy window is offered, or a peer may still be offered one, for an epoch up to ``epoch``."""

@@ -30,7 +30,7 @@ from sglang_mm_conn.core.errors import (
     ProtocolError,
     WriterSlotTaken,
 )
-from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
+from sglang_mm_conn.core.layout import Extent, window_extents
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
@@ -359,7 +359,7 @@ class EncoderEndpoint:
             server=message.server,
             rank=message.rank,
             size=message.size,
-            geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
+            geometry=message.geometry,
             epochs=(message.epoch,),
             most_writes=max(1, self.settings.workers_per_queue // 2),
             number=message.number,
@@ -433,12 +433,7 @@ class EncoderEndpoint:
             session_port(message.mooncake_session_id)  # the shard rule needs it
         except ProtocolError as error:
             return str(error)
-        if message.rank >= message.size:
-            return f"rank {message.rank} of {message.size}"
-        length = message.blocks_per_region * message.block_bytes
-        if any(region.length != length for region in message.regions):
-            return f"a region is not {message.blocks_per_region} blocks of {message.block_bytes} bytes long"
-        return ""
+        return f"rank {message.rank} of {message.size}" if message.rank >= message.size else ""
 
     # -- transfer workers ----------------------------------------------------------------------------------------
 

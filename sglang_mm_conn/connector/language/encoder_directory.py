@@ -133,9 +133,10 @@ class Encoders:
                 self._send_retire_to(process)
 
     def _send_retire_to(self, process: _Process) -> None:
-        epoch = self._sessions.retired_epoch(process.path)
+        path = self._sessions.paths[process.path]
+        epoch = path.retired_epoch
         if epoch is not None:
-            message = Retire(mooncake_session_id=self._sessions.session(process.path), epoch=epoch)
+            message = Retire(mooncake_session_id=path.session_id, epoch=epoch)
             self.control.send(process.worker.incarnation, encode(message))
 
     def _use(self, url: str) -> None:
@@ -257,10 +258,11 @@ class Encoders:
         if message.incarnation != incarnation:
             self._lose(incarnation, "another process answers on the encoder's control port")
             return
-        if message.mooncake_session_id != self._sessions.session(process.path):
+        path = self._sessions.paths[process.path]
+        if message.mooncake_session_id != path.session_id:
             raise ProtocolError(f"registered session {message.mooncake_session_id}, which is not this rank's")
-        if not self._sessions.is_newest(process.path, message.epoch):
-            # The engine was replaced when this process was not yet among those to be told.
+        if not path.is_current(message.epoch):
+            # The epoch was replaced when this process was not yet among those to be told.
             process.register_at = self._clock()
             return
         for encoder in self._encoders_of(process):
@@ -269,7 +271,7 @@ class Encoders:
             logger.info("Encoder %s: registered with process %s, path=%s", encoder.url, incarnation, process.path)
         process.ready = process.known = True
         self._send_retire_to(process)  # it may not have been among those that were told
-        self._on_ready(Peer(incarnation, message.mooncake_session_id, process.path, message.epoch))
+        self._on_ready(Peer(incarnation, message.mooncake_session_id, path.name, path.exclusive_lock, message.epoch))
 
     @staticmethod
     def _answers(process: _Process) -> bool:
