@@ -40,7 +40,7 @@ def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, fl
         ),
         0.0,
     )  # fmt: skip
-    receiver.peer_ready(Peer(_ENCODER, _SESSION, "shm"), 0.0)
+    receiver.peer_ready(Peer(_ENCODER, _SESSION, "shm", exclusive_lock=True), 0.0)
     spent = [0.0, 0.0]
 
     def room(name: str) -> None:

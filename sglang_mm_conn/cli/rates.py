@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from sglang_mm_conn.core.messages import Register
     from sglang_mm_conn.memory.device import Device
-    from sglang_mm_conn.memory.pool import BlockPool
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
     import torch
 
     from sglang_mm_conn.core.layout import Geometry, window_extents
-    from sglang_mm_conn.datapath.mooncake.writer import Staging
+    from sglang_mm_conn.core.messages import ShmMemory
+    from sglang_mm_conn.datapath.mooncake.staging import Staging
     from sglang_mm_conn.datapath.shm import ShmPath
     from sglang_mm_conn.memory.pool import BlockPool
 
@@ -128,7 +127,8 @@ def measure(device: Device, nbytes: int, block_bytes: int, repeats: int) -> list
     for memory_device in device.memory_devices:
         pool = BlockPool(geometry, shared=memory_device == "cpu", device=device, memory_device=memory_device)
         if pool.segment is not None:
-            link = ShmPath(device).open(_register(pool))
+            memory = ShmMemory(segment=pool.segment.name, nonce=pool.segment.nonce, writer_slot=0)
+            link = ShmPath(device).open(memory, geometry, incarnation="")
             write = partial(link.write, sent, extents)
             read_all = partial(pool.read, blocks, nbytes=nbytes)
             add("encoder: into the pool, shared memory", out, write, read_all)
@@ -154,18 +154,3 @@ def _seconds(copy: Callable[[], None]) -> float:
     start = time.perf_counter()
     copy()
     return time.perf_counter() - start
-
-
-def _register(pool: BlockPool) -> Register:
-    """What an encoder process on this host is told of the pool."""
-    from sglang_mm_conn.core.messages import Register
-
-    assert pool.segment is not None
-    geometry = pool.geometry
-    return Register(
-        mooncake_session_id="127.0.0.1:1", epoch=0, incarnation="", server="", rank=0, size=1, data_path="shm",
-        block_size=1, block_bytes=geometry.block_bytes, blocks_per_region=geometry.blocks_per_region,
-        regions=pool.describe(), row_bytes=geometry.block_bytes, dtype="uint8", checksum=False,
-        max_frame_bytes=1 << 20, max_metadata_bytes=1 << 20,
-        segment=pool.segment.name, nonce=pool.segment.nonce, writer_slot=0,
-    )  # fmt: skip

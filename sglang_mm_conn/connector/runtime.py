@@ -1,4 +1,4 @@
-"""What an endpoint lives on: the clock, threads, sockets, look-ups, memory, engines.
+"""What an endpoint lives on: the clock, threads, sockets, look-ups, memory, data paths.
 
 Endpoints take all of it from here, so that a simulator can put a simulated one in its place (tests/simulator) and
 drive the very same endpoints step by step.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
 
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, look_up
@@ -19,7 +18,8 @@ from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.datapath.mooncake import writer as mooncake
+from sglang_mm_conn.datapath.base import ReceivePath
+from sglang_mm_conn.datapath.factory import receive_paths
 from sglang_mm_conn.memory.copying import HOLD_GIL_BELOW, warm_up
 from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.pool import BlockPool
@@ -53,7 +53,7 @@ class Runtime:
         return time.monotonic()
 
     def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
-        """A daemon thread that extents ``target``."""
+        """A daemon thread that runs ``target``."""
         thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
         return thread
@@ -116,6 +116,6 @@ class Runtime:
         holder.bind(("", 0))
         return int(holder.getsockname()[1]), holder.close
 
-    def mooncake_engine(self, settings: Settings, host: str) -> Any:
-        """A new engine that peers reach at ``host``. Raises DataPathUnavailable."""
-        return mooncake.engine_factory(settings, host)()
+    def receive_paths(self, settings: Settings, host: str, pool: BlockPool) -> Mapping[str, ReceivePath]:
+        """The paths into ``pool``, see datapath.factory. Raises DataPathUnavailable."""
+        return receive_paths(settings, host, pool, self.reserve_port)

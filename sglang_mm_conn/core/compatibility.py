@@ -43,9 +43,4 @@ def _contradiction(register: Register) -> str:
         return str(error)
     if register.rank >= register.size:
         return f"rank {register.rank} of {register.size}"
-    region_bytes = register.blocks_per_region * register.block_bytes
-    for region in register.regions:
-        if region.length != region_bytes:
-            blocks = f"{register.blocks_per_region} blocks of {register.block_bytes} bytes"
-            return f"a region is {region.length} bytes long, not {blocks}"
     return ""

@@ -1,6 +1,9 @@
 """The control messages: tagged msgspec structs, one version byte in front, length-limited. No pickle.
 
 Names follow the seed. Times are durations in seconds: the clocks of two hosts are never compared.
+
+A Register describes memory by one of a few structs, one for each data path; ``OtherMemory`` is for paths that this
+module does not know.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.layout import Geometry
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 48)]
@@ -21,13 +25,48 @@ Blocks = Annotated[list[Block], Meta(min_length=1, max_length=1 << 20)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
+MOST_REGIONS = 64
 
 
-class Region(Struct, frozen=True, array_like=True):
-    """One registered region of a pool: its address in its owner's process, and its length in bytes."""
+class Memory(Struct, frozen=True, tag_field="kind", kw_only=True):
+    """Base of what a Register says of the memory: how an encoder's half of a data path finds it."""
 
-    address: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-    length: Positive
+    @property
+    def path(self) -> str:
+        """The name of the data path."""
+        return str(self.__struct_config__.tag)
+
+
+class ShmMemory(Memory, frozen=True, kw_only=True, tag="shm"):
+    """A shared segment: its name, proof that it is this one, and the byte that the writer locks."""
+
+    segment: Name
+    nonce: Annotated[str, Meta(max_length=64)]
+    writer_slot: Count
+
+
+class MooncakeMemory(Memory, frozen=True, kw_only=True, tag="mooncake"):
+    """Memory registered with an engine: the engine to write through (host:port), and where each region begins in the
+    language rank's process."""
+
+    target: Name
+    addresses: Annotated[
+        list[Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]], Meta(min_length=1, max_length=MOST_REGIONS)
+    ]
+
+
+class OtherMemory(Memory, frozen=True, kw_only=True, tag="other"):
+    """Memory of a path that this module does not know: its name, and bytes that only its two halves understand."""
+
+    data_path: Name
+    content: Annotated[bytes, Meta(max_length=1 << 16)]
+
+    @property
+    def path(self) -> str:
+        return self.data_path
+
+
+AnyMemory: TypeAlias = ShmMemory | MooncakeMemory | OtherMemory
 
 
 class Message(Struct, frozen=True, tag_field="t", kw_only=True):
@@ -40,32 +79,37 @@ class Message(Struct, frozen=True, tag_field="t", kw_only=True):
 class Register(Message, frozen=True, kw_only=True, tag="register"):
     """A language rank presents one session and the memory it may be written to through it.
 
-    A session keeps its id for life. Its Mooncake engine may be replaced: each engine has an epoch, and a window is
-    written only through the engine of the epoch it was offered for.
+    A session keeps its id for life. The way into its memory may be replaced (Mooncake: the engine): each way has an
+    epoch, and a window is written only by the way of the epoch it was offered for.
     """
 
     mooncake_session_id: Name
     number: Count = 0  # of this registration: one that arrives late, from a broken connection, is known by it
     epoch: Count
     oldest_epoch: Count = 0  # epochs below it were revoked (a Retire may have been lost)
-    target: Text = ""  # Mooncake: the engine to write through, host:port
     incarnation: Name  # of this rank's process
     server: Name  # incarnation of its server: the prefix of its rooms
     rank: Count
     size: Positive
-    data_path: Name
     block_size: Positive
     block_bytes: Positive
     blocks_per_region: Positive
-    regions: Annotated[list[Region], Meta(min_length=1, max_length=64)]
+    regions: Annotated[int, Meta(ge=1, le=MOST_REGIONS)]
+    memory: AnyMemory
     row_bytes: Positive  # of the model's widest row
     dtype: Name
     checksum: bool
     max_frame_bytes: Positive
     max_metadata_bytes: Positive
-    segment: Text = ""  # shared memory: name, proof that it is this one, and the byte the writer locks
-    nonce: Text = ""
-    writer_slot: Count = 0
+
+    @property
+    def data_path(self) -> str:
+        """The name of the path that the memory is reached over."""
+        return self.memory.path
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.block_bytes, self.blocks_per_region, self.regions)
 
 
 class Init(Message, frozen=True, kw_only=True, tag="init"):

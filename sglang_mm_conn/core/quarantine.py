@@ -1,7 +1,7 @@
 """Owns the quarantine: blocks of failed rooms that an encoder may still write, until a proof frees them.
 
 The proofs: Progress or Done of exactly that window, Drained, Failed with ``drained``, the end of the writing process
-(shared memory), the revocation of the epoch that the window was offered for (Mooncake).
+(over a path with an exclusive lock), the revocation of the epoch that the window was offered for.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class QuarantineTable(Mapping[str, Quarantine]):
         return True
 
     def writer_gone(self, incarnation: str) -> bool:
-        """The process does not exist any more. Over Mooncake that proves nothing: its writes may be on their way."""
-        return self._release_where(lambda peer: peer.incarnation == incarnation and peer.data_path == "shm")
+        """The process does not exist any more. That proves nothing without an exclusive lock: its writes may still land."""
+        return self._release_where(lambda peer: peer.incarnation == incarnation and peer.exclusive_lock)
 
     def epoch_revoked(self, mooncake_session_id: str, epoch: int) -> bool:
         """Nothing lands through the epochs up to ``epoch`` any more. Returns whether blocks are free again."""
@@ -104,9 +104,10 @@ class QuarantineTable(Mapping[str, Quarantine]):
         """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
         return {held.peer for held in self._held.values()}
 
-    def in_doubt_since(self, data_path: str) -> float | None:
-        """When the oldest quarantine of ``data_path`` began; None where there is none."""
-        return min((held.since for held in self._held.values() if held.peer.data_path == data_path), default=None)
+    def in_doubt_since(self, mooncake_session_id: str) -> float | None:
+        """When the session's oldest quarantine began; None where there is none."""
+        held_for_it = (held for held in self._held.values() if held.peer.mooncake_session_id == mooncake_session_id)
+        return min((held.since for held in held_for_it), default=None)
 
     def of_process(self, incarnation: str) -> list[tuple[Peer, str]]:
         """Whom to ask, and about which room, now that this process is connected again."""

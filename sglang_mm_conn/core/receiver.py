@@ -11,8 +11,9 @@ Who owns a block, at each moment:
   ``view_blocks`` blocks together at most, and none are made while a room waits, so the others always go round
   (core.views);
 - a room that fails while it is offered: **quarantine** (core.quarantine), until one of the proofs that no write is to
-  come: Progress or Done of that window, Drained, Failed with ``drained``, the proof that the writing process is gone
-  (shared memory), or that the epoch it was offered for was revoked (Mooncake; see datapath.mooncake.revocation).
+  come: Progress or Done of that window, Drained, Failed with ``drained``, or the proof of the data path
+  (datapath.base): that the writing process is gone, over a path with an exclusive lock, or that the epoch it was
+  offered for was revoked.
 
 A room that waits for blocks (core.offers) holds none: the rows it has were copied out first. So waiting can never be
 circular.
@@ -133,16 +134,16 @@ class ReceiverCore:
         return [action for entry in hopeless for action in self._fail(entry, reason, code, now)]
 
     def writer_gone(self, incarnation: str, now: float) -> list[Action]:
-        """It is proven that the process ``incarnation`` does not exist any more (shared memory: its lock is free)."""
+        """It is proven that the process ``incarnation`` does not exist any more (its lock is free)."""
         return self._serve_waiting(now) if self.quarantine.writer_gone(incarnation) else []
 
     def quarantined_peers(self) -> set[Peer]:
         """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
         return self.quarantine.peers()
 
-    def in_doubt_since(self, data_path: str) -> float | None:
-        """When the oldest quarantine of ``data_path`` began; None where there is none."""
-        return self.quarantine.in_doubt_since(data_path)
+    def in_doubt_since(self, mooncake_session_id: str) -> float | None:
+        """When the session's oldest quarantine began; None where there is none."""
+        return self.quarantine.in_doubt_since(mooncake_session_id)
 
     def is_in_use(self, mooncake_session_id: str, epoch: int) -> bool:
         """Whether a healthy window is offered, or a peer may still be offered one, for an epoch up to ``epoch``."""

@@ -19,7 +19,8 @@ class Peer:
 
     incarnation: str
     mooncake_session_id: str
-    data_path: str
+    data_path: str  # its name, for logs
+    exclusive_lock: bool  # whether the end of the process is proved by the lock on its writer slot
     epoch: int = 0
 
     def writes_through(self, mooncake_session_id: str, epoch: int) -> bool:

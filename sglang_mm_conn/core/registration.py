@@ -44,8 +44,23 @@ RETRY_SECONDS = 5.0
 FORGET_SECONDS = 600.0
 
 
+class OfferedPath(Protocol):
+    """A data path as this rank offers it; every answer is immediate."""
+
+    @property
+    def session_id(self) -> str:
+        """The id of the session over this path."""
+
+    def is_current(self, epoch: int) -> bool:
+        """Whether ``epoch`` is the one to offer now."""
+
+
 class OfferedSessions(Protocol):
     """What this rank offers; every answer is immediate."""
+
+    @property
+    def paths(self) -> Mapping[str, OfferedPath]:
+        """The data paths by name."""
 
     @property
     def first_path(self) -> str:
@@ -53,12 +68,6 @@ class OfferedSessions(Protocol):
 
     def other_path(self, refused: str) -> str | None:
         """The data path to offer after ``refused`` was refused; None where there is none."""
-
-    def session(self, path: str) -> str:
-        """The id of the session over ``path``."""
-
-    def is_newest(self, path: str, epoch: int) -> bool:
-        """Whether ``epoch`` is the one to offer over ``path`` now."""
 
 
 class Registrations:
@@ -177,10 +186,11 @@ class Registrations:
             return []
         if message.incarnation != incarnation:
             return self._lose(incarnation, "another process answers on the encoder's control port")
-        if message.mooncake_session_id != self._sessions.session(process.path):
+        path = self._sessions.paths[process.path]
+        if message.mooncake_session_id != path.session_id:
             raise ProtocolError(f"registered session {message.mooncake_session_id}, which is not this rank's")
-        if not self._sessions.is_newest(process.path, message.epoch):
-            # The engine was replaced while this process was not yet among those to be told.
+        if not path.is_current(message.epoch):
+            # The epoch was replaced while this process was not yet among those to be told.
             process.register_at = now
             return []
         actions: list[RegistrationAction] = []

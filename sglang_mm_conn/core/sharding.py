@@ -7,6 +7,11 @@ from collections.abc import Iterable
 from sglang_mm_conn.core.errors import ProtocolError
 
 
+def session_at(host: str, port: int) -> str:
+    """The session id ``host:port``; an IPv6 address is bracketed."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def session_port(mooncake_session_id: str) -> int:
     """The port of a session id ``host:port`` (the host may be an IPv6 address, bracketed or not).
 

@@ -1,37 +1,108 @@
-"""Which data paths an encoder opens links of, from the settings."""
+"""Which data paths there are, and which of them the settings allow. Nobody else knows them by name."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 from sglang_mm_conn.core.errors import DataPathUnavailable
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.datapath.base import DataPath
-from sglang_mm_conn.datapath.mooncake.writer import MooncakePath, engine_factory
-from sglang_mm_conn.datapath.shm import ShmPath
+from sglang_mm_conn.datapath.base import DataPath, ReceivePath
+from sglang_mm_conn.datapath.mooncake.engine import EngineFactory, engine_factory
+from sglang_mm_conn.datapath.mooncake.exposure import MooncakeReceivePath
+from sglang_mm_conn.datapath.mooncake.writer import MooncakePath
+from sglang_mm_conn.datapath.shm import ShmPath, ShmReceivePath
 from sglang_mm_conn.memory.device import Device
+from sglang_mm_conn.memory.pool import BlockPool
 from sglang_mm_conn.memory.segment import sweep_stale_segments
 
 logger = logging.getLogger(__name__)
 
+# A port that is this process's own, and how to give it up.
+ReservePort: TypeAlias = Callable[[], tuple[int, Callable[[], None]]]
+
+
+class Halves(NamedTuple):
+    """How the halves of one path are made; either raises DataPathUnavailable where it cannot be had here."""
+
+    words: str  # what it is called in sentences
+    encoder: Callable[[Settings, str, Device], DataPath]
+    language: Callable[[Settings, str, BlockPool, ReservePort], ReceivePath]
+
+
+def _shm(settings: Settings, host: str, pool: BlockPool, reserve_port: ReservePort) -> ReceivePath:
+    if pool.segment is None:
+        raise DataPathUnavailable("the pool is not in shared memory")
+    return ShmReceivePath(pool.segment, host, reserve_port)
+
+
+def _engines(settings: Settings, host: str) -> EngineFactory:
+    return engine_factory(
+        host,
+        protocol=settings.mooncake_protocol,
+        device=settings.mooncake_device,
+        memory_device=settings.pool_device,
+    )
+
+
+def _mooncake_encoder(settings: Settings, host: str, device: Device) -> DataPath:
+    return MooncakePath(
+        _engines(settings, host), settings.staging_bytes, settings.all_workers, device, settings.pool_device
+    )
+
+
+def _mooncake(settings: Settings, host: str, pool: BlockPool, reserve_port: ReservePort) -> ReceivePath:
+    # Not even imported before an engine is needed.
+    return MooncakeReceivePath(lambda: _engines(settings, host)(), host, pool.regions)
+
+
+# Every data path by its name, in the order in which a language rank tries them.
+PATHS: dict[str, Halves] = {
+    "shm": Halves("shared memory", lambda settings, host, device: ShmPath(device), _shm),
+    "mooncake": Halves("Mooncake", _mooncake_encoder, _mooncake),
+}
+
+
+def _allowed(settings: Settings) -> dict[str, Halves]:
+    """The paths that ``settings`` allow. Raises DataPathUnavailable where they force one that there is not."""
+    if settings.data_path == "auto":
+        return PATHS
+    if settings.data_path not in PATHS:
+        raise DataPathUnavailable(f"there is no data path {settings.data_path!r} (there are {', '.join(PATHS)})")
+    return {settings.data_path: PATHS[settings.data_path]}
+
 
 def encoder_data_paths(settings: Settings, host: str, device: Device | None = None) -> dict[str, DataPath]:
     """The paths that ``settings`` allow, from what ``device`` computes. Raises MemoryUnavailable where that has no
-    memory of the kind asked for, DataPathUnavailable where Mooncake is forced and not installed."""
+    memory of the kind asked for, DataPathUnavailable where a path is forced that cannot be had."""
     device = device or Device()
     device.require(settings)
     sweep_stale_segments()
     paths: dict[str, DataPath] = {}
-    if settings.data_path in ("auto", "shm"):
-        paths["shm"] = ShmPath(device)
-    if settings.data_path in ("auto", "mooncake"):
+    missing: list[DataPathUnavailable] = []
+    for name, halves in _allowed(settings).items():
         try:
-            make_engine = engine_factory(settings, host)
-            paths["mooncake"] = MooncakePath(
-                make_engine, settings.staging_bytes, settings.all_workers, device, settings.pool_device
-            )
+            paths[name] = halves.encoder(settings, host, device)
         except DataPathUnavailable as error:
-            if settings.data_path == "mooncake":
-                raise
-            logger.warning("Only shared memory is available: %s", error)
+            missing.append(error)
+    if not paths:
+        raise missing[0]
+    for why in missing:
+        logger.warning("Only %s is available: %s", " and ".join(PATHS[name].words for name in paths), why)
+    return paths
+
+
+def receive_paths(settings: Settings, host: str, pool: BlockPool, reserve_port: ReservePort) -> dict[str, ReceivePath]:
+    """The paths into ``pool`` that ``settings`` allow, the one to try first in front. ``host``: where peers on other
+    hosts reach this process. Raises DataPathUnavailable where there is none."""
+    paths: dict[str, ReceivePath] = {}
+    missing: list[DataPathUnavailable] = []
+    for name, halves in _allowed(settings).items():
+        try:
+            paths[name] = halves.language(settings, host, pool, reserve_port)
+        except DataPathUnavailable as error:  # in order where another is left: a pool is in one kind of memory
+            missing.append(error)
+    if not paths:
+        raise missing[0]
     return paths

@@ -1,16 +1,21 @@
-"""Shared memory: the encoder copies rows straight from its tensor (host or GPU) into the language server's blocks."""
+"""Shared memory: the encoder copies rows straight from its tensor (host or GPU) into the language server's blocks.
+
+Its proof (P2) is the lock on the writer slot: see memory.segment. There is one epoch for life.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from sglang_mm_conn.core.errors import DataPathUnavailable
-from sglang_mm_conn.core.layout import Extent
-from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.core.layout import Extent, Geometry
+from sglang_mm_conn.core.messages import Memory, ShmMemory
+from sglang_mm_conn.core.sharding import session_at
+from sglang_mm_conn.datapath.base import Description, Doubts, Revoking
 from sglang_mm_conn.memory.device import Device
-from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment
+from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
 
 class ShmLink:
@@ -18,12 +23,12 @@ class ShmLink:
 
     name = "shm"
 
-    def __init__(self, register: Register, device: Device) -> None:
+    def __init__(self, memory: ShmMemory, geometry: Geometry, device: Device) -> None:
         self.synchronous = device.synchronous
         self._device = device
-        self._region_bytes = register.blocks_per_region * register.block_bytes
-        payload = self._region_bytes * len(register.regions)
-        self._segment = AttachedSegment(register.segment, register.nonce, payload, register.writer_slot)
+        self._region_bytes = geometry.region_bytes
+        payload = geometry.region_bytes * geometry.regions
+        self._segment = AttachedSegment(memory.segment, memory.nonce, payload, memory.writer_slot)
         try:
             self._pool = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
             self._unpin = device.pin(self._pool)
@@ -44,17 +49,50 @@ class ShmLink:
 
 
 class ShmPath:
-    """Opens ShmLinks."""
+    """The encoder's half: opens ShmLinks."""
 
     name = "shm"
 
     def __init__(self, device: Device | None = None) -> None:
         self._device = device or Device()
 
-    def open(self, register: Register) -> ShmLink:
-        if not register.segment:
+    def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> ShmLink:
+        if not isinstance(memory, ShmMemory):
             raise DataPathUnavailable("the language server offers no shared memory")
-        return ShmLink(register, self._device)
+        return ShmLink(memory, geometry, self._device)
 
     def close(self) -> None:
         """Nothing is held besides the links."""
+
+
+class ShmReceivePath:
+    """The language rank's half: shows its segment, and takes the locks of writers that are gone."""
+
+    name = "shm"
+    exclusive_lock = True
+    retired_epoch = None
+
+    def __init__(self, segment: Segment, host: str, reserve_port: Callable[[], tuple[int, Callable[[], None]]]) -> None:
+        """``segment``: stays the pool's. ``reserve_port``: nobody listens on that port, it makes the session id."""
+        self._segment = segment
+        port, self._release_port = reserve_port()
+        self.session_id = session_at(host, port)
+
+    def start(self) -> None:
+        """The segment is there."""
+
+    def describe(self, slot: int) -> Description:
+        segment = self._segment
+        return Description(ShmMemory(segment=segment.name, nonce=segment.nonce, writer_slot=slot))
+
+    def is_current(self, epoch: int) -> bool:
+        return epoch == 0
+
+    def prove_writer_gone(self, slot: int) -> bool:
+        return self._segment.retire_writer(slot)
+
+    def revocation(self, doubts: Doubts) -> Revoking | None:
+        return None
+
+    def close(self) -> None:
+        self._release_port()

@@ -10,7 +10,6 @@ import torch
 
 from sglang_mm_conn.core.errors import MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_extents
-from sglang_mm_conn.core.messages import Region
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.buffer_cache import lease
 from sglang_mm_conn.memory.device import Device
@@ -68,10 +67,6 @@ class BlockPool:
             geometry.blocks, geometry.block_bytes, geometry.regions, payload / 2**20,
             "shared" if shared else "private" if memory_device == "cpu" else self._device.name,
         )  # fmt: skip
-
-    def describe(self) -> list[Region]:
-        """The regions as they are presented to an encoder."""
-        return [Region(address=region.data_ptr(), length=region.numel()) for region in self.regions]
 
     def read(self, blocks: Sequence[int], target: torch.Tensor, nbytes: int, first_byte: int = 0) -> None:
         """Copy a window of ``nbytes`` in ``blocks`` to ``target`` (uint8, one dimension), from ``first_byte`` there.

@@ -18,7 +18,7 @@ from sglang_mm_conn.core.errors import MemoryUnavailable
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll, ReceiverState
 from sglang_mm_conn.datapath.factory import encoder_data_paths
-from sglang_mm_conn.datapath.mooncake import writer as mooncake
+from sglang_mm_conn.datapath.mooncake import engine as mooncake
 from sglang_mm_conn.memory.device import Device
 from sglang_mm_conn.memory.results import SharedResult
 from tests.connector.endpoints import BLOCKS, HOST, ROW_BYTES, TOKENS, TRANSPORTS, Ends

@@ -10,21 +10,22 @@ import torch
 
 from sglang_mm_conn.connector.encoder.links import LinkBusy, Links
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable
-from sglang_mm_conn.core.layout import Extent
-from sglang_mm_conn.core.messages import Region, Register
+from sglang_mm_conn.core.layout import Extent, Geometry
+from sglang_mm_conn.core.messages import Memory, OtherMemory, Register
 from sglang_mm_conn.datapath.base import WriteLink
 
 SESSION = "10.0.0.1:17001"
 REGISTER = Register(
-    mooncake_session_id=SESSION, epoch=0, incarnation="1", server="2", rank=0, size=1, data_path="fake", block_size=1,
-    block_bytes=64, blocks_per_region=4, regions=[Region(4096, 256)], row_bytes=1, dtype="float32", checksum=False,
-    max_frame_bytes=1 << 20, max_metadata_bytes=1 << 20,
+    mooncake_session_id=SESSION, epoch=0, incarnation="1", server="2", rank=0, size=1, block_size=1,
+    block_bytes=64, blocks_per_region=4, regions=1, row_bytes=1, dtype="float32", checksum=False,
+    max_frame_bytes=1 << 20, max_metadata_bytes=1 << 20, memory=OtherMemory(data_path="fake", content=b"0"),
 )  # fmt: skip
 
 
 @dataclass
 class FakeLink:
-    register: Register
+    memory: Memory
+    incarnation: str
     name: str = "fake"
     synchronous: bool = True
     closed: bool = False
@@ -44,14 +45,12 @@ class FakePath:
     links: list[FakeLink] = field(default_factory=list)
     refusal: DataPathUnavailable | None = None
 
-    def open(self, register: Register) -> FakeLink:
+    def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> FakeLink:
         if self.refusal is not None:
             raise self.refusal
         for link in self.links:
-            assert link.closed or link.register.incarnation != register.incarnation or (
-                link.register.epoch != register.epoch
-            ), "attached twice"  # fmt: skip
-        self.links.append(FakeLink(register))
+            assert link.closed or (link.memory, link.incarnation) != (memory, incarnation), "attached twice"
+        self.links.append(FakeLink(memory, incarnation))
         return self.links[-1]
 
     def close(self) -> None:
@@ -77,8 +76,10 @@ def using(links: Links, epoch: int) -> Iterator[WriteLink]:
         lease.release()
 
 
-def changed(**change: object) -> Register:
-    return msgspec.structs.replace(REGISTER, **change)
+def changed(*, epoch: int = 0, **change: object) -> Register:
+    """Each epoch has another way into the memory."""
+    memory = OtherMemory(data_path="fake", content=b"%d" % epoch)
+    return msgspec.structs.replace(REGISTER, **{"epoch": epoch, "memory": memory, **change})
 
 
 def test_a_link_that_is_given_up_in_mid_write_closes_when_the_write_has_returned(links: Links, path: FakePath) -> None:
@@ -132,7 +133,7 @@ def test_a_restarted_process_replaces_the_links_of_its_predecessor(links: Links,
 
 def test_other_memory_of_the_same_process_replaces_the_link(links: Links, path: FakePath) -> None:
     links.open(REGISTER)
-    assert links.open(changed(nonce="another")) is False
+    assert links.open(changed(memory=OtherMemory(data_path="fake", content=b"another"))) is False
     assert [link.closed for link in path.links] == [True, False]
     links.close_all()
     assert path.links[1].closed and len(links) == 0

@@ -24,6 +24,7 @@ from sglang_mm_conn.core.messages import (
     Register,
     Registered,
     Retire,
+    ShmMemory,
     decode_from_encoder,
     decode_from_language,
     encode,
@@ -190,27 +191,29 @@ def test_a_writer_slot_that_is_taken_is_asked_for_again_and_the_path_is_not_give
 # -- the language rank's end -------------------------------------------------------------------------------------------
 
 
+class FakeReceivePath:
+    name = "shm"
+    exclusive_lock = True
+    session_id = REGISTER.mooncake_session_id
+    retired_epoch: int | None = None
+
+    def is_current(self, epoch: int) -> bool:
+        return epoch == 0
+
+
 class FakeSessions:
     first_path = "shm"
 
     def __init__(self) -> None:
         self.locked: set[int] = set()  # by writers
-        self.retired: int | None = None
+        self.paths = {"shm": FakeReceivePath()}
 
     def retire_writer(self, slot: int) -> bool:
         return slot not in self.locked
 
     def register_message(self, path: str, slot: int, number: int) -> Register:
-        return msgspec.structs.replace(REGISTER, number=number, writer_slot=slot)
-
-    def is_newest(self, path: str, epoch: int) -> bool:
-        return epoch == 0
-
-    def retired_epoch(self, path: str) -> int | None:
-        return self.retired
-
-    def session(self, path: str) -> str:
-        return REGISTER.mooncake_session_id
+        memory = ShmMemory(segment="name", nonce="nonce", writer_slot=slot)
+        return msgspec.structs.replace(REGISTER, number=number, memory=memory)
 
     def other_path(self, refused: str) -> str | None:
         return None
@@ -243,7 +246,8 @@ class Rank:
     def slots(self) -> list[int]:
         """Of all registrations."""
         messages = [decode_from_language(frame, 1 << 20) for _, frame in self.runtime.control.sent]
-        return [message.writer_slot for message in messages if isinstance(message, Register)]
+        memories = [message.memory for message in messages if isinstance(message, Register)]
+        return [memory.writer_slot for memory in memories if isinstance(memory, ShmMemory)]
 
 
 GRANT = Registered(mooncake_session_id=REGISTER.mooncake_session_id, epoch=0, incarnation="encoder")
@@ -289,7 +293,7 @@ def test_grants_of_an_epoch_that_is_not_the_newest_are_answered_at_the_next_tick
 def test_a_process_that_was_registering_while_an_epoch_was_revoked_is_told_when_it_is_ready() -> None:
     """Those that were ready are told at that moment; this one would keep its old link for ever."""
     rank = Rank()
-    rank.sessions.retired = 3
+    rank.sessions.paths["shm"].retired_epoch = 3
     rank.encoders.on_registered("encoder", GRANT)
     frames = [frame for _, frame in rank.runtime.control.sent]
     told = [message for frame in frames if isinstance(message := decode_from_language(frame, 1 << 20), Retire)]

@@ -22,8 +22,8 @@ from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import encode_metadata
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
-from sglang_mm_conn.core.layout import Extent
-from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.core.layout import Extent, Geometry
+from sglang_mm_conn.core.messages import Memory
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
@@ -211,8 +211,8 @@ class NotedPath:
         self._path = path
         self._synchronous = synchronous
 
-    def open(self, register: Register) -> WriteLink:
-        link = self._path.open(register)
+    def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> WriteLink:
+        link = self._path.open(memory, geometry, incarnation)
         link.synchronous = self._synchronous
         write = link.write
 

@@ -37,8 +37,8 @@ from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import ConnError, DataPathError, DataPathUnavailable
-from sglang_mm_conn.core.layout import Extent
-from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.core.layout import Extent, Geometry
+from sglang_mm_conn.core.messages import Memory
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath, WriteLink
@@ -101,7 +101,7 @@ class Gates:
         with self._lock:
             return self._gates[room, window]
 
-    def _enter(self, source: torch.Tensor, runs: Sequence[Extent], register: Register) -> Gate | None:
+    def _enter(self, source: torch.Tensor, runs: Sequence[Extent], path: str, rank: int) -> Gate | None:
         at = source.data_ptr()
         with self._lock:
             rooms = [
@@ -112,23 +112,23 @@ class Gates:
             if not rooms:
                 return None
             room = rooms[0]
-            window = self._windows[room, register.rank]
-            self._windows[room, register.rank] += 1
+            window = self._windows[room, rank]
+            self._windows[room, rank] += 1
             self.calls.append(
                 {
                     "room": room,
                     "window": window,
-                    "rank": register.rank,
+                    "rank": rank,
                     "bytes": sum(run.length for run in runs),
                     "thread": threading.current_thread().name,
-                    "path": register.data_path,
+                    "path": path,
                 }
             )
             gate = self._gates.get((room, window))
-            return gate if gate is not None and gate.rank in (None, register.rank) else None
+            return gate if gate is not None and gate.rank in (None, rank) else None
 
-    def write(self, link: WriteLink, register: Register, source: torch.Tensor, runs: Sequence[Extent]) -> None:
-        gate = self._enter(source, runs, register)
+    def write(self, link: WriteLink, rank: int, source: torch.Tensor, runs: Sequence[Extent]) -> None:
+        gate = self._enter(source, runs, link.name, rank)
         if gate is None:
             link.write(source, runs)
             return
@@ -165,15 +165,16 @@ def cut(runs: Sequence[Extent]) -> tuple[list[Extent], list[Extent]]:
 class GatedLink:
     """A link whose writes pass the gates."""
 
-    def __init__(self, link: WriteLink, gates: Gates, register: Register) -> None:
+    def __init__(self, link: WriteLink, gates: Gates, rank: Callable[[], int]) -> None:
+        """``rank``: which one it leads to; asked at each write."""
         self.name = link.name
         self.synchronous = link.synchronous
         self._link = link
         self._gates = gates
-        self._register = register
+        self._rank = rank
 
     def write(self, source: torch.Tensor, runs: Sequence[Extent]) -> None:
-        self._gates.write(self._link, self._register, source, runs)
+        self._gates.write(self._link, self._rank(), source, runs)
 
     def close(self) -> None:
         self._link.close()
@@ -182,21 +183,25 @@ class GatedLink:
 class GatedPath:
     """A data path whose links pass the gates; ``refusal`` makes it impossible, ``tamper`` presents another segment."""
 
-    def __init__(self, path: DataPath, gates: Gates, refusal: str = "", tamper: bool = False) -> None:
+    def __init__(
+        self, path: DataPath, gates: Gates, rank_of: Callable[[str], int], refusal: str = "", tamper: bool = False
+    ) -> None:
+        """``rank_of``: by the incarnation of a language rank's process."""
         self.name = path.name
+        self._rank_of = rank_of
         self._path = path
         self._gates = gates
         self._refusal = refusal
         self._tamper = tamper
 
-    def open(self, register: Register) -> GatedLink:
+    def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> GatedLink:
         if self._refusal:
             raise DataPathUnavailable(self._refusal)
         if self._tamper:
-            fields = {name: getattr(register, name) for name in register.__struct_fields__}
-            fields["nonce"] = "0" * 32
-            return GatedLink(self._path.open(Register(**fields)), self._gates, register)
-        return GatedLink(self._path.open(register), self._gates, register)
+            memory = msgspec.structs.replace(memory, nonce="0" * 32)
+        return GatedLink(
+            self._path.open(memory, geometry, incarnation), self._gates, partial(self._rank_of, incarnation)
+        )
 
     def close(self) -> None:
         self._path.close()
@@ -257,7 +262,7 @@ class EncoderRole:
         settings = Settings(**config["settings"])
         refusals, tamper = config["refusals"], config["tamper"]
         paths: dict[str, DataPath] = {
-            name: GatedPath(path, self._gates, refusals.get(name, ""), name in tamper)
+            name: GatedPath(path, self._gates, self._rank_of, refusals.get(name, ""), name in tamper)
             for name, path in encoder_data_paths(settings, config["host"]).items()
         }
         return EncoderEndpoint(
@@ -269,6 +274,10 @@ class EncoderRole:
             data_paths=paths,
             runtime=Runtime() if config["inline"] else WorkersMove(),
         )
+
+    def _rank_of(self, incarnation: str) -> int:
+        sessions = list(self._endpoint.core.sessions.values())
+        return next((session.rank for session in sessions if session.incarnation == incarnation), -1)
 
     def restart(self) -> dict[str, Any]:
         """Another incarnation behind the same HTTP port, which answers all the time: a restart that nobody sees."""

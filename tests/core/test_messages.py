@@ -21,13 +21,15 @@ from sglang_mm_conn.core.messages import (
     Heartbeat,
     Init,
     Message,
+    MooncakeMemory,
+    OtherMemory,
     Progress,
     Refused,
-    Region,
     Register,
     Registered,
     Resume,
     Retire,
+    ShmMemory,
     decode_from_encoder,
     decode_from_language,
     encode,
@@ -46,17 +48,18 @@ REGISTER = Register(
     server="2",
     rank=0,
     size=2,
-    data_path="shm",
     block_size=128,
     block_bytes=512,
     blocks_per_region=4,
-    regions=[Region(1 << 40, 2048), Region(0, 2048)],
+    regions=2,
+    memory=ShmMemory(segment="name", nonce="nonce", writer_slot=3),
     row_bytes=4,
     dtype="bfloat16",
-    segment="name",
-    nonce="nonce",
-    writer_slot=3,
 )
+OVER_MOONCAKE = msgspec.structs.replace(
+    REGISTER, memory=MooncakeMemory(target="10.0.0.1:17001", addresses=[1 << 40, (1 << 63) - 1]), epoch=7
+)
+OVER_ANOTHER_PATH = msgspec.structs.replace(REGISTER, memory=OtherMemory(data_path="cxl", content=b"\x00\xff"))
 INIT = Init(
     epoch=0,
     room=ROOM,
@@ -78,6 +81,8 @@ RESUME = Resume(
 )
 FROM_LANGUAGE: list[Message] = [
     REGISTER,
+    OVER_MOONCAKE,
+    OVER_ANOTHER_PATH,
     INIT,
     RESUME,
     Abort(room=ROOM, mooncake_session_id=SESSION, reason="client gone"),
@@ -233,6 +238,40 @@ def test_a_value_outside_its_range_is_refused(change: dict[str, object]) -> None
     frame = bytes([PROTOCOL_VERSION]) + msgspec.msgpack.encode({**fields, **change})
     with pytest.raises(ProtocolError):
         decode_from_language(frame, LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("message", "path"), [(REGISTER, "shm"), (OVER_MOONCAKE, "mooncake"), (OVER_ANOTHER_PATH, "cxl")]
+)
+def test_the_memory_says_over_which_path_it_is_reached(message: Register, path: str) -> None:
+    arrived = decode_from_language(encode(message), LIMIT)
+    assert isinstance(arrived, Register) and arrived.data_path == path
+    assert type(arrived.memory) is type(message.memory)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"kind": "cxl"},
+        {"kind": "shm", "segment": "name", "nonce": "nonce"},
+        {"kind": "shm", "segment": "", "nonce": "nonce", "writer_slot": 3},
+        {"kind": "shm", "segment": "name", "nonce": "n" * 65, "writer_slot": 3},
+        {"kind": "shm", "segment": "name", "nonce": "nonce", "writer_slot": -1},
+        {"kind": "mooncake", "target": "", "addresses": [1]},
+        {"kind": "mooncake", "target": "10.0.0.1:1", "addresses": []},
+        {"kind": "mooncake", "target": "10.0.0.1:1", "addresses": [0]},
+        {"kind": "mooncake", "target": "10.0.0.1:1", "addresses": [1 << 63]},
+        {"kind": "mooncake", "target": "10.0.0.1:1", "addresses": [1] * 65},
+        {"kind": "other", "data_path": "", "content": b""},
+        {"kind": "other", "data_path": "cxl", "content": bytes((1 << 16) + 1)},
+        {"kind": "other", "data_path": "cxl", "content": "text"},
+    ],
+)
+def test_memory_that_is_none_or_outside_its_ranges_is_refused(memory: dict[str, object]) -> None:
+    fields = {"t": "register", **msgspec.structs.asdict(REGISTER), "memory": memory}
+    with pytest.raises(ProtocolError):
+        decode_from_language(bytes([PROTOCOL_VERSION]) + msgspec.msgpack.encode(fields), 1 << 20)
 
 
 @pytest.mark.parametrize("window", [0, -1])

@@ -278,7 +278,7 @@ def test_an_encoder_that_announces_nonsense_leaves_room_for_the_announcements_of
     monkeypatch.setattr(unclaimed, "UNCLAIMED_LIMIT", 3)
     core = Wire().rank.core
     for incarnation in ("mad", "sane"):
-        core.peer_ready(Peer(incarnation, "127.0.0.1:1", "shm"), 0.0)
+        core.peer_ready(Peer(incarnation, "127.0.0.1:1", "shm", exclusive_lock=True), 0.0)
 
     def announce(incarnation: str) -> list[Action]:
         room = new_room_base("0" * 16)
@@ -446,7 +446,7 @@ def test_drained_without_being_asked_fails_the_room() -> None:
 
 
 def second_process(wire: Wire) -> Peer:
-    peer = Peer("e1" * 8, wire.rank.session_id, "shm")
+    peer = Peer("e1" * 8, wire.rank.session_id, "shm", exclusive_lock=True)
     wire.perform_rank(wire.rank, wire.rank.core.peer_ready(peer, wire.now))
     return peer
 
@@ -537,7 +537,7 @@ def test_a_proof_of_another_process_is_none(name: str) -> None:
 def test_what_a_process_says_about_another_session_is_no_proof(name: str) -> None:
     # The encoder knows nothing of the room on the new session, and says so, while it still writes through the old.
     wire, room = at_offered()
-    peer = Peer(wire.incarnation, "10.0.0.1:17999", "mooncake")
+    peer = Peer(wire.incarnation, "10.0.0.1:17999", "mooncake", exclusive_lock=False)
     wire.perform_rank(wire.rank, wire.rank.core.peer_ready(peer, wire.now))
     assert "session" in wire.rank.ended[room].reason
     wire.inject_to_rank(PROOFS[name](room))
@@ -962,13 +962,13 @@ def _in_doubt_on_mooncake() -> tuple[Wire, str]:
 def test_blocks_in_doubt_are_free_when_their_epoch_is_revoked_and_not_before() -> None:
     wire, _ = _in_doubt_on_mooncake()
     core, session = wire.rank.core, wire.rank.session_id
-    assert core.in_doubt_since("mooncake") == wire.now and core.in_doubt_since("shm") is None
-    core.writer_gone(wire.incarnation, wire.now)  # a proof for shared memory only
+    assert core.in_doubt_since(wire.rank.session_id) == wire.now and core.in_doubt_since("10.9.9.9:1") is None
+    core.writer_gone(wire.incarnation, wire.now)  # a proof for paths with a lock only
     core.epoch_revoked("10.9.9.9:9", 0, wire.now)  # another session
     core.epoch_revoked(session, -1, wire.now)  # an earlier epoch
     assert core.allocator.quarantined_count == 8
     core.epoch_revoked(session, 0, wire.now)
-    assert core.allocator.quarantined_count == 0 and core.in_doubt_since("mooncake") is None
+    assert core.allocator.quarantined_count == 0 and core.in_doubt_since(wire.rank.session_id) is None
     core.check_integrity()
 
 
@@ -978,7 +978,7 @@ def test_an_epoch_is_in_use_as_long_as_a_peer_may_be_offered_it_or_a_healthy_win
     wire.deliver()
     core, session = wire.rank.core, wire.rank.session_id
     assert core.is_in_use(session, 0)
-    core.peer_ready(Peer(wire.incarnation, session, "mooncake", epoch=1), wire.now)
+    core.peer_ready(Peer(wire.incarnation, session, "mooncake", exclusive_lock=False, epoch=1), wire.now)
     assert core.is_in_use(session, 0), "window 0 of the room was offered for epoch 0"
     core.on_message(wire.incarnation, Progress(room=room, window=0, sent_tokens=1024), wire.now)
     assert not core.is_in_use(session, 0)

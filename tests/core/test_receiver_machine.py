@@ -492,7 +492,8 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.cut(encoder)
         encoder.connected = True
         epoch = self.epoch if encoder.path == "mooncake" else 0
-        self.perform(self.core.peer_ready(Peer(encoder.incarnation, encoder.session, encoder.path, epoch), self.now))
+        peer = Peer(encoder.incarnation, encoder.session, encoder.path, encoder.path == "shm", epoch)
+        self.perform(self.core.peer_ready(peer, self.now))
         for room, served in encoder.rooms.items():
             if served.ended:
                 self.say_failed(encoder, room, drained=not served.in_doubt)

@@ -33,20 +33,27 @@ SESSION = "10.0.0.1:5"
 PEER_TIMEOUT, HEARTBEAT = 10.0, 1.0
 
 
+class Path:
+    session_id = SESSION
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def is_current(self, epoch: int) -> bool:
+        return epoch == self._sessions.epoch
+
+
 class Sessions:
     """Offers shm first and mooncake next, both as one session."""
 
     first_path = "shm"
     epoch = 0
 
+    def __init__(self) -> None:
+        self.paths = {"shm": Path(self), "mooncake": Path(self)}
+
     def other_path(self, refused: str) -> str | None:
         return "mooncake" if refused == "shm" else None
-
-    def session(self, path: str) -> str:
-        return SESSION
-
-    def is_newest(self, path: str, epoch: int) -> bool:
-        return epoch == self.epoch
 
 
 def made() -> tuple[Registrations, Sessions]:

@@ -14,18 +14,16 @@ import torch
 
 from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, MemoryUnavailable
 from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
-from sglang_mm_conn.core.messages import Region, Register
-from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.datapath.mooncake import writer as mooncake
+from sglang_mm_conn.core.messages import MooncakeMemory, ShmMemory
+from sglang_mm_conn.datapath.mooncake import engine as engines
+from sglang_mm_conn.datapath.mooncake.semaphore import FairSemaphore
+from sglang_mm_conn.datapath.mooncake.staging import Staging
 from sglang_mm_conn.datapath.mooncake.writer import (
     BATCHES,
     MAX_PIECES,
     PIECE_BYTES,
-    FairSemaphore,
     MooncakeLink,
     MooncakePath,
-    Staging,
-    engine_factory,
 )
 from sglang_mm_conn.memory.device import Device, Piece
 from tests.memory.asynchronous import AsynchronousDevice, CarelessDevice
@@ -113,29 +111,12 @@ class Bed:
         self.engines[-1].codes = list(self.codes)
         return self.engines[-1]
 
-    def register(self, incarnation: str = "1", session: str = SESSION) -> Register:
-        return Register(
-            mooncake_session_id=session,
-            epoch=0,
-            target=session,
-            incarnation=incarnation,
-            server="2",
-            rank=0,
-            size=1,
-            data_path="mooncake",
-            block_size=1,
-            block_bytes=self.geometry.block_bytes,
-            blocks_per_region=self.geometry.blocks_per_region,
-            regions=[Region(region.data_ptr(), region.numel()) for region in self.regions],
-            row_bytes=1,
-            dtype="float32",
-            checksum=False,
-            max_frame_bytes=1 << 20,
-            max_metadata_bytes=1 << 20,
-        )
+    def open(self, incarnation: str = "1", session: str = SESSION) -> MooncakeLink:
+        memory = MooncakeMemory(target=session, addresses=[region.data_ptr() for region in self.regions])
+        return self.path.open(memory, self.geometry, incarnation)
 
     def link(self) -> tuple[MooncakeLink, FakeEngine, Staging]:
-        link = self.path.open(self.register())
+        link = self.open()
         return link, self.engines[0], self.path._engines[0].staging
 
     def received(self, blocks: list[int], nbytes: int) -> torch.Tensor:
@@ -214,7 +195,7 @@ def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_n
 def test_a_target_that_fails_again_and_again_does_not_cost_the_others_their_engine() -> None:
     bed = Bed(Geometry(64, 4, 1))
     link, engine, _ = bed.link()
-    other = bed.path.open(bed.register("2", "10.0.0.2:2"))
+    other = bed.open("2", "10.0.0.2:2")
     extents, source = window_extents(bed.geometry, [0], 64), torch.ones(64, dtype=torch.uint8)
     engine.codes = [-1]
     with pytest.raises(DataPathError):
@@ -246,7 +227,7 @@ def test_a_target_is_not_trusted_again_for_the_batch_behind_the_one_that_failed(
 def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() -> None:
     bed = Bed(Geometry(64, 4, 1))
     link, engine, _ = bed.link()
-    other = bed.path.open(bed.register("2", "10.0.0.2:2"))
+    other = bed.open("2", "10.0.0.2:2")
     gone = weakref.ref(engine)
     bed.engines.clear()
     extents = window_extents(bed.geometry, [0], 64)
@@ -373,7 +354,7 @@ def test_a_failure_that_leaves_nothing_in_doubt_does_not_hide_one_that_does() ->
 def test_a_window_goes_on_through_another_engine_when_a_bystander_has_lost_the_first() -> None:
     bed = Bed(Geometry(1000, 10, 1), SLOTS * 300)
     link, engine, _ = bed.link()
-    other = bed.path.open(bed.register("2", "10.0.0.2:2"))
+    other = bed.open("2", "10.0.0.2:2")
     source = torch.randint(0, 256, (1000,), dtype=torch.uint8)
 
     def fail_meanwhile() -> None:
@@ -438,7 +419,7 @@ def test_a_released_permit_goes_to_the_thread_that_has_waited_longest() -> None:
 def test_one_engine_serves_all_sessions_and_registers_its_staging_once() -> None:
     bed = Bed(Geometry(64, 4, 1))
     for incarnation, session in (("1", "10.0.0.1:1"), ("2", "10.0.0.2:2"), ("1", "10.0.0.1:1")):
-        bed.path.open(bed.register(incarnation, session))
+        bed.open(incarnation, session)
     assert len(bed.engines) == 1
     assert bed.engines[0].registered == [(bed.path._engines[0].staging.memory.data_ptr(), 4096)]
 
@@ -448,7 +429,7 @@ def test_a_session_id_that_returns_with_another_process_gets_another_engine() ->
     extents = window_extents(bed.geometry, [0], 64)
 
     def write(incarnation: str, session: str = SESSION) -> None:
-        bed.path.open(bed.register(incarnation, session)).write(torch.ones(64, dtype=torch.uint8), extents)
+        bed.open(incarnation, session).write(torch.ones(64, dtype=torch.uint8), extents)
 
     for incarnation in ("1", "2", "2", "3"):
         write(incarnation)
@@ -458,13 +439,12 @@ def test_a_session_id_that_returns_with_another_process_gets_another_engine() ->
 
 def test_a_server_that_registered_no_memory_with_mooncake_is_refused_before_an_engine_is_made() -> None:
     bed = Bed(Geometry(64, 4, 1))
-    register = bed.register()
-    register = Register(**{
-        **{name: getattr(register, name) for name in register.__struct_fields__},
-        "regions": [Region(0, 256)],
-    })  # fmt: skip
-    with pytest.raises(DataPathUnavailable, match="registered no memory"):
-        bed.path.open(register)
+    for memory in (
+        ShmMemory(segment="name", nonce="nonce", writer_slot=0),
+        MooncakeMemory(target=SESSION, addresses=[4096] * 2),  # the pool has one region
+    ):
+        with pytest.raises(DataPathUnavailable, match="registered no memory"):
+            bed.path.open(memory, bed.geometry, "1")
     assert not bed.engines
 
 
@@ -474,7 +454,7 @@ def test_staging_that_cannot_be_registered_is_an_error_and_not_kept() -> None:
     engine.register_code = -5
     path = MooncakePath(make_engine=lambda: engine, staging_bytes=4096, writers=4)
     with pytest.raises(MemoryUnavailable, match="4096 bytes returned -5"):
-        path.open(bed.register())
+        path.open(MooncakeMemory(target=SESSION, addresses=[4096]), bed.geometry, "1")
     assert not path._engines
 
 
@@ -485,7 +465,7 @@ class PortOnly:
 
 @pytest.mark.parametrize(("host", "session"), [("10.0.0.1", "10.0.0.1:17001"), ("fe80::1", "[fe80::1]:17001")])
 def test_a_session_id_brackets_an_ipv6_address(host: str, session: str) -> None:
-    assert mooncake.session_id(PortOnly(), host) == session
+    assert engines.session_id(PortOnly(), host) == session
 
 
 # -- GPU memory ----------------------------------------------------------------------------------------------------
@@ -527,9 +507,9 @@ def test_memory_that_cannot_be_registered_does_not_stay_pinned(monkeypatch: pyte
 
 
 def test_the_build_without_cuda_is_refused_for_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mooncake.metadata, "version", lambda name: "0.3.13")
+    monkeypatch.setattr(engines.metadata, "version", lambda name: "0.3.13")
     with pytest.raises(DataPathUnavailable, match=r"POOL_DEVICE=cuda, but mooncake-transfer-engine-non-cuda"):
-        engine_factory(Settings(pool_device="cuda"), "127.0.0.1")
+        engines.engine_factory("127.0.0.1", protocol="tcp", memory_device="cuda")
 
 
 @pytest.mark.parametrize("closed", [True, False])

@@ -82,7 +82,8 @@ def _register(rogue: RogueLanguage) -> Iterator[bytes]:
 def _register_more(rogue: RogueLanguage) -> Iterator[bytes]:
     for number in itertools.count():
         session = f"10.9.8.7:{1 + number % 65_535}"
-        yield encode(msgspec.structs.replace(rogue.register, mooncake_session_id=session, writer_slot=number))
+        memory = msgspec.structs.replace(rogue.register.memory, writer_slot=number)
+        yield encode(msgspec.structs.replace(rogue.register, mooncake_session_id=session, memory=memory))
 
 
 def _announce(rogue: RogueEncoder) -> Iterator[bytes]:

@@ -207,8 +207,12 @@ class Frames:
 
     def _change_a_field(self, frame: bytes) -> bytes:
         dice, known = self.dice, self.knowledge
-        fields: dict[str, Any] = msgspec.msgpack.decode(frame[1:])
+        message: dict[str, Any] = msgspec.msgpack.decode(frame[1:])
+        fields = message
         name = dice.choice(list(fields))
+        if isinstance(fields[name], dict) and dice.random() < 0.8:  # what a Register says of its memory
+            fields = fields[name]
+            name = dice.choice(list(fields))
         old = fields[name]
         if dice.random() < 0.1:
             del fields[name]
@@ -221,4 +225,4 @@ class Frames:
             name_of_somebody = dice.choice((*known.sessions, known.session))
             values = (dice.choice(TEXTS), dice.choice(OTHERS), dice.choice(NUMBERS), name_of_somebody)
             fields[name] = dice.choice(values)
-        return VERSION + msgspec.msgpack.encode(fields)
+        return VERSION + msgspec.msgpack.encode(message)

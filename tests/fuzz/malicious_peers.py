@@ -24,9 +24,9 @@ from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
     Message,
-    Region,
     Register,
     Registered,
+    ShmMemory,
     decode_from_language,
     encode,
 )
@@ -61,8 +61,8 @@ class RogueLanguage:
         self._segment = Segment(REGIONS * region_bytes)
         self.register = Register(
             mooncake_session_id=f"{HOST}:{next(_ports)}", epoch=0, incarnation=new_id(), server=self.server, rank=0,
-            size=1, data_path="shm", blocks_per_region=BLOCKS_PER_REGION,
-            regions=[Region(0, region_bytes)] * REGIONS, segment=self._segment.name, nonce=self._segment.nonce,
+            size=1, blocks_per_region=BLOCKS_PER_REGION, regions=REGIONS,
+            memory=ShmMemory(segment=self._segment.name, nonce=self._segment.nonce, writer_slot=0),
             **common,
         )  # fmt: skip
         self.knowledge = Knowledge(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_mm_conn.cli.rates import measure
-from sglang_mm_conn.datapath.mooncake import writer as mooncake
+from sglang_mm_conn.datapath.mooncake import engine as mooncake
 from sglang_mm_conn.memory.device import CudaDevice, Device
 from tests.connector.endpoints import ROW_BYTES, TOKENS, TRANSPORTS, Ends
 

@@ -140,5 +140,5 @@ def test_a_gpu_pool_is_not_pinned_and_no_segment() -> None:
     assert not settings.shared_pool and settings.resolved_embedding_device == "cuda"
     pool = BlockPool(GEOMETRY, shared=settings.shared_pool, device=device, memory_device=settings.pool_device)
     assert not device.pinned and pool.segment is None
-    assert [region.length for region in pool.describe()] == [120] * 3
+    assert [region.numel() for region in pool.regions] == [120] * 3
     pool.close()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_extents
-from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.core.messages import ShmMemory
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath.shm import ShmLink, ShmPath
 from sglang_mm_conn.memory import pool as pool_module
@@ -28,34 +28,15 @@ def pool() -> Iterator[BlockPool]:
     made.close()
 
 
-def register_of(pool: BlockPool, slot: int) -> Register:
+def attach(pool: BlockPool, slot: int) -> ShmLink:
     assert pool.segment is not None
-    return Register(
-        mooncake_session_id="127.0.0.1:1",
-        epoch=0,
-        incarnation="1",
-        server="2",
-        rank=0,
-        size=1,
-        data_path="shm",
-        block_size=3,
-        block_bytes=GEOMETRY.block_bytes,
-        blocks_per_region=GEOMETRY.blocks_per_region,
-        regions=pool.describe(),
-        row_bytes=8,
-        dtype="float32",
-        checksum=False,
-        max_frame_bytes=1 << 20,
-        max_metadata_bytes=1 << 20,
-        segment=pool.segment.name,
-        nonce=pool.segment.nonce,
-        writer_slot=slot,
-    )
+    memory = ShmMemory(segment=pool.segment.name, nonce=pool.segment.nonce, writer_slot=slot)
+    return ShmPath().open(memory, GEOMETRY, "1")
 
 
 @pytest.fixture(scope="module")
 def link(pool: BlockPool) -> Iterator[ShmLink]:
-    made = ShmPath().open(register_of(pool, 7))
+    made = attach(pool, 7)
     yield made
     made.close()
 
@@ -109,7 +90,7 @@ def test_rows_that_were_copied_out_are_no_view_of_blocks_that_the_next_room_is_w
 def test_a_writer_that_comes_and_goes_changes_no_byte_of_the_pool(pool: BlockPool) -> None:
     for region in pool.regions:
         region.fill_(0xEE)
-    ShmPath().open(register_of(pool, 8)).close()
+    attach(pool, 8).close()
     assert all(bool((region == 0xEE).all()) for region in pool.regions)
 
 
@@ -128,9 +109,10 @@ def test_more_than_the_blocks_hold_is_not_read(pool: BlockPool) -> None:
 def test_a_private_pool_has_its_regions_side_by_side_and_no_segment() -> None:
     pool = BlockPool(GEOMETRY, shared=False)
     assert pool.segment is None
-    regions = pool.describe()
-    assert [region.length for region in regions] == [120] * 3
-    assert [region.address for region in regions] == [pool.regions[0].data_ptr() + 120 * index for index in range(3)]
+    assert [region.numel() for region in pool.regions] == [120] * 3
+    assert [region.data_ptr() for region in pool.regions] == [
+        pool.regions[0].data_ptr() + 120 * index for index in range(3)
+    ]
     pool.close()
 
 

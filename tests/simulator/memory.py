@@ -11,8 +11,8 @@ import torch
 
 from sglang_mm_conn.connector.encoder.transfer import DataCall
 from sglang_mm_conn.core.errors import DataPathUnavailable, WriterSlotTaken
-from sglang_mm_conn.core.layout import Extent
-from sglang_mm_conn.core.messages import Register
+from sglang_mm_conn.core.layout import Extent, Geometry
+from sglang_mm_conn.core.messages import Memory, MooncakeMemory, ShmMemory
 from tests.simulator.scheduler import Process, Violation
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class SimulatedEngine:
         self.owner = owner
         self._port = port
         engines_by_target[f"10.0.0.9:{port}"] = weakref.ref(self)
+        owner.world.owners_by_target[f"10.0.0.9:{port}"] = owner
 
     def get_rpc_port(self) -> int:
         return self._port
@@ -57,11 +58,11 @@ class SimulatedEngine:
 class SimulatedLink:
     """What an encoder process writes through. The kernel of the simulation does the writing."""
 
-    def __init__(self, name: str, encoder: EncoderProcess, register: Register, target: LanguageProcess) -> None:
-        self.name = name
-        self.synchronous = name == "shm"
+    def __init__(self, memory: ShmMemory | MooncakeMemory, encoder: EncoderProcess, target: LanguageProcess) -> None:
+        self.name = memory.path
+        self.synchronous = isinstance(memory, ShmMemory)
         self.encoder = encoder
-        self.register = register
+        self.memory = memory
         self.target = target
         self.calls = 0
 
@@ -73,14 +74,15 @@ class SimulatedLink:
         """Whether bytes written through it can land."""
         if self.target.dead:
             return False
-        return self.synchronous or self.target.world.engines_by_target[self.register.target]() is not None
+        memory = self.memory
+        return isinstance(memory, ShmMemory) or self.target.world.engines_by_target[memory.target]() is not None
 
     def close(self) -> None:
         if self.calls and not self.encoder.world.over:
             raise Violation("a link is closed in mid-write")
-        segment = self.target.segment
-        if self.synchronous and segment.locks.get(self.register.writer_slot) is self.encoder:
-            del segment.locks[self.register.writer_slot]
+        segment, memory = self.target.segment, self.memory
+        if isinstance(memory, ShmMemory) and segment.locks.get(memory.writer_slot) is self.encoder:
+            del segment.locks[memory.writer_slot]
 
 
 class SimulatedPath:
@@ -90,21 +92,19 @@ class SimulatedPath:
         self.name = name
         self._encoder = encoder
 
-    def open(self, register: Register) -> SimulatedLink:
+    def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> SimulatedLink:
         world = self._encoder.world
-        if self.name == "mooncake":
-            reference = world.engines_by_target.get(register.target)
-            engine = None if reference is None else reference()
-            owner = world.sessions[register.mooncake_session_id]
-            return SimulatedLink("mooncake", self._encoder, register, owner if engine is None else engine.owner)
-        segment = world.segments.get(register.segment)
+        if isinstance(memory, MooncakeMemory):
+            return SimulatedLink(memory, self._encoder, world.owners_by_target[memory.target])
+        assert isinstance(memory, ShmMemory)
+        segment = world.segments.get(memory.segment)
         if segment is None or segment.owner.dead or segment.owner.host != self._encoder.host:
-            raise DataPathUnavailable(f"segment {register.segment} cannot be opened here")
-        holder = segment.locks.get(register.writer_slot)
+            raise DataPathUnavailable(f"segment {memory.segment} cannot be opened here")
+        holder = segment.locks.get(memory.writer_slot)
         if holder is not None and not holder.dead:
-            raise WriterSlotTaken(f"writer slot {register.writer_slot} is taken")
-        segment.locks[register.writer_slot] = self._encoder
-        return SimulatedLink("shm", self._encoder, register, segment.owner)
+            raise WriterSlotTaken(f"writer slot {memory.writer_slot} is taken")
+        segment.locks[memory.writer_slot] = self._encoder
+        return SimulatedLink(memory, self._encoder, segment.owner)
 
     def close(self) -> None:
         """Nothing is held besides the links."""

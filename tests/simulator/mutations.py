@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_mm_conn.connector.language.sessions import LocalSessions
 from sglang_mm_conn.core import accounts, rooms
 from sglang_mm_conn.core.receiver import ReceiverCore
 from sglang_mm_conn.core.registration import Registrations
 from sglang_mm_conn.core.sender import SenderCore
 from sglang_mm_conn.core.views import Views
 from sglang_mm_conn.datapath.mooncake.revocation import Revocation
+from sglang_mm_conn.datapath.shm import ShmReceivePath
 from tests.simulator.scheduler import attribute
 
 
@@ -111,13 +111,13 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(SenderCore, "on_written", ("drained=not in_doubt", "drained=True")),
     ),
     "a silent writer may still write": (
-        change(LocalSessions, "retire_writer", ("return self._pool", "return True or self._pool")),
+        change(ShmReceivePath, "prove_writer_gone", ("return self._segment", "return True or self._segment")),
     ),
     "the old engine is destroyed before its blocks are free": (
         change(
             Revocation, "tick",
             (
-                "self._begin(Stage.DESTROYING, lambda: self._sessions.destroy_mooncake(epoch))",
+                "self._begin(Stage.DESTROYING, lambda: self._path.revoke(epoch))",
                 "self._begin(Stage.DESTROYING, lambda: None)",
             ),
         ),
@@ -125,7 +125,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "healthy rooms leave the old engine first": (
         change(
             Revocation, "tick",
-            ("if not self._is_in_use(self._sessions.mooncake_session, self._epoch):", "if True:"),
+            ("if not self._doubts.is_in_use(self._path.session_id, self._epoch):", "if True:"),
         ),
     ),
     "blocks stay with the copier until it is done": (

@@ -19,6 +19,10 @@ from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.datapath.base import ReceivePath
+from sglang_mm_conn.datapath.mooncake.exposure import MooncakeReceivePath
+from sglang_mm_conn.datapath.mooncake.revocation import Revocation
+from sglang_mm_conn.datapath.shm import ShmReceivePath
 from sglang_mm_conn.memory.pool import BlockPool
 from tests.simulator.memory import SimulatedEngine, SimulatedPath, SimulatedSegment, Write
 from tests.simulator.network import Network, SimulatedClient, SimulatedServer
@@ -38,7 +42,7 @@ class World:
         self.encoders: dict[str, EncoderProcess] = {}  # by URL: the newest process there
         self.languages: list[LanguageProcess] = []
         self.segments: dict[str, SimulatedSegment] = {}
-        self.sessions: dict[str, LanguageProcess] = {}  # by Mooncake session id
+        self.owners_by_target: dict[str, LanguageProcess] = {}  # also of engines that are no more
         self.engines_by_target: dict[str, weakref.ref[SimulatedEngine]] = {}  # by target
         self.writes: list[Write] = []  # data calls under way
         self.late: list[Write] = []  # ended in doubt: their bytes may still land
@@ -102,11 +106,19 @@ class SimulatedRuntime(Runtime):
     def reserve_port(self) -> tuple[int, Callable[[], None]]:
         return next(self._world.numbers), lambda: None
 
-    def mooncake_engine(self, settings: Settings, host: str) -> Any:
-        assert isinstance(self._process, LanguageProcess)
-        engine = SimulatedEngine(self._process, next(self._world.numbers), self._world.engines_by_target)
-        self._world.sessions.setdefault(f"{host}:{engine.get_rpc_port()}", self._process)
-        return engine
+    def receive_paths(self, settings: Settings, host: str, pool: BlockPool) -> dict[str, ReceivePath]:
+        """The real ones, on simulated memory."""
+        process = self._process
+        assert isinstance(process, LanguageProcess)
+
+        def make_engine() -> SimulatedEngine:
+            return SimulatedEngine(process, next(self._world.numbers), self._world.engines_by_target)
+
+        assert pool.segment is not None
+        return {
+            "shm": ShmReceivePath(pool.segment, host, self.reserve_port),
+            "mooncake": MooncakeReceivePath(make_engine, host, pool.regions),
+        }
 
 
 class EncoderProcess(Process):
@@ -229,9 +241,18 @@ class LanguageProcess(Process):
             settings, server=server, host="10.0.0.9", dtype=dtype, widest_row_bytes=ROW_BYTES, rank=rank, size=size,
             runtime=SimulatedRuntime(world, self),
         )  # fmt: skip
+        path = self.endpoint._sessions.paths["mooncake"]
+        assert isinstance(path, MooncakeReceivePath)
+        self.engines = path._engines
         self.endpoint.completions.close()  # nobody waits on it here
         self.scheduler = world.kernel.lane(self, width=100)
         world.languages.append(self)
+
+    @property
+    def revocation(self) -> Revocation:
+        (only,) = self.endpoint.revocations
+        assert isinstance(only, Revocation)
+        return only
 
     def tick(self) -> None:
         self.endpoint._on_tick()
@@ -242,7 +263,7 @@ class LanguageProcess(Process):
 
     def kill(self) -> None:
         self.dead = True
-        self.endpoint._sessions._engines.clear()
+        self.engines.clear()
         self.world.network.process_ended(self)
 
 

@@ -661,8 +661,8 @@ class Schedule:
                 "unclaimed": len(core.unclaimed),
                 "results": len(endpoint._results),
                 "labels": len(endpoint._labels),
-                "revocations under way": endpoint.revocation.stage.value != "idle",
-                "engines too many": max(0, len(endpoint._sessions._engines) - 1),
+                "revocations under way": rank.revocation.stage.value != "idle",
+                "engines too many": max(0, len(rank.engines) - 1),
                 "slots too many": len(known.slots.keys() - known.processes.keys()),
             }
             if any(left.values()):
@@ -694,7 +694,7 @@ class Schedule:
             if not part.server.ranks[0].fits and part.expected and not part.server.dead and not failures:
                 raise Violation(f"part {part.number} arrived though the two sides do not fit")
         for rank in self.world.languages:
-            self.seen["revocations"] += rank.endpoint.revocation.count
+            self.seen["revocations"] += rank.revocation.count
         self.seen["written inline"] += self.world.written_inline
         self.seen["left to the control thread"] += self.world.network.left_to_servers
 

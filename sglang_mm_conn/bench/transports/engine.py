@@ -13,8 +13,7 @@ import torch
 
 from sglang_mm_conn.bench.transports.base import HOST, Config
 from sglang_mm_conn.bench.transports.plain import SlotReceiver, SlotSender
-from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.datapath.mooncake.writer import engine_factory, register_memory, session_id
+from sglang_mm_conn.datapath.mooncake.engine import engine_factory, register_memory, session_id
 
 PIECES = (256 << 10, 1 << 20, 4 << 20, 16 << 20, 1 << 40)  # bytes; the last: all in one
 _TRIES = 3
@@ -24,7 +23,7 @@ class EngineSender(SlotSender):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._config = config
-        self._engine = engine_factory(Settings(mooncake_protocol="tcp"), HOST)()
+        self._engine = engine_factory(HOST, protocol="tcp")()
         self._registered: set[int] = set()
         self.piece = PIECES[-1]
 
@@ -62,7 +61,7 @@ class EngineReceiver(SlotReceiver):
     def __init__(self, config: Config) -> None:
         self._memory = torch.empty(config.in_flight * config.nbytes, dtype=torch.uint8)
         super().__init__(config, self._memory)
-        self._engine = engine_factory(Settings(mooncake_protocol="tcp"), HOST)()
+        self._engine = engine_factory(HOST, protocol="tcp")()
         register_memory(self._engine, self._memory)
 
     def hello(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Links:
             raise DataPathUnavailable(
                 f"this encoder has no data path {register.data_path!r} (it has {', '.join(self._data_paths) or 'none'})"
             )
-        link = path.open(register)
+        link = path.open(register.memory, register.geometry, register.incarnation)
         if not same_process:
             self.close(session)  # only now: nobody takes a session over without memory that could be opened
         with self._lock:

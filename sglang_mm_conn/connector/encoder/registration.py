@@ -21,7 +21,6 @@ from sglang_mm_conn.connector.encoder.links import LinkBusy, Links
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import DataPathUnavailable, ProtocolError, WriterSlotTaken
-from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Refused, Register, Registered, as_text
 from sglang_mm_conn.core.sender import RegisteredSession, SenderCore
 from sglang_mm_conn.core.settings import Settings
@@ -183,7 +182,7 @@ class Registrar:
             server=message.server,
             rank=message.rank,
             size=message.size,
-            geometry=Geometry(message.block_bytes, message.blocks_per_region, len(message.regions)),
+            geometry=message.geometry,
             epochs=(message.epoch,),
             most_writes=max(1, self._settings.workers_per_queue // 2),
             number=message.number,

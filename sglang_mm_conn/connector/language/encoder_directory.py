@@ -145,10 +145,10 @@ class EncoderDirectory:
                     logger.log(level, "%s", text)
 
     def _send_retire(self, incarnation: str, path: str) -> None:
-        epoch = self._sessions.retired_epoch(path)
+        offered = self._sessions.paths[path]
+        epoch = offered.retired_epoch
         if epoch is not None:
-            message = Retire(mooncake_session_id=self._sessions.session(path), epoch=epoch)
-            self._control.send(incarnation, encode(message))
+            self._control.send(incarnation, encode(Retire(mooncake_session_id=offered.session_id, epoch=epoch)))
 
     def _make_register(self, action: SendRegister) -> None:
         """On the pool."""

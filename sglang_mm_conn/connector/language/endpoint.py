@@ -42,7 +42,7 @@ from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.core.tombstones import Outcome
-from sglang_mm_conn.datapath.mooncake.revocation import Revocation
+from sglang_mm_conn.datapath.base import Doubts, ReceivePath
 from sglang_mm_conn.memory.buffer_cache import BufferCache
 from sglang_mm_conn.memory.pool import pool_geometry
 from sglang_mm_conn.memory.results import Contents, PrivateResult, Result, ResultMaker, ViewResult
@@ -107,8 +107,8 @@ class LanguageEndpoint:
             max_embedding_bytes=settings.max_embedding_bytes,
         )
         self._sessions = LocalSessions(
-            settings, self.pool, host=host, incarnation=self.incarnation, server=server, rank=rank, size=size,
-            widest_row_bytes=widest_row_bytes, dtype=dtype, runtime=runtime,
+            settings, geometry, runtime.receive_paths(settings, host, self.pool), incarnation=self.incarnation,
+            server=server, rank=rank, size=size, widest_row_bytes=widest_row_bytes, dtype=dtype,
         )  # fmt: skip
         self._size = size
         self._buffer_cache = BufferCache(settings.result_cache_bytes)
@@ -143,15 +143,17 @@ class LanguageEndpoint:
             runtime=runtime,
         )
         self._revoker = runtime.executor(1, "mm-conn-revoker")
-        self.revocation = Revocation(
-            self._sessions,
+        doubts = Doubts(
             self._revoker,
             patience=settings.doubt_patience,
-            in_doubt_since=lambda: self.core.in_doubt_since("mooncake"),
+            in_doubt_since=self.core.in_doubt_since,
             is_in_use=self.core.is_in_use,
-            register_again=lambda: self._encoders.register_again("mooncake"),
+            register_again=lambda path: self._encoders.register_again(path.name),
             revoked=self._on_epoch_revoked,
         )
+        self.revocations = [
+            one for path in self._sessions.paths.values() if (one := path.revocation(doubts)) is not None
+        ]
         # The thread starts last: it uses everything above.
         self._thread = runtime.start_thread(self.embedding_thread, "mm-conn-embedding")
 
@@ -264,7 +266,8 @@ class LanguageEndpoint:
         with self._lock:
             match event:
                 case ProcessReady(incarnation, session, path, epoch):
-                    self._perform(self.core.peer_ready(Peer(incarnation, session, path, epoch), now))
+                    exclusive_lock = self._sessions.paths[path].exclusive_lock
+                    self._perform(self.core.peer_ready(Peer(incarnation, session, path, exclusive_lock, epoch), now))
                 case ProcessLost(incarnation, reason):
                     self._perform(self.core.peer_lost(incarnation, reason, now))
                 case EncoderRefused(url, reason):
@@ -275,22 +278,23 @@ class LanguageEndpoint:
         self._buffer_cache.trim()
         with self._lock:
             self._perform(self.core.tick(self._clock()))
-            quarantined = {peer.incarnation: peer.data_path for peer in self.core.quarantined_peers()}
-        for incarnation, path in quarantined.items():
+            quarantined = self.core.quarantined_peers()
+        for incarnation in {peer.incarnation for peer in quarantined if peer.exclusive_lock}:
             slot = self._encoders.slot_of(incarnation)
-            if path == "shm" and slot is not None and self._sessions.retire_writer(slot):
+            if slot is not None and self._sessions.retire_writer(slot):
                 self._encoders.replace_slot(incarnation)
                 with self._lock:
                     logger.info("Encoder process %s cannot write any more: its blocks are free again", incarnation)
                     self._perform(self.core.writer_gone(incarnation, self._clock()))
-        self._encoders.forget_slots(keep=set(quarantined))
+        self._encoders.forget_slots(keep={peer.incarnation for peer in quarantined})
         with self._lock:
-            self.revocation.tick(self._clock())
+            for revocation in self.revocations:
+                revocation.tick(self._clock())
 
-    def _on_epoch_revoked(self, session: str, epoch: int) -> None:
+    def _on_epoch_revoked(self, path: ReceivePath, epoch: int) -> None:
         """Under the lock, from the revocation's tick."""
-        self._perform(self.core.epoch_revoked(session, epoch, self._clock()))
-        self._encoders.send_retired("mooncake")
+        self._perform(self.core.epoch_revoked(path.session_id, epoch, self._clock()))
+        self._encoders.send_retired(path.name)
 
     # -- copiers --------------------------------------------------------------------------------------------------
 

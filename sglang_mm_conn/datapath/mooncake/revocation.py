@@ -18,10 +18,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from sglang_mm_conn.connector.language.sessions import LocalSessions
+from sglang_mm_conn.datapath.base import Doubts
+
+if TYPE_CHECKING:
+    from sglang_mm_conn.datapath.mooncake.exposure import MooncakeReceivePath
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +42,9 @@ class Stage(Enum):
 class Revocation:
     """One revocation at a time; ``tick`` drives it and never blocks."""
 
-    def __init__(
-        self,
-        sessions: LocalSessions,
-        executor: Executor,
-        *,
-        patience: float,
-        in_doubt_since: Callable[[], float | None],
-        is_in_use: Callable[[str, int], bool],
-        register_again: Callable[[], None],
-        revoked: Callable[[str, int], None],
-    ) -> None:
-        """``patience``: seconds in doubt before it begins. ``revoked(session, epoch)`` is told at the end."""
-        self._sessions = sessions
-        self._executor = executor
-        self._patience = patience
-        self._in_doubt_since = in_doubt_since
-        self._is_in_use = is_in_use
-        self._register_again = register_again
-        self._revoked = revoked
+    def __init__(self, path: MooncakeReceivePath, doubts: Doubts) -> None:
+        self._path = path
+        self._doubts = doubts
         self.stage = Stage.IDLE
         self.count = 0
         self._epoch = 0
@@ -65,34 +53,34 @@ class Revocation:
 
     def tick(self, now: float) -> None:
         if self.stage is Stage.IDLE:
-            since = self._in_doubt_since()
-            if since is not None and now - since >= self._patience and now >= self._not_before:
-                self._not_before = now + self._patience
+            since, patience = self._doubts.in_doubt_since(self._path.session_id), self._doubts.patience
+            if since is not None and now - since >= patience and now >= self._not_before:
+                self._not_before = now + patience
                 logger.warning("Mooncake: blocks in doubt for %.1f s, replacing the engine", now - since)
-                self._begin(Stage.RENEWING, self._sessions.renew_mooncake)
+                self._begin(Stage.RENEWING, self._path.renew)
         elif self.stage is Stage.RENEWING:
             result = self._finished()
             if result is not None:
                 self._epoch = int(str(result))
                 self.stage = Stage.DRAINING
-                self._register_again()
+                self._doubts.register_again(self._path)
         elif self.stage is Stage.DRAINING:
-            if not self._is_in_use(self._sessions.mooncake_session, self._epoch):
+            if not self._doubts.is_in_use(self._path.session_id, self._epoch):
                 epoch = self._epoch
-                self._begin(Stage.DESTROYING, lambda: self._sessions.destroy_mooncake(epoch))
+                self._begin(Stage.DESTROYING, lambda: self._path.revoke(epoch))
         elif self._work is not None and self._work.done():
             self._work.result()
             self.stage, self._work = Stage.IDLE, None
             self.count += 1
             logger.info("Mooncake: engine of epoch %d destroyed, its blocks are free again", self._epoch)
-            self._revoked(self._sessions.mooncake_session, self._epoch)
+            self._doubts.revoked(self._path, self._epoch)
 
     def _begin(self, stage: Stage, work: Callable[[], object]) -> None:
         self.stage = stage
-        self._work = self._executor.submit(work)
+        self._work = self._doubts.executor.submit(work)
 
     def _finished(self) -> object | None:
-        """The result of the work under way; None while it extents. Work that failed is begun anew at a later tick."""
+        """The result of the work under way; None while it runs. Work that failed is begun anew at a later tick."""
         if self._work is None or not self._work.done():
             return None
         error = self._work.exception()
