@@ -130,8 +130,11 @@ class EncoderRefused(msgspec.Struct, frozen=True):
     reason: str
 
 
+INFO, WARNING, ERROR = 20, 30, 40  # the levels of the module logging
+
+
 class Log(msgspec.Struct, frozen=True):
-    """A line for the operator; ``level`` as in the module logging."""
+    """A line for the operator; ``level`` is INFO, WARNING or ERROR."""
 
     level: int
     text: str

@@ -87,7 +87,7 @@ class QuarantineTable(Mapping[str, Quarantine]):
         return True
 
     def writer_gone(self, incarnation: str) -> bool:
-        """The process does not exist any more. That proves nothing without an exclusive lock: its writes may still land."""
+        """The process does not exist any more. Without an exclusive lock its writes may still land."""
         return self._release_where(lambda peer: peer.incarnation == incarnation and peer.exclusive_lock)
 
     def epoch_revoked(self, mooncake_session_id: str, epoch: int) -> bool:

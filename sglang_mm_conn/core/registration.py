@@ -17,11 +17,13 @@ The tables of states are in core.states. What extends a state:
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from sglang_mm_conn.core.actions import (
+    ERROR,
+    INFO,
+    WARNING,
     Connect,
     Disconnect,
     EncoderRefused,
@@ -135,7 +137,7 @@ class Registrations:
         if encoder is None:
             return []
         encoder.machine.transition_to(LookUpState.WAITING)
-        actions = encoder.log(logging.INFO, f"not available yet: {reason}")
+        actions = encoder.log(INFO, f"not available yet: {reason}")
         if connection_refused:
             for incarnation in list(encoder.processes):
                 actions += self._lose(incarnation, "the encoder's port refuses connections")
@@ -147,7 +149,7 @@ class Registrations:
         if encoder is None:
             return []
         encoder.machine.transition_to(LookUpState.WAITING)
-        return encoder.log(logging.ERROR, reason) + (encoder.refuse(reason) if refuse else [])
+        return encoder.log(ERROR, reason) + (encoder.refuse(reason) if refuse else [])
 
     # -- one process ---------------------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class Registrations:
             encoder.refusal = encoder.logged = ""
             encoder.delay = FIRST_DELAY_SECONDS
             text = f"Encoder {encoder.url}: registered with process {incarnation}, path={process.path}"
-            actions.append(Log(logging.INFO, text))
+            actions.append(Log(INFO, text))
         process.become(RegistrationState.READY)
         process.registered_once = True
         # It may not have been among those that were told of a revocation.
@@ -223,7 +225,7 @@ class Registrations:
             text = f"Encoder process {incarnation}: {message.reason}; trying {other}"
             process.path = other
             process.become(RegistrationState.REGISTERING)
-            return [Log(logging.INFO, text), *self._register(process)]
+            return [Log(INFO, text), *self._register(process)]
         reason = f"refused this language server: {message.reason}"
         lost: list[RegistrationAction] = [ProcessLost(incarnation, reason)] if was_ready else []
         return lost + self.cannot_register(incarnation, reason, now)
@@ -235,7 +237,7 @@ class Registrations:
             return []
         actions: list[RegistrationAction] = []
         for encoder in self._encoders_of(process):
-            actions += encoder.log(logging.ERROR, reason) + encoder.refuse(reason)
+            actions += encoder.log(ERROR, reason) + encoder.refuse(reason)
         process.become(RegistrationState.REFUSED)
         process.register_at = now + RETRY_SECONDS
         return actions
@@ -272,10 +274,10 @@ class Registrations:
         actions: list[RegistrationAction] = [Disconnect(incarnation)]
         text = f"encoder {', '.join(encoder.url for encoder in encoders)} (process {incarnation}) lost: {reason}"
         if process.registered_once:
-            actions.append(Log(logging.WARNING, text))
+            actions.append(Log(WARNING, text))
         else:
             for encoder in encoders:
-                actions += encoder.log(logging.WARNING, f"process {incarnation} does not answer: {reason}")
+                actions += encoder.log(WARNING, f"process {incarnation} does not answer: {reason}")
         return [*actions, ProcessLost(incarnation, text)]
 
     # -- writer slots --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from sglang_mm_conn.core.compatibility import mismatch
-from sglang_mm_conn.core.messages import Region, Register
+from sglang_mm_conn.core.messages import MooncakeMemory, Register, ShmMemory
 from sglang_mm_conn.core.settings import Settings
 
 SETTINGS = Settings(
@@ -18,10 +18,13 @@ SETTINGS = Settings(
 DTYPE = "bfloat16"
 WIDEST_ROW_BYTES = 100
 REGISTER = Register(
-    mooncake_session_id="10.0.0.1:17001", epoch=0, incarnation="1", server="2", rank=1, size=2, data_path="shm",
-    block_size=4, block_bytes=400, blocks_per_region=8, regions=[Region(4096, 3200), Region(8192, 3200)],
+    mooncake_session_id="10.0.0.1:17001", epoch=0, incarnation="1", server="2", rank=1, size=2,
+    block_size=4, block_bytes=400, blocks_per_region=8, regions=2,
+    memory=ShmMemory(segment="name", nonce="nonce", writer_slot=0),
     row_bytes=100, dtype="bfloat16", checksum=True, max_frame_bytes=1 << 20, max_metadata_bytes=1 << 19,
 )  # fmt: skip
+
+MOONCAKE = MooncakeMemory(target="10.0.0.1:17002", addresses=[4096, 8192])
 
 
 def problem(register: Register = REGISTER, settings: Settings = SETTINGS, **model: Any) -> str:
@@ -47,13 +50,10 @@ def test_equal_values_fit() -> None:
             ["SGLANG_MM_CONN_MAX_METADATA_BYTES", "is 262144 on the language server", "524288 on the encoder"],
         ),
         ({"row_bytes": 99}, ["widest row has 100 bytes", "at most 99"]),
-        ({"data_path": "mooncake"}, ["SGLANG_MM_CONN_DATA_PATH", "is shm on the encoder", "offers mooncake"]),
+        ({"memory": MOONCAKE}, ["SGLANG_MM_CONN_DATA_PATH", "is shm on the encoder", "offers mooncake"]),
         ({"mooncake_session_id": "nowhere"}, ["'nowhere'", "host:port"]),
         ({"mooncake_session_id": "10.0.0.1:0"}, ["'10.0.0.1:0'", "host:port"]),
         ({"rank": 2}, ["rank 2 of 2"]),
-        ({"regions": [Region(4096, 3200), Region(8192, 3199)]}, ["3199 bytes", "8 blocks of 400 bytes"]),
-        ({"blocks_per_region": 9}, ["3200 bytes", "9 blocks of 400 bytes"]),
-        ({"block_bytes": 401}, ["3200 bytes", "8 blocks of 401 bytes"]),
     ],
 )
 def test_a_difference_is_refused_and_both_values_are_named(changes: dict[str, Any], named: list[str]) -> None:
@@ -70,11 +70,11 @@ def test_another_model_on_the_encoder_is_a_difference_too(model: dict[str, Any])
     ("changes", "settings"),
     [
         ({"row_bytes": 400}, SETTINGS),  # narrower rows fit
-        ({"data_path": "mooncake"}, replace(SETTINGS, data_path="auto")),
-        ({"data_path": "mooncake"}, replace(SETTINGS, data_path="mooncake")),
+        ({"memory": MOONCAKE}, replace(SETTINGS, data_path="auto")),
+        ({"memory": MOONCAKE}, replace(SETTINGS, data_path="mooncake")),
         ({"mooncake_session_id": "[::1]:65535"}, SETTINGS),
         ({"rank": 0, "size": 1}, SETTINGS),
-        ({"regions": [Region(0, 3200)]}, SETTINGS),
+        ({"regions": 1}, SETTINGS),
     ],
 )
 def test_what_may_differ(changes: dict[str, Any], settings: Settings) -> None:

@@ -22,7 +22,7 @@ def make(first_offer: int | None = None) -> tuple[Offers, BlockAllocator]:
 
 
 def room(name: str, tokens: int) -> ReceiverRoom:
-    entry = ReceiverRoom(name, "http://encoder", 60.0, 0.0, 1, peer=Peer("e1", "10.0.0.1:17001", "shm"))
+    entry = ReceiverRoom(name, "http://encoder", 60.0, 0.0, 1, peer=Peer("e1", "10.0.0.1:17001", "shm", True))
     entry.machine.transition_to(ReceiverState.QUEUED)
     entry.total_tokens, entry.row_bytes = tokens, 4
     return entry

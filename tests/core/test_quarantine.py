@@ -9,8 +9,8 @@ from sglang_mm_conn.core.messages import Announce, Done, Drained, Failed, Progre
 from sglang_mm_conn.core.quarantine import ABORT_AGAIN_SECONDS, QuarantineTable
 from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage
 
-SHM = Peer("e1", "10.0.0.1:17001", "shm")
-MOONCAKE = Peer("e2", "10.0.0.1:17001", "mooncake", epoch=2)
+SHM = Peer("e1", "10.0.0.1:17001", "shm", True)
+MOONCAKE = Peer("e2", "10.0.0.1:17002", "mooncake", False, epoch=2)
 
 
 def table(*peers: Peer, epoch: int | None = None) -> tuple[QuarantineTable, BlockAllocator]:
@@ -64,8 +64,8 @@ def test_what_proves_nothing_frees_nothing(message: RoomMessage) -> None:
 def test_only_the_process_session_and_epoch_that_was_offered_the_blocks_can_prove_anything() -> None:
     quarantine, _ = table(MOONCAKE, epoch=1)  # given epoch 2 after the offer
     assert not quarantine.waits_for(MOONCAKE, "0")
-    assert quarantine.waits_for(Peer("e2", "10.0.0.1:17001", "mooncake", epoch=1), "0")
-    assert not quarantine.waits_for(Peer("e3", "10.0.0.1:17001", "mooncake", epoch=1), "0")
+    assert quarantine.waits_for(Peer("e2", "10.0.0.1:17002", "mooncake", False, epoch=1), "0")
+    assert not quarantine.waits_for(Peer("e3", "10.0.0.1:17001", "mooncake", False, epoch=1), "0")
     assert not quarantine.waits_for(MOONCAKE, "unknown")
 
 
@@ -77,17 +77,17 @@ def test_the_end_of_a_process_proves_something_over_shared_memory_alone() -> Non
 
 
 def test_a_revocation_frees_what_was_offered_for_that_epoch_or_an_older_one() -> None:
-    quarantine, _ = table(MOONCAKE, Peer("e2", "10.0.0.1:17001", "mooncake", epoch=3))
-    assert not quarantine.epoch_revoked("10.0.0.1:17001", 1) and not quarantine.epoch_revoked("10.0.0.2:17001", 9)
-    assert quarantine.epoch_revoked("10.0.0.1:17001", 2)
+    quarantine, _ = table(MOONCAKE, Peer("e2", "10.0.0.1:17002", "mooncake", False, epoch=3))
+    assert not quarantine.epoch_revoked("10.0.0.1:17002", 1) and not quarantine.epoch_revoked("10.0.0.2:17002", 9)
+    assert quarantine.epoch_revoked("10.0.0.1:17002", 2)
     assert list(quarantine) == ["1"]
 
 
-def test_peers_and_the_oldest_doubt_of_a_data_path_are_known() -> None:
+def test_peers_and_the_oldest_doubt_of_a_session_are_known() -> None:
     quarantine, _ = table(SHM, MOONCAKE, MOONCAKE)
     assert quarantine.peers() == {SHM, MOONCAKE}
-    assert quarantine.in_doubt_since("mooncake") == 1.0
-    assert table(SHM)[0].in_doubt_since("mooncake") is None
+    assert quarantine.in_doubt_since(MOONCAKE.mooncake_session_id) == 1.0
+    assert table(SHM)[0].in_doubt_since(MOONCAKE.mooncake_session_id) is None
 
 
 def test_each_registered_process_is_asked_again_when_its_time_has_come_and_not_more_often() -> None:

@@ -9,7 +9,7 @@ from sglang_mm_conn.core.messages import Announce, Failed
 from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.unclaimed import UnclaimedRooms
 
-ONE, OTHER = Peer("e1", "10.0.0.1:17001", "shm"), Peer("e2", "10.0.0.1:17001", "shm")
+ONE, OTHER = Peer("e1", "10.0.0.1:17001", "shm", True), Peer("e2", "10.0.0.1:17001", "shm", True)
 
 
 def announce(room: str) -> Announce:
