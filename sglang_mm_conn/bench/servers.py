@@ -164,15 +164,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _backends(args: argparse.Namespace) -> tuple[str, ...]:
-    """``--transports`` of `bench servers`; its default is another command's."""
-    from sglang_mm_conn.bench.command import TRANSPORTS
-
+    """Those of ``--transports``; all of them where it is left out. Raises ValueError for a wrong option."""
     for name in _OF_TRANSFERS:
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is an option of `bench transfers`, not of `bench servers`")
     if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
-    if args.transports == TRANSPORTS:
+    if args.transports is None:
         return BACKENDS
     chosen = tuple(dict.fromkeys(name.strip() for name in args.transports.split(",")))
     for name in chosen:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_mm_conn.__main__ import main, parser
-from sglang_mm_conn.bench import markdown_blocks, transports
-from sglang_mm_conn.bench.command import _stream_above, plan_of
+from sglang_mm_conn.__main__ import main
+from sglang_mm_conn.bench import markdown_blocks
 from sglang_mm_conn.bench.sizes import effort, parse_size, show_size
-from sglang_mm_conn.bench.transports.base import Config
 
 BEGIN, END = markdown_blocks.markers(markdown_blocks.TRANSFERS)
 TRANSPORTS = "memcpy,shm,shm+windows,shm+fragmented,shm+key,zmq_baseline,zmq_baseline+copied,zmq_baseline+windows,tcp"
@@ -22,10 +20,6 @@ ROW_FIELDS = {
     "transport", "nbytes", "rooms", "rounds", "median_ms", "p99_ms", "best_ms", "gbytes_per_s", "cpu_s_per_gbyte",
     "of_limit", "of_limit_best", "times_built_in", "rooms_per_s", "per_room",
 }  # fmt: skip
-
-
-def plan(*arguments: str):  # type: ignore[no-untyped-def]
-    return plan_of(parser().parse_args(["bench", *arguments]))
 
 
 @pytest.mark.parametrize(
@@ -60,27 +54,6 @@ def test_a_bad_value_is_named_with_its_option(
     assert words in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_variations_are_added_to_both_paths() -> None:
-    names = [transport.name for transport in plan("--transports", "memcpy,shm", "--windows").transports]
-    assert names == ["memcpy", "shm", "shm+windows", "mooncake+windows"]
-    names = [
-        transport.name for transport in plan("--transports", "zmq_baseline", "--fragmented", "--copied").transports
-    ]
-    assert names == [
-        "zmq_baseline", "shm+fragmented", "mooncake+fragmented", "shm+copied", "mooncake+copied", "zmq_baseline+copied",
-    ]  # fmt: skip
-    assert transports.parse("shm+windows+key").name == "shm+key+windows"
-
-
-def test_with_a_gpu_every_transport_that_can_end_there_is_measured_and_no_special_case() -> None:
-    found = plan("--device", "cuda")
-    names = [transport.name for transport in found.transports]
-    assert {"memcpy", "shm", "mooncake", "mooncake+gpu_pool"} <= set(names) and not {"tcp", "engine"} & set(names)
-    assert (found.device, found.special) == ("cuda", False)
-    config = transports.parse("mooncake+gpu_pool").config(Config(1 << 20, 4096, 1, device="cuda"), "")
-    assert (config.device, config.pool_device) == ("cuda", "cuda")
-
-
 def test_a_gpu_that_is_not_there_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,15 +73,6 @@ def test_every_size_has_rooms_to_measure() -> None:
             work = effort(nbytes, quick=quick)
             assert work.singles >= 1
             assert all(count >= in_flight for in_flight, count in work.flows)
-
-
-def test_the_size_to_stream_above_reaches_the_processes_beside_other_tunables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
-    _stream_above("512K")
-    wanted = "glibc.malloc.check=0:glibc.cpu.x86_non_temporal_threshold=0x80000"
-    assert os.environ["GLIBC_TUNABLES"] == wanted
-    with pytest.raises(ValueError, match="--stream-above: 'much'"):
-        _stream_above("much")
 
 
 def test_tables_go_between_the_markers_and_nothing_else_changes() -> None:
