@@ -6,7 +6,6 @@ import select
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,11 +28,9 @@ _BLOCKS_OVER = 8  # beyond what the rooms in flight need
 
 
 def _settings(config: Config, path: str) -> Settings:
-    # Where finished embeddings may stay in their blocks, "copied" forbids it; else they are copied out anyway.
-    views = any(item.name == "view_percent" for item in fields(Settings))
-    copied: dict[str, Any] = {"view_percent": 0} if views and config.result == "copied" else {}
+    views: dict[str, Any] = {"view_percent": 0} if config.result == "copied" else {}
     return Settings(
-        **copied,
+        **views,
         data_path=path,
         blocks=pool_blocks(config),
         block_size=config.block_size,
@@ -88,8 +85,7 @@ class ConnectorSender:
             self._some_ended.notify()
 
     def prepared(self, room: Room) -> bool:
-        entry = self._endpoint.core.rooms.get(room.name)
-        return entry is None or bool(entry.transfer_infos)
+        return self._endpoint.has_offer(room.name)
 
     def go(self, room: Room, tensor: torch.Tensor) -> None:
         self._endpoint.add_transfer_request(room.name, tensor, b"")
@@ -124,14 +120,7 @@ class ConnectorReceiver:
         self._url = ""
         self._pending: dict[str, None] = {}
         if config.pool == "fragmented":
-            self._fragment()
-
-    def _fragment(self) -> None:
-        """Every other block has another owner for good, so that no two free ones lie side by side."""
-        with self._endpoint._lock:
-            allocator = self._endpoint.core.allocator
-            blocks = allocator.allocate("bench", allocator.free_count)
-            allocator.release("bench", blocks[1::2])
+            self._endpoint.fragment_pool()
 
     def hello(self) -> dict[str, Any]:
         return {"server": self.server}
@@ -140,7 +129,7 @@ class ConnectorReceiver:
         self._url = peer["url"]
         self._endpoint.use_encoder(self._url)
         until = time.monotonic() + 60
-        while not any(process.ready for process in list(self._endpoint._encoders._processes.values())):
+        while not self._endpoint.is_registered(self._url):
             if time.monotonic() > until:
                 raise RuntimeError(f"not registered with the encoder at {self._url} within a minute")
             time.sleep(0.005)

@@ -103,6 +103,11 @@ class Encoders:
             return
         self.control.call(lambda: self._use(url))
 
+    def is_registered(self, url: str) -> bool:
+        """Whether a process of the encoder at ``url`` has accepted this rank's registration (any thread)."""
+        encoder = self._encoders.get(url)
+        return encoder is not None and any(one.ready for one in list(encoder.processes.values()))
+
     def slot_of(self, incarnation: str) -> int | None:
         """The writer slot that the process was given, also after it was lost."""
         return self._slots.get(incarnation)
