@@ -1,4 +1,4 @@
-"""Owns the `bench` command: what is measured, and where the figures go."""
+"""The `bench` command: its options, and the dispatch to the suites ``transfers`` and ``servers``."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from sglang_mm_conn.bench.defaults import QUICK_ROUNDS, QUICK_SIZES, ROUNDS, SIZ
 DOCUMENT = Path("docs/performance.md")
 
 _DESCRIPTION = """\
-Moves embeddings from an encoder process to a language process and measures it: over this connector, over sglang's own
-transports (their real classes, without a model), and over what bounds them. All transports are open at once and take
-turns in rounds, so that other work on the machine hits all alike. Every embedding is compared byte by byte; a wrong one
-ends the benchmark with status 1.
+Moves embeddings from an encoder process to a language process and times it: over this connector, over sglang's built-in
+transports (sglang's own classes, without a model), and over simpler transports that serve as bounds. The processes of
+all transports run at once and the rounds of the transports are interleaved, so that other load on the machine affects
+all of them alike. Every embedding is compared byte by byte; wrong bytes end the benchmark with status 1.
 
 transports:
   shm                this connector over shared memory
   mooncake           this connector over the Mooncake engine (TCP)
-  zmq_to_scheduler   sglang's own
-  mooncake_builtin   sglang's own (its GPU buffers are host memory here)
+  zmq_to_scheduler   sglang's built-in transport of this name
+  mooncake_builtin   sglang's built-in `mooncake` (with --device cpu its GPU buffers are host memory)
   tcp                raw TCP into a preallocated buffer
-  zmq_baseline       the same copies and bare ZeroMQ messages: what bounds one room alone
-  memcpy             one copy into warm shared memory: the limit on one host
-  engine             the Mooncake engine's own write, at its best piece size
-shm and mooncake take variations, joined by +: key (secured by a deployment key), fragmented (no two free blocks lie
-side by side), windows (the pool is an eighth of one embedding), copied (the result is never a view of blocks);
-zmq_baseline takes windows and copied; with --device cuda mooncake takes gpu_pool (pool and staging memory on the GPU)
+  zmq_baseline       lower bound on latency for any ZeroMQ-based transport, one room at a time: the copies of shm and
+                     bare ZeroMQ messages, without this connector's threads, state and codec
+  memcpy             upper bound on speed on one host: one copy into warm shared memory
+  engine             upper bound on speed over Mooncake: the engine's own write, at the fastest slice size
+variations, joined to a transport by +, for example shm+key+windows:
+  key                control connections secured with a deployment key (shm, mooncake)
+  fragmented         no two free blocks are adjacent (shm, mooncake)
+  windows            the pool holds an eighth of one embedding (shm, mooncake, zmq_baseline)
+  copied             the result is never a view of blocks (shm, mooncake, zmq_baseline)
+  gpu_pool           pool and staging memory on the GPU (mooncake, with --device cuda)
 
-With --device cuda embeddings begin and end on the GPU, where mooncake_builtin's buffers are then, too. memcpy, the
-limit, is then one copy off it into pinned shared memory and one from there onto it.
+With --device cuda embeddings start and end on the GPU, and so do mooncake_builtin's buffers. memcpy is then one copy
+from the GPU into pinned shared memory and one from there to the GPU.
 
-A room's time begins when its tensor is ready in the encoder process, its size having been announced before, and ends
-when its tensor is ready in the language process. rooms/s counts everything that a room costs, from its announcement.
+A room is one embedding. Its time starts when its tensor is ready in the encoder process (its size was announced
+before) and ends when its tensor is ready in the language process. rooms/s is measured with several rooms in flight and
+includes everything a room costs, from its announcement on.
 """
 
 _EPILOG = """\
 examples:
   python -m sglang_mm_conn bench --quick
   python -m sglang_mm_conn bench --transports memcpy,shm,shm+windows --sizes 16M,128M --rounds 9
-  python -m sglang_mm_conn bench --fragmented --windows --json figures.json --plots pictures
+  python -m sglang_mm_conn bench --fragmented --windows --json figures.json --plots plots
   python -m sglang_mm_conn bench --quick --stream-above 256K
   python -m sglang_mm_conn bench --write          put the tables into docs/performance.md
   python -m sglang_mm_conn bench servers --write  requests to whole sglang servers instead: three to five minutes
@@ -51,7 +56,7 @@ examples:
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="measure this connector beside sglang's own transports and what bounds them",
+        help="time this connector beside sglang's built-in transports and the bounds of the machine",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,41 +65,41 @@ def add_parser(subparsers: Any) -> None:
         "what", nargs="?", default="transfers", choices=("transfers", "servers"),
         help="transfers (default): embeddings between two processes; servers: requests to whole sglang servers",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="about a minute or two: fewer sizes, rounds and rooms")
+    parser.add_argument("--quick", action="store_true", help="one to two minutes: fewer sizes, rounds and rooms")
     parser.add_argument(
         "--transports", metavar="TRANSPORT,...",
-        help=f"default: {TRANSPORTS}; of servers: conn_multimodal,zmq_to_scheduler,mooncake",
+        help=f"default: {TRANSPORTS}; default of servers: conn_multimodal,zmq_to_scheduler,mooncake",
     )  # fmt: skip
     parser.add_argument("--sizes", metavar="SIZE,...", help=f"default: {SIZES}; with --quick: {QUICK_SIZES}")
     parser.add_argument(
         "--rounds",
         type=int,
         metavar="N",
-        help=f"rounds of every transport (default: {ROUNDS}; with --quick: {QUICK_ROUNDS})",
+        help=f"rounds per transport (default: {ROUNDS}; with --quick: {QUICK_ROUNDS})",
     )
     parser.add_argument("--fragmented", action="store_true", help="also measure shm and mooncake with +fragmented")
     parser.add_argument("--windows", action="store_true", help="also measure shm and mooncake with +windows")
     parser.add_argument("--copied", action="store_true", help="also measure shm and mooncake with +copied")
-    parser.add_argument("--width", type=int, default=4096, metavar="N", help="bfloat16 values in a row (default: 4096)")
-    parser.add_argument("--block-size", type=int, default=128, metavar="ROWS", help="rows in a block (default: 128)")
+    parser.add_argument("--width", type=int, default=4096, metavar="N", help="bfloat16 values per row (default: 4096)")
+    parser.add_argument("--block-size", type=int, default=128, metavar="ROWS", help="rows per block (default: 128)")
     parser.add_argument(
-        "--no-special", action="store_true", help="leave the special cases (unclaimed rooms, first use) out"
+        "--no-special", action="store_true", help="leave out the special cases (estimates, unclaimed rooms, first use)"
     )
     parser.add_argument(
         "--stream-above", metavar="SIZE",
-        help="let the C library copy pieces of more than SIZE past the caches, as "
-        "GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=SIZE does for a server (glibc on x86; its own default is "
-        "far larger). memcpy, the limit, is torch's copy, which knows nothing of it",
+        help="make glibc's memmove bypass the caches for copies above SIZE, as "
+        "GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=SIZE does for a server (x86 only; glibc's default is far "
+        "larger). The transport memcpy is torch's copy, which this does not change",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("cpu", "cuda"),
-        help="where embeddings begin and end (default: cpu); cuda leaves the special cases out",
+        help="where embeddings start and end (default: cpu); cuda leaves out the special cases",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures into DIR")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots of the figures (PNG) into DIR")
     parser.add_argument(
         "--write", nargs="?", type=Path, const=DOCUMENT, metavar="FILE",
-        help=f"put the tables into FILE (default: {DOCUMENT}), between its markers",
+        help=f"put the tables into FILE (default: {DOCUMENT}), between its marker lines",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -103,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from rich.console import Console
     except ImportError as error:
-        print(f"bench: {error}. It needs more packages: pip install 'sglang-mm-conn[bench]'", file=sys.stderr)
+        print(f"bench: {error}. Install the missing packages: pip install 'sglang-mm-conn[bench]'", file=sys.stderr)
         return 2
     console = Console(width=None if sys.stdout.isatty() else 140)
     from sglang_mm_conn.bench.process_pair import BenchError

@@ -37,14 +37,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         block = markdown_blocks.STREAMED
         stream_above(args.stream_above)
     if args.write is not None:
-        # A file that cannot take the tables is noticed before the run.
+        # Raises before the run where the file cannot take the tables.
         markdown_blocks.insert(args.write.read_text(), "", block)
     facts = host_info.describe()
     console.print(host_info.line(facts), style="dim", highlight=False)
     if transports.BUILTIN_CANNOT_PICKLE and not any(
         transport.base in transports.BUILTIN for transport in plan.transports
     ):
-        console.print("sglang's built-in transports are left out: on this Python they drop every embedding",
+        console.print("sglang's built-in transports are left out: with this Python they drop every embedding",
                       style="yellow")  # fmt: skip
     outcome = BenchResult()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -175,6 +175,6 @@ def _figures(
         "rows": measurement.as_json(rows),
         "comparisons": [asdict(one) for one in measurement.comparisons(outcome.results)],
         "special": [special.as_json() for special in outcome.specials],
-        "engine_pieces": outcome.pieces,
+        "engine_slices": outcome.engine_slices,
         "runs": [asdict(result) for result in outcome.results],
     }

@@ -1,4 +1,4 @@
-"""This connector, at its two endpoints: the very classes that sglang's processes use, without sglang around them."""
+"""This connector: the two endpoints that sglang's processes use, without sglang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sglang_mm_conn.datapath.factory import encoder_data_paths
 
 _PATIENCE = 300.0  # seconds; longer than any run
 _DTYPE = dtype_name(DTYPE)
-_BLOCKS_OVER = 8  # beyond what the rooms in flight need
+_SPARE_BLOCKS = 8  # beyond what the rooms in flight need
 
 
 def _settings(config: Config, path: str) -> Settings:
@@ -43,13 +43,13 @@ def _settings(config: Config, path: str) -> Settings:
 
 
 def pool_blocks(config: Config) -> int:
-    """Blocks of the language side's pool: twice what all rooms in flight need (finished embeddings may live in half
-    of it), as much again with a fragmented pool; or an eighth of one room."""
+    """Blocks of the language process's pool: an eighth of a room with ``windows``, else twice what the rooms in flight
+    need (finished embeddings may occupy half of the pool), and twice as many again with ``fragmented``."""
     block_bytes = config.block_size * config.width * DTYPE.itemsize
     needed = -(-config.nbytes // block_bytes)
     if config.pool == "windows":
         return max(1, needed // 8)
-    blocks = 2 * config.in_flight * needed + _BLOCKS_OVER
+    blocks = 2 * config.in_flight * needed + _SPARE_BLOCKS
     return 2 * blocks if config.pool == "fragmented" else blocks
 
 
@@ -74,7 +74,7 @@ class ConnectorSender:
         return {"url": self._bootstrap.url}
 
     def connect(self, peer: Mapping[str, Any]) -> None:
-        """The language side connects."""
+        """Nothing to do: the language process connects."""
 
     def prepare(self, room: Room) -> None:
         self._endpoint.announce(room.name, room.tokens, room.width * DTYPE.itemsize, _DTYPE, self._on_end)
@@ -131,7 +131,7 @@ class ConnectorReceiver:
         until = time.monotonic() + 60
         while not self._endpoint.is_registered(self._url):
             if time.monotonic() > until:
-                raise RuntimeError(f"not registered with the encoder at {self._url} within a minute")
+                raise RuntimeError(f"not registered with the encoder at {self._url} within 60 s")
             time.sleep(0.005)
 
     def expect(self, room: Room) -> None:
