@@ -33,7 +33,7 @@ class EmbeddingArgs:
         row_bytes: Bytes of the model's widest embedding row.
         host: Encoder: the address that the control socket binds to. Language rank: the address at which the Mooncake
             engines of encoders reach it.
-        timeout: Default for the longest life of a room, in seconds.
+        timeout: The longest life of a room, in seconds; ``EmbeddingReceiver.init`` may set another.
         server: Language rank: the incarnation of its server, which is the prefix of its rooms' names.
         rank: Language rank: its number among the tensor-parallel ranks.
         size: Language rank: the number of tensor-parallel ranks. Consecutive groups of ``ranks_per_host`` ranks share a
