@@ -87,21 +87,8 @@ class EmbeddingManager(BaseKVManager):
                 data_paths=encoder_data_paths(args.settings, args.settings.host or args.host, runtime.device),
                 runtime=runtime,
             )
-        elif args.leads:
-            shared: ResultMaker = partial(SharedResult, host_index=args.host_index)
-            self.language = LanguageEndpoint(
-                args.settings,
-                server=args.server,
-                host=args.settings.host or args.host,
-                dtype=dtype_name(args.dtype),
-                widest_row_bytes=args.row_bytes,
-                rank=args.host_index,
-                size=args.hosts,
-                make_result=PrivateResult if args.ranks_per_host == 1 else shared,
-                runtime=runtime,
-            )
         else:
-            self.language = FollowerEndpoint(args.settings, rank=args.rank, host_index=args.host_index, runtime=runtime)
+            self.language = _language_endpoint(args, runtime)
 
     @property
     def encoder_endpoint(self) -> EncoderEndpoint:
@@ -131,6 +118,24 @@ class EmbeddingManager(BaseKVManager):
             self.encoder.close()
         if self.language is not None:
             self.language.close()
+
+
+def _language_endpoint(args: EmbeddingArgs, runtime: Runtime) -> LanguageEndpoint | FollowerEndpoint:
+    """One that receives, for the leader of a host; one that reads what the leader has received, for the others."""
+    if not args.leads:
+        return FollowerEndpoint(args.settings, rank=args.rank, host_index=args.host_index, runtime=runtime)
+    shared: ResultMaker = partial(SharedResult, host_index=args.host_index)
+    return LanguageEndpoint(
+        args.settings,
+        server=args.server,
+        host=args.settings.host or args.host,
+        dtype=dtype_name(args.dtype),
+        widest_row_bytes=args.row_bytes,
+        rank=args.host_index,
+        size=args.hosts,
+        make_result=PrivateResult if args.ranks_per_host == 1 else shared,
+        runtime=runtime,
+    )
 
 
 class EmbeddingSender(BaseKVSender):
