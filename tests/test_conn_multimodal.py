@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
+from sglang_mm_conn.conn_multimodal import (
+    EmbeddingArgs,
+    EmbeddingManager,
+    EmbeddingMode,
+    EmbeddingReceiver,
+    EmbeddingSender,
+)
 from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.language.follower import FollowerEndpoint
 from sglang_mm_conn.connector.metadata import encode_metadata
@@ -44,7 +50,7 @@ def test_the_first_rank_of_every_host_leads(
 
 @pytest.mark.parametrize(("rank", "size", "per_host"), [(2, 2, 1), (0, 3, 2)])
 def test_ranks_that_cannot_be_are_refused(rank: int, size: int, per_host: int) -> None:
-    with pytest.raises(ConnError, match=f"rank {rank} of {size}, {per_host} on each host"):
+    with pytest.raises(ConnError, match=f"invalid ranks: rank {rank} of {size} with {per_host} per host"):
         args(rank=rank, size=size, ranks_per_host=per_host)
 
 
@@ -63,6 +69,9 @@ def test_a_rank_alone_on_its_host_shares_nothing_and_a_leader_asks_for_one_copy(
 def test_a_receiver_on_a_follower_reads_what_its_leader_published() -> None:
     manager = EmbeddingManager(args(rank=1, size=2, ranks_per_host=2), EmbeddingMode.LANGUAGE)
     assert isinstance(manager.language, FollowerEndpoint) and manager.register_to_bootstrap() is None
+    assert manager.language_endpoint is manager.language
+    with pytest.raises(ConnError, match="this manager has the role 'language'"):
+        EmbeddingSender(manager, "", "room")
     room, failed = new_room_base(manager.args.server), new_room_base(manager.args.server)
     receivers = [EmbeddingReceiver(manager, ENCODER, name) for name in (room, failed)]
     for receiver in receivers:

@@ -1,1 +1,4 @@
-"""The benchmark: one embedding from an encoder process to a language process, over this connector and over others."""
+"""The `bench` command: times this connector beside sglang's built-in transports.
+
+``transfers`` moves embeddings between two processes, ``servers`` sends requests to whole sglang servers.
+"""

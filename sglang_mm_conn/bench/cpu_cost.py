@@ -1,6 +1,6 @@
-"""What a room costs before anything moves: both cores and the codec, joined on one thread, and the waking of threads.
+"""CPU time of a room's protocol logic alone, and the time to wake a thread: for estimates in the special cases.
 
-No socket, lock, log line or copy takes part.
+Both state machines and the codec run on one thread, joined by function calls: no socket, lock, log line or copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REST_SECONDS = 0.002
 
 
 def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, float]:
-    """CPU time that one room costs the encoder's side and the language side: a mean, after as many rooms more."""
+    """Mean CPU time per room of the encoder and of the language side, over ``rooms`` rooms after as many to warm up."""
     server, geometry = new_id(), Geometry(block_bytes=128 * row_bytes, blocks_per_region=1 + tokens // 128, regions=1)
     sender = SenderCore(queues=4, send_timeout=300.0, claim_timeout=30.0)
     receiver = ReceiverCore(
@@ -72,7 +72,7 @@ def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, fl
 
 
 def seconds_per_wake(wakes: int) -> float:
-    """Wall time until a thread that waits is woken by another; both were at rest before. A median."""
+    """Median wall time from the notification of a waiting thread until it runs, with both threads idle before."""
     wakeup = Wakeup()
     notified: list[float] = []
     heard: list[float] = []
@@ -97,6 +97,6 @@ def seconds_per_wake(wakes: int) -> float:
 
 
 def _frame(actions: list[Action]) -> bytes:
-    """The one message among ``actions``, as it travels."""
+    """The one message among ``actions``, encoded."""
     (message,) = [action.message for action in actions if isinstance(action, Send)]
     return encode(message)

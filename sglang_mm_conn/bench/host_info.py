@@ -1,4 +1,4 @@
-"""What the benchmark ran on, in the report and in its JSON."""
+"""The machine and the packages that the benchmark ran on, for its report and its JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _cpu() -> str:
 
 
 def line(facts: dict[str, Any]) -> str:
-    """One line of it."""
+    """``facts`` in one line."""
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     cpu = f"{facts['cores']} cores" + (f" ({facts['cpu']})" if facts["cpu"] else "")
     system = f"Linux {'.'.join(facts['kernel'].split('.')[:2])}, Python {facts['python']}"

@@ -1,4 +1,4 @@
-"""Puts the tables of a run into the documentation, between two markers."""
+"""Puts the tables of a run into a Markdown file, between two marker lines."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def insert(text: str, tables: str, name: str = TRANSFERS) -> str:
-    """``text`` with ``tables`` between its markers. Raises ValueError where they are not there, once each, in order."""
+    """``text`` with ``tables`` between its markers. Raises ValueError unless it has both, once each and in order."""
     first, last = markers(name)
     head, begin, rest = text.partition(first)
     _, end, tail = rest.partition(last)
     if not begin or not end or first in tail or last in tail:
-        raise ValueError(f"it must hold the lines {first} and {last}, once each and in this order")
+        raise ValueError(f"the file must hold the lines {first} and {last}, once each and in this order")
     return f"{head}{first}\n\n{tables.strip()}\n\n{last}{tail}"
 
 
 def write(path: Path, tables: str, name: str = TRANSFERS) -> None:
-    """Raises ValueError, OSError."""
+    """As ``insert``, in the file ``path``. Raises ValueError, OSError."""
     path.write_text(insert(path.read_text(), tables, name))

@@ -1,4 +1,4 @@
-"""From the rooms' seconds to the figures of the report. Pure: no clock, no processes."""
+"""From the results of runs to the figures of the report. Pure: no clock, no processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_mm_conn.bench.records import Result
 
-LIMIT = "memcpy"  # what every transport is compared with
+BASELINE = "memcpy"  # what every transport is compared with: the upper bound on speed on one host
 BUILT_IN = ("zmq_to_scheduler", "mooncake_builtin")
 
 
@@ -22,7 +22,22 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One transport at one size: rooms one after the other, and flows of several."""
+    """One transport at one size.
+
+    Attributes:
+        transport: Its name, with variations.
+        nbytes: Bytes of a room.
+        rooms: Rooms measured one after the other, in all rounds.
+        rounds: Rounds measured.
+        median_ms: Median latency of a room, one after the other, in milliseconds; likewise ``p99_ms``, ``best_ms``.
+        gbytes_per_s: GB/s at the median latency.
+        cpu_s_per_gbyte: CPU seconds of both processes per GB, at the highest concurrency measured.
+        of_baseline: Speed as a share of BASELINE's: the median over the rounds of the ratio within one round.
+        of_baseline_best: The same ratio of the fastest room of each, which other load on the machine affects least.
+        speed_up: Speed over that of the best built-in transport: the median over the rounds, as above.
+        rooms_per_s: By number of rooms in flight: the median over the rounds.
+        per_room: Threads started, sockets created, ... by both processes, per room of all runs.
+    """
 
     transport: str
     nbytes: int
@@ -31,25 +46,23 @@ class Row:
     median_ms: float
     p99_ms: float
     best_ms: float
-    gbytes_per_s: float  # at the median
-    cpu_s_per_gbyte: (
-        float  # of both processes together, at the largest concurrency (one after the other where there is none)
-    )
-    of_limit: float | None  # speed in parts of LIMIT's: median over the rounds of the ratio within one round
-    of_limit_best: float | None  # the same of the best rooms of each, which other work on the machine disturbs least
-    times_built_in: float | None  # how many times as fast as sglang's best: median over the rounds, as above
-    rooms_per_s: dict[int, float]  # by rooms in flight at a time; median over the rounds
-    per_room: dict[str, float]  # threads started, sockets made, ... by both processes, per room of all runs
+    gbytes_per_s: float
+    cpu_s_per_gbyte: float
+    of_baseline: float | None
+    of_baseline_best: float | None
+    speed_up: float | None
+    rooms_per_s: dict[int, float]
+    per_room: dict[str, float]
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """In the order in which transports and sizes first appear."""
+    """One row per size and transport, in the order in which they first appear."""
     cells: dict[tuple[int, str], list[Result]] = defaultdict(list)
     for result in results:
         cells[result.nbytes, result.transport].append(result)
     return [
         _row(
-            transport, nbytes, cell, cells.get((nbytes, LIMIT), []),
+            transport, nbytes, cell, cells.get((nbytes, BASELINE), []),
             [cells[nbytes, name] for name in BUILT_IN if (nbytes, name) in cells],
         )
         for (nbytes, transport), cell in cells.items()
@@ -57,15 +70,19 @@ def rows(results: Iterable[Result]) -> list[Row]:
 
 
 def _row(
-    transport: str, nbytes: int, cell: Sequence[Result], limit: Sequence[Result], built_in: Sequence[Sequence[Result]]
+    transport: str,
+    nbytes: int,
+    cell: Sequence[Result],
+    baseline: Sequence[Result],
+    built_in: Sequence[Sequence[Result]],
 ) -> Row:
     singles = [result for result in cell if result.in_flight == 0]
     seconds = [second for result in singles for second in result.seconds]
-    flows: dict[int, list[Result]] = defaultdict(list)
+    concurrent: dict[int, list[Result]] = defaultdict(list)
     for result in cell:
         if result.in_flight:
-            flows[result.in_flight].append(result)
-    busiest = flows[max(flows)] if flows else singles
+            concurrent[result.in_flight].append(result)
+    busiest = concurrent[max(concurrent)] if concurrent else singles
     gbytes = sum(len(result.seconds) for result in busiest) * nbytes / 1e9
     median = statistics.median(seconds)
     return Row(
@@ -78,37 +95,37 @@ def _row(
         best_ms=min(seconds) * 1e3,
         gbytes_per_s=nbytes / median / 1e9,
         cpu_s_per_gbyte=sum(result.cpu for result in busiest) / gbytes,
-        of_limit=ratio_by_round(limit, singles),
-        of_limit_best=best(limit) / min(seconds) if limit else None,
-        times_built_in=min(
+        of_baseline=ratio_by_round(baseline, singles),
+        of_baseline_best=best(baseline) / min(seconds) if baseline else None,
+        speed_up=min(
             (ratio for other in built_in if (ratio := ratio_by_round(other, singles)) is not None), default=None
         ),
         rooms_per_s={
             in_flight: statistics.median(len(result.seconds) / result.wall for result in same)
-            for in_flight, same in sorted(flows.items())
+            for in_flight, same in sorted(concurrent.items())
         },
         per_room=_per_room(cell),
     )
 
 
 def rooms_per_second(results: Iterable[Result], nbytes: int, transport: str) -> float | None:
-    """At the largest concurrency of ``transport``: the median over the rounds. None where nothing ran concurrently."""
-    flows = [
+    """At the highest concurrency of ``transport``, the median over the rounds; None if it had no concurrent runs."""
+    runs = [
         result for result in results if (result.nbytes, result.transport) == (nbytes, transport) and result.in_flight
     ]
-    largest = max((result.in_flight for result in flows), default=0)
-    return (
-        statistics.median(len(one.seconds) / one.wall for one in flows if one.in_flight == largest) if flows else None
-    )
+    if not runs:
+        return None
+    highest = max(run.in_flight for run in runs)
+    return statistics.median(len(run.seconds) / run.wall for run in runs if run.in_flight == highest)
 
 
 def best(results: Sequence[Result]) -> float:
-    """Seconds of the best room that did not share its time with others."""
+    """Seconds of the fastest room among those measured one after the other."""
     return min(second for result in results if result.in_flight == 0 for second in result.seconds)
 
 
 def medians_by_round(results: Iterable[Result]) -> dict[int, float]:
-    """Seconds of a room in each round, one after the other."""
+    """By round: the median seconds of the rooms measured one after the other."""
     return {result.round: statistics.median(result.seconds) for result in results if result.in_flight == 0}
 
 
@@ -121,45 +138,51 @@ def ratio_by_round(above: Iterable[Result], below: Iterable[Result]) -> float | 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two times of one room, and the median over the rounds of their ratio within one round."""
+    """The latency of one transport over that of another, or over the sum of several others'.
+
+    Attributes:
+        what: The transports compared.
+        nbytes: Bytes of a room.
+        ratio: Median over the rounds of the ratio within one round.
+        best: The ratio of the fastest rooms of each.
+    """
 
     what: str
     nbytes: int
     ratio: float
-    best: float  # the ratio of the best rooms
+    best: float
 
 
 def comparisons(results: Iterable[Result]) -> list[Comparison]:
-    """What the transport of an embedding adds to what it cannot do without."""
+    """This connector's transports over those that bound them, as far as both were measured."""
     cells: dict[tuple[int, str], list[Result]] = defaultdict(list)
     for result in results:
         cells[result.nbytes, result.transport].append(result)
     found = []
     for nbytes in dict.fromkeys(size for size, _ in cells):
-        for transport, parts, what in (
-            ("mooncake", ("engine", "memcpy"), "the engine's own and one copy"),
-            ("mooncake+key", ("engine", "memcpy"), "the engine's own and one copy"),
-            ("shm+windows", ("shm",), "shm's"),
-            ("shm+windows", ("shm+copied",), "shm+copied's"),
-            ("zmq_baseline+windows", ("zmq_baseline+copied",), "zmq_baseline+copied's"),
-            ("shm", ("zmq_baseline",), "zmq_baseline's"),
-            ("shm+copied", ("zmq_baseline+copied",), "zmq_baseline+copied's"),
-            ("shm+windows", ("zmq_baseline+windows",), "zmq_baseline+windows's"),
+        for transport, parts in (
+            ("mooncake", ("engine", "memcpy")),
+            ("mooncake+key", ("engine", "memcpy")),
+            ("shm+windows", ("shm",)),
+            ("shm+windows", ("shm+copied",)),
+            ("zmq_baseline+windows", ("zmq_baseline+copied",)),
+            ("shm", ("zmq_baseline",)),
+            ("shm+copied", ("zmq_baseline+copied",)),
+            ("shm+windows", ("zmq_baseline+windows",)),
         ):
             compared = [cells.get((nbytes, name), []) for name in (transport, *parts)]
             if not all(compared):
                 continue
             mine, *others = [medians_by_round(cell) for cell in compared]
-            common = set(mine).intersection(
-                *others
-            )  # an interrupted run has a round that only some transports have had
+            # An interrupted run has a round that only some of the transports have had.
+            common = set(mine).intersection(*others)
             if not common:
                 continue
             rounds = [mine[number] / sum(other[number] for other in others) for number in common]
             ratio = best(compared[0]) / sum(best(cell) for cell in compared[1:])
-            found.append(
-                Comparison(f"{transport}: its time in parts of {what}", nbytes, statistics.median(rounds), ratio)
-            )
+            below = parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
+            what = f"latency ratio {transport} / {below}"
+            found.append(Comparison(what, nbytes, statistics.median(rounds), ratio))
     return found
 
 

@@ -1,8 +1,8 @@
-"""The bytes that travel: random, and marked in every page with the number of the room they belong to.
+"""The bytes of the embeddings: random, with the room's number written into every page.
 
-All encoder processes read the same memory and all language processes compare with it: a nameless file that the
-benchmark's own process holds, so that nothing is left of it however the benchmark ends. One transport is active at a
-time. Where embeddings begin and end on a GPU, every process has a copy of its own there.
+All encoder processes send from one file and all language processes compare with it, which works because only one
+transport is active at a time. It is a memfd of the benchmark's process, so that nothing is left behind however the
+benchmark ends. With embeddings on a GPU, every process has a copy there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE_WORDS = 512  # 4 KiB of 8-byte words
 
 
 class PayloadFile:
-    """Owns the memory; ``path`` opens it from other processes of this user."""
+    """Owns the file; other processes of this user open it at ``path``."""
 
     def __init__(self, nbytes: int, seed: int = 1) -> None:
         self._fd = os.memfd_create("sglang-mm-conn-bench", os.MFD_CLOEXEC)
@@ -28,15 +28,15 @@ class PayloadFile:
         words = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint64)
         generator = np.random.default_rng(seed)
         for start in range(0, len(words), 1 << 20):
-            piece = words[start : start + (1 << 20)]
-            piece[:] = generator.integers(0, 1 << 64, len(piece), dtype=np.uint64)
+            chunk = words[start : start + (1 << 20)]
+            chunk[:] = generator.integers(0, 1 << 64, len(chunk), dtype=np.uint64)
 
     def close(self) -> None:
         os.close(self._fd)
 
 
 class Payload:
-    """``slots`` tensors of up to ``nbytes`` each, at the start of the file at ``path``."""
+    """The file at ``path`` as ``slots`` tensors of up to ``nbytes`` bytes each."""
 
     def __init__(self, path: str, nbytes: int, slots: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -48,14 +48,14 @@ class Payload:
         self._tensors = list(torch.frombuffer(memory, dtype=torch.uint8).split(nbytes))
 
     def mark(self, slot: int, number: int) -> None:
-        """Make the bytes of ``slot`` those of room ``number``."""
+        """Write the number of the room into every page of ``slot``."""
         self._words[slot, ::PAGE_WORDS] = number + 1
 
     def tensor(self, slot: int, room: Room) -> torch.Tensor:
         return self._tensors[slot][: room.nbytes].view(DTYPE).reshape(room.tokens, room.width)
 
     def mistake(self, slot: int, number: int, room: Room, got: torch.Tensor) -> str:
-        """What is wrong with ``got``, byte by byte; empty where it is room ``number``. Marks the slot."""
+        """What is wrong with ``got``, compared byte by byte; empty if it is room ``number``. Marks the slot."""
         self.mark(slot, number)
         return self._mistake(self._tensors[slot][: room.nbytes], room, got)
 
@@ -71,7 +71,7 @@ class Payload:
         return f"{len(wrong)} of {len(left)} words of 8 bytes are wrong, the first at byte {int(wrong[0]) * 8}"
 
     def mark_mistake(self, number: int, room: Room, got: torch.Tensor) -> str:
-        """As ``mistake``, but looking at the marks only: a few microseconds, for runs that must not stop."""
+        """As ``mistake``, but compares the marks only: a few microseconds, for concurrent runs."""
         flat = got.reshape(-1).view(torch.uint8)
         if flat.numel() != room.nbytes:
             return f"{flat.numel()} bytes arrived, not {room.nbytes}"
@@ -87,8 +87,8 @@ class Payload:
 
 
 class CudaPayload(Payload):
-    """The same bytes on this process's current GPU. Marks are in place when ``mark`` returns, so that no transfer's
-    time holds any of that work."""
+    """The same bytes on this process's current GPU. ``mark`` waits for its writes, so that no transfer's time includes
+    them."""
 
     def __init__(self, path: str, nbytes: int, slots: int) -> None:
         super().__init__(path, nbytes, slots)
@@ -96,7 +96,7 @@ class CudaPayload(Payload):
 
     def mark(self, slot: int, number: int) -> None:
         self._tensors[slot].view(torch.int64)[::PAGE_WORDS] = number + 1
-        torch.cuda.current_stream().synchronize()  # not the device: rooms in flight go on
+        torch.cuda.current_stream().synchronize()  # not the device: that would wait for the rooms in flight
 
     @staticmethod
     def _marks(flat: torch.Tensor) -> np.ndarray:

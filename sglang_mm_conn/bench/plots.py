@@ -1,4 +1,4 @@
-"""The figures as pictures."""
+"""Plots of the figures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
 
     if not rows:
         return []
-    matplotlib.use("Agg")  # no screen is needed
+    matplotlib.use("Agg")  # needs no display
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = [
+    paths = [
         _lines(rows, directory / "latency.png", "Time of a room (p50)", "ms", lambda row: row.median_ms),
         _lines(rows, directory / "speed.png", "Speed at the p50", "GB/s", lambda row: row.gbytes_per_s),
         _lines(rows, directory / "cpu.png", "CPU time of both processes", "s per GB", lambda row: row.cpu_s_per_gbyte),
     ]
-    return [*pictures, _flows(rows, directory / "rooms.png")]
+    return [*paths, _concurrency(rows, directory / "rooms.png")]
 
 
 def _lines(rows, path, title, unit, figure):  # type: ignore[no-untyped-def]
@@ -39,8 +39,8 @@ def _lines(rows, path, title, unit, figure):  # type: ignore[no-untyped-def]
     return _save(canvas, axes, path)
 
 
-def _flows(rows: Sequence[Row], path: Path) -> Path:
-    """Rooms a second against rooms in flight, at the smallest size."""
+def _concurrency(rows: Sequence[Row], path: Path) -> Path:
+    """rooms/s over the number of rooms in flight, at the smallest size."""
     import matplotlib.pyplot as plt
 
     smallest = min(row.nbytes for row in rows)

@@ -1,7 +1,6 @@
-"""Pairs of real processes, an encoder's and a language server's, one pair a transport, forked from one that knows
-torch.
+"""The two processes of a transport, an encoder's and a language server's, forked from one that has imported torch.
 
-Every process ends when its pipe does, so none outlives the benchmark, however that ends.
+Each ends when its pipe to the benchmark does, so none outlives the benchmark, however that ends.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from sglang_mm_conn.bench.transports import TransportVariant
 from sglang_mm_conn.bench.transports.base import Config
 from sglang_mm_conn.core.rooms import new_id
 
-START_SECONDS = 600.0  # sglang's import alone takes half a minute, and many times that on a busy machine
+START_SECONDS = 600.0  # importing sglang takes half a minute, and many times that on a busy machine
 ANSWER_SECONDS = 300.0
-_END_SECONDS = 10.0  # from the end of a process's pipe to its own, and to the word of it
-_GLANCE_SECONDS = 0.5  # for a process to end of which only the other one tells as yet
+_END_SECONDS = 10.0  # from the end of a process's pipe to its exit status
+_GLANCE_SECONDS = 0.5  # for the exit of a process whose peer has already failed
 _LAST_LINES = 12
 
 _context = multiprocessing.get_context("forkserver")
@@ -42,18 +41,18 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def environment(device: str) -> dict[str, str]:
-    """What the processes of a transport have in theirs, with embeddings on ``device``."""
+    """Variables of the transports' processes, with embeddings on ``device``."""
     return ENVIRONMENT if device == "cuda" else {**ENVIRONMENT, **NO_GPU}
 
 
 def _context_for(device: str) -> Any:
-    """How processes are started. What the forkserver imports may look for a GPU, after which no forked process can use
-    one, so with a GPU each is a new interpreter."""
+    """How processes start. With a GPU, each is a new interpreter: what the forkserver imports may initialize CUDA,
+    after which no process forked from it can use a GPU."""
     return multiprocessing.get_context("spawn") if device == "cuda" else _context
 
 
 class BenchError(Exception):
-    """A transport that could not be started, failed, or delivered wrong bytes; the message says which and why."""
+    """A transport did not start, failed, or delivered wrong bytes. The message names it, and why."""
 
 
 class _Process:
@@ -97,7 +96,7 @@ class _Process:
         return value
 
     def check(self) -> None:
-        """Raises BenchError where the process has ended, or does in this moment, without a word about why."""
+        """Raises BenchError where the process has ended with an error, or is just ending."""
         self._process.join(_GLANCE_SECONDS)
         if self._process.exitcode:
             raise self.failed(self._end())
@@ -106,14 +105,14 @@ class _Process:
         self._process.join(_END_SECONDS)
         code = self._process.exitcode
         if code == -signal.SIGKILL:
-            return "was killed, as the kernel does where memory is short: fewer transports or a smaller size need less"
+            return "was killed, probably because memory is short: measure fewer transports or smaller sizes"
         if code is None:
             return "has ended"
         return f"has ended with exit status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
     def failed(self, why: str) -> BenchError:
-        words = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
-        return BenchError("\n".join([f"{self._what}: {why}", *words]))
+        lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
+        return BenchError("\n".join([f"{self._what}: {why}", *lines]))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -126,12 +125,12 @@ class _Process:
 
 
 class Pair:
-    """Both processes of one transport. A context manager: connected on entry, gone on exit."""
+    """Both processes of one transport; as a context manager, connected on entry and ended on exit."""
 
     def __init__(
         self, transport: TransportVariant, config: Config, payload: tuple[str, int, int], key_file: str
     ) -> None:
-        """``key_file``: the deployment's key; the processes' logs lie beside it."""
+        """``key_file``: the deployment key; the processes' logs go beside it."""
         self.transport = transport
         logs = Path(key_file).parent
         self.config = transport.config(config, key_file)
@@ -169,7 +168,7 @@ class Pair:
         self.close()
 
     def run(self, count: int, nbytes: int, in_flight: int = 0, round_number: int = 0) -> Result:
-        """Raises BenchError where a room failed or came with wrong bytes."""
+        """Move ``count`` rooms. Raises BenchError where one failed or arrived with wrong bytes."""
         width = self.config.width
         run = Measurement(self.server, self._number, count, nbytes // (width * 2), width, in_flight)
         self._number += count
@@ -192,8 +191,10 @@ class Pair:
         )
 
     def _both(self, seconds: float = ANSWER_SECONDS) -> tuple[Any, Any]:
-        """What the language and the encoder process answer. Raises BenchError of the first one that fails, or of one
-        that has ended: the other may only miss it."""
+        """The answers of the language and the encoder process.
+
+        Raises BenchError where one fails; where the other has ended, the error is about that one, as the likely cause.
+        """
         both = (self._receiver, self._sender)
         answers: dict[_Process, Any] = {}
         until = time.monotonic() + seconds
@@ -235,9 +236,11 @@ def _costs(side: Side) -> dict[str, Any]:
 
 
 def warm_up(*, builtin: bool, device: str = "cpu") -> None:
-    """Start the process that the others are forked from, if they are. It imports torch meanwhile, and sglang's
-    transports (``builtin``), which takes long and starts no thread; a module that is missing is missed where it is
-    used."""
+    """Start the process that the transports' processes are forked from; with a GPU there is none.
+
+    It imports torch, and with ``builtin`` sglang's transports, in the background: both take long and start no thread.
+    A module that is missing raises where it is used, not here.
+    """
     from multiprocessing import forkserver
 
     os.environ.update(environment(device))  # before the imports, which read some of it

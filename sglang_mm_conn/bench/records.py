@@ -1,4 +1,4 @@
-"""What the two processes do in one run, and what they say about it. Plain data, which travels between processes."""
+"""A run of one transport: what its two processes are told to do, and what they report. Sent between processes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """``count`` rooms of ``tokens`` rows: one after the other (``in_flight`` 0), or up to ``in_flight`` in flight at a
-    time.
+    """``count`` rooms of ``tokens`` rows: one after the other (``in_flight`` 0), or up to ``in_flight`` at a time.
 
-    One after the other, a room is prepared, everything comes to rest, and then its tensor is ready. In a concurrent run
-    rooms are prepared and ready at once, so all their work is in the time of the whole.
+    One after the other, a room is prepared, both processes become idle, and then its tensor is ready. In a concurrent
+    run a room's tensor is ready as soon as the room is prepared, so the run's time includes the preparation.
     """
 
     server: str  # prefix of the rooms' names
@@ -25,16 +24,18 @@ class Measurement:
 
 @dataclass
 class Side:
-    """What one process measured: its clock readings per room (CLOCK_MONOTONIC, the same in both), and its costs."""
+    """What one process measured: a clock reading per room (CLOCK_MONOTONIC, the same in both), and its costs."""
 
     times: list[float]
     cpu: float  # seconds
     began: float = 0.0
     ended: float = 0.0
-    threads: int = 0  # more threads at the end than at the beginning
+    threads: int = 0  # threads at the end, less those at the start; ``descriptors`` likewise
     descriptors: int = 0
     calls: dict[str, int] = field(default_factory=dict)  # threads started, sockets made, connections, registrations
-    by_thread: dict[str, list[float]] = field(default_factory=dict)  # CPU seconds and waits, by the threads' names
+    by_thread: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # by thread name: CPU seconds, voluntary context switches
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Result:
     transport: str
     nbytes: int
     in_flight: int
-    seconds: list[float]  # of each room; in a concurrent run, from the beginning of its preparation
+    seconds: list[float]  # of each room; in a concurrent run, from the start of its preparation
     wall: float
     cpu: float
     encoder: dict[str, Any]

@@ -1,11 +1,11 @@
-"""The tables: on the terminal, and as Markdown for the documentation."""
+"""The tables of `bench transfers`, on the terminal and in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from sglang_mm_conn.bench.measurement import LIMIT, Comparison, Row
+from sglang_mm_conn.bench.measurement import BASELINE, Comparison, Row
 from sglang_mm_conn.bench.runner import Special
 from sglang_mm_conn.bench.sizes import show_size
 
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HEADINGS = (
-    "transport", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {LIMIT}", "best of both", "x built-in", "CPU s/GB",
-    "rooms/s",
+    "transport", "p50 ms", "p99 ms", "best ms", "GB/s", f"of {BASELINE}", "best-run ratio",
+    "speed-up over the best built-in", "CPU s/GB", "rooms/s",
 )  # fmt: skip
-COMPARISON_HEADINGS = ("what", "size", "ratio", "ratio of the best")
-SPECIAL_HEADINGS = ("case", "transport", "before", "after", "ratio")
+COMPARISON_HEADINGS = ("what", "size", "ratio", "best-run ratio")
+LEFT = frozenset({"transport", "case (A, B)", "what"})  # headings of the columns of words
+SPECIAL_HEADINGS = ("case (A, B)", "transport", "A", "B", "B / A")
 
 
 def by_size(rows: Sequence[Row]) -> dict[int, list[Row]]:
@@ -34,9 +35,9 @@ def cells(row: Row) -> tuple[str, ...]:
         _short(row.p99_ms),
         _short(row.best_ms),
         f"{row.gbytes_per_s:.2f}",
-        _share(row.of_limit),
-        _share(row.of_limit_best),
-        "-" if row.times_built_in is None else f"{row.times_built_in:.1f}",
+        _share(row.of_baseline),
+        _share(row.of_baseline_best),
+        "-" if row.speed_up is None else f"{row.speed_up:.1f}",
         f"{row.cpu_s_per_gbyte:.2f}",
         ", ".join(f"{rate:,.0f} at {in_flight}" for in_flight, rate in row.rooms_per_s.items()) or "-",
     )
@@ -69,7 +70,7 @@ def print_report(
     if specials:
         table = Table(title="Special cases", title_justify="left")
         for heading in SPECIAL_HEADINGS:
-            table.add_column(heading, justify="left" if heading in ("case", "transport") else "right")
+            table.add_column(heading, justify="left" if heading in LEFT else "right")
         for special in specials:
             table.add_row(*special_cells(special))
         console.print(table)
@@ -80,13 +81,13 @@ def print_report(
         console.print(table)
     calls = per_room_lines(rows)
     if calls:
-        console.print("Per room, both processes together:")
+        console.print("Created per room, both processes together:")
         for line in calls:
             console.print(f"  {line}", markup=False, highlight=False)
 
 
 def per_room_lines(rows: Sequence[Row]) -> list[str]:
-    """What each transport does anew for every room, the largest figure of all sizes."""
+    """What each transport creates per room: the longest list of all sizes."""
     lines: dict[str, str] = {}
     for row in rows:
         counts = {name: number for name, number in row.per_room.items() if number >= 0.005}
@@ -109,15 +110,12 @@ def markdown(rows: Sequence[Row], specials: Sequence[Special], comparisons: Sequ
     if comparisons:
         table = markdown_table(COMPARISON_HEADINGS, [comparison_cells(one) for one in comparisons])
         parts.append(f"### Compared within each round\n\n{table}")
-    parts.append("### Made anew for every room\n\n" + "\n".join(f"- {line}" for line in per_room_lines(rows)))
+    parts.append("### Created per room\n\n" + "\n".join(f"- {line}" for line in per_room_lines(rows)))
     return "\n\n".join(parts)
 
 
-LEFT = frozenset({"transport", "case", "what"})
-
-
 def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]], left: Collection[str] = LEFT) -> str:
-    """``left``: headings of the columns with words; the others hold figures, on the right."""
+    """A Markdown table. The columns with the headings ``left`` are aligned left, the others right."""
     rule = "|".join("---" if heading in left else "---:" for heading in headings)
     return "\n".join([f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 

@@ -1,8 +1,8 @@
-"""Requests to whole sglang servers: an encoder and a language server for every transport, measured in turns.
+"""The suite `bench servers`: requests to whole sglang servers, an encoder and a language server for each transport.
 
-The servers whose turn it is not are frozen, so that their idle schedulers, which spin, take no core. The model is one
-whose embeddings are as wide as a real one's, and whose own arithmetic is as little as can be: on a CPU that of a real
-one would take minutes, and hide what the transports differ in.
+The rounds of the transports are interleaved, and all servers but those being measured are stopped (SIGSTOP): their idle
+schedulers spin and would take cores. The model's embeddings are as wide as a real model's, but it computes as little as
+possible: on a CPU a real model takes minutes, which would hide the difference between transports.
 """
 
 from __future__ import annotations
@@ -37,28 +37,32 @@ ROW_VALUES = 3 * HIDDEN  # the tiny model has two deepstack layers, whose rows t
 PIXELS = 512  # 32 x 32 patches of 16 pixels, four to a token
 TOKENS = 256
 CLIENTS = 8
-START_SECONDS = 600.0  # of two servers, on two cores that have other work
+START_SECONDS = 600.0  # for two servers to start, on two busy cores
 _ENVIRONMENT = {
-    # Where there is no GPU, sglang's Mooncake transport cannot receive; the test bed gives it host memory.
+    # Without a GPU sglang's Mooncake transport cannot receive: ci/cpu_bed gives it a pool in host memory.
     "CPU_BED_HOST_POOL": "1",
-    # sglang's attention on a CPU masks: a batch of images takes the time of one image as large as all of them together.
+    # On a CPU sglang computes a batch of images as one large image with an attention mask: slower than one by one.
     "SGLANG_ENCODER_MAX_BATCH_SIZE": "1",
-    # Two servers that were frozen together were not silent.
+    # A stopped server sends no heartbeats: it must not be taken for a dead one.
     "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS": "3600",
 }
 HEADINGS = (
-    "transport", "alone p50 ms", "alone p99 ms", f"requests/s, {CLIENTS} clients", "worst and best round",
+    "transport", "p50 ms, 1 client", "p99 ms, 1 client", f"requests/s, {CLIENTS} clients", "slowest and fastest round",
     f"p50 ms, {CLIENTS} clients", "page faults per request",
 )  # fmt: skip
-
-
 _OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plots", "device")
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What one transport did in one round: the seconds of each request, and of all those of the concurrent together,
-    and the pages that the servers' processes were given meanwhile."""
+    """One round of one transport.
+
+    Attributes:
+        alone: Seconds of each request with one client.
+        concurrent: Seconds of each request with CLIENTS clients.
+        concurrent_took: Seconds of all requests with CLIENTS clients together.
+        concurrent_faults: Minor page faults of the servers' processes meanwhile.
+    """
 
     alone: tuple[float, ...]
     concurrent: tuple[float, ...]
@@ -67,20 +71,22 @@ class RoundResult:
 
     @property
     def rate(self) -> float:
+        """requests/s with CLIENTS clients."""
         return len(self.concurrent) / self.concurrent_took
 
 
 @dataclass
 class Figures:
-    """What was measured of one transport, round after round."""
+    """All rounds of one transport."""
 
     backend: str
-    turns: list[RoundResult] = field(default_factory=list)
+    rounds: list[RoundResult] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
-        alone = [seconds for turn in self.turns for seconds in turn.alone]
-        concurrent = [seconds for turn in self.turns for seconds in turn.concurrent]
-        rates = [turn.rate for turn in self.turns]
+        """The row of the table, see HEADINGS."""
+        alone = [seconds for one in self.rounds for seconds in one.alone]
+        concurrent = [seconds for one in self.rounds for seconds in one.concurrent]
+        rates = [one.rate for one in self.rounds]
         return (
             self.backend,
             f"{statistics.median(alone) * 1e3:.0f}",
@@ -88,31 +94,34 @@ class Figures:
             f"{statistics.median(rates):.2f}",
             f"{min(rates):.2f} to {max(rates):.2f}",
             f"{statistics.median(concurrent) * 1e3:.0f}",
-            f"{statistics.median(turn.concurrent_faults / len(turn.concurrent) for turn in self.turns):,.0f}",
+            f"{statistics.median(one.concurrent_faults / len(one.concurrent) for one in self.rounds):,.0f}",
         )
 
 
 def comparisons(figures: Sequence[Figures]) -> list[str]:
-    """Ours beside each built-in transport: medians over the rounds of the ratio within one round."""
+    """This connector over each built-in transport: medians over the rounds of the ratio within one round."""
     ours = next((one for one in figures if one.backend == OUR_BACKEND), None)
     lines = []
     for other in figures:
         if ours is None or other is ours:
             continue
-        pairs = list(zip(ours.turns, other.turns, strict=True))
+        pairs = list(zip(ours.rounds, other.rounds, strict=True))
         rate = statistics.median(mine.rate / theirs.rate for mine, theirs in pairs)
         alone = statistics.median(
             statistics.median(mine.alone) / statistics.median(theirs.alone) for mine, theirs in pairs
         )
         lines.append(
-            f"{ours.backend} beside {other.backend}, within each round: {rate:.2f} times the requests/s with {CLIENTS} "
-            f"clients, {alone:.2f} times the time alone"
+            f"{ours.backend} / {other.backend}, median of the ratios within each round: requests/s with {CLIENTS} "
+            f"clients {rate:.2f}, latency with one client {alone:.2f}"
         )
     return lines
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Raises BenchError where a server cannot be started or an answer is wrong, ValueError for a wrong option."""
+    """Measure, then print and write what ``args`` ask for. Returns the exit status.
+
+    Raises BenchError where a server does not start or an answer is wrong, ValueError for a wrong option.
+    """
     from sglang_mm_conn.bench import host_info, markdown_blocks
     from sglang_mm_conn.bench.process_pair import BenchError
     from sglang_mm_conn.demo import tiny_models
@@ -146,13 +155,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if len({(answer.text, answer.tokens) for answer in answers.values()}) > 1:
             raise BenchError(f"the transports lead to different answers: {answers}")
         for number in range(rounds):
-            # Another one begins every time: what comes after a pause of the machine is not always the same one's.
+            # Another transport starts each round, so that no transport always follows the same one.
             for name in (*backends[number % len(backends) :], *backends[: number % len(backends)]):
                 with _thawed(groups[name]):
-                    _ask(groups[name], next(questions), name)  # what wakes up only once is not measured
-                    turn = _round(groups[name], name, questions, alone, concurrent)
-                figures[name].turns.append(turn)
-                say(f"round {number + 1} of {rounds}: {name}: {turn.rate:.2f} requests/s")
+                    _ask(groups[name], next(questions), name)  # the first request after SIGCONT is not measured
+                    result = _round(groups[name], name, questions, alone, concurrent)
+                figures[name].rounds.append(result)
+                say(f"round {number + 1} of {rounds}: {name}: {result.rate:.2f} requests/s")
         for name, group in groups.items():
             _check_transport(group, name, 1 + rounds * (1 + alone + concurrent))
     except ServerError as error:
@@ -165,20 +174,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _backends(args: argparse.Namespace) -> tuple[str, ...]:
-    """``--transports`` of `bench servers`; its default is another command's."""
-    from sglang_mm_conn.bench.command import TRANSPORTS
-
+    """Those of ``--transports``; all of them where it is left out. Raises ValueError for a wrong option."""
     for name in _OF_TRANSFERS:
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is an option of `bench transfers`, not of `bench servers`")
     if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
-    if args.transports == TRANSPORTS:
+    if args.transports is None:
         return BACKENDS
     chosen = tuple(dict.fromkeys(name.strip() for name in args.transports.split(",")))
     for name in chosen:
         if name not in BACKENDS:
-            raise ValueError(f"--transports: {name!r} is none of the transports of servers: {', '.join(BACKENDS)}")
+            raise ValueError(
+                f"--transports: {name!r} is none of the transports of `bench servers`: {', '.join(BACKENDS)}"
+            )
     return chosen
 
 
@@ -192,7 +201,7 @@ def _progress(console: Console) -> Any:
 
 
 def _questions() -> Iterator[Question]:
-    """No two alike, so that no cache answers."""
+    """Questions with different images, so that no cache answers."""
     from sglang_mm_conn.demo.images import Image
     from sglang_mm_conn.demo.questions import Question
 
@@ -201,7 +210,10 @@ def _questions() -> Iterator[Question]:
 
 
 def _freeze(group: ServerGroup) -> None:
-    for server in (*group.languages, *group.encoders):  # who asks first: nobody misses an answer
+    for server in (
+        *group.languages,
+        *group.encoders,
+    ):  # the client side first, so that it waits for no answer meanwhile
         server.signal(signal.SIGSTOP)
 
 
@@ -210,13 +222,13 @@ def _thawed(group: ServerGroup) -> Iterator[None]:
     for server in (*group.encoders, *group.languages):
         server.signal(signal.SIGCONT)
     yield
-    _freeze(group)  # not where something went wrong: they are stopped, and the error says more than theirs would
+    _freeze(group)  # not after an exception: the servers are ended then
 
 
 def _round(group: ServerGroup, name: str, questions: Iterator[Question], alone: int, concurrent: int) -> RoundResult:
     asked = list(itertools.islice(questions, alone + concurrent))
     for question in asked:
-        question.images[0].data_uri()  # drawn before the clock runs
+        question.images[0].data_uri()  # drawn, and cached, before the clock starts
 
     def seconds(question: Question) -> float:
         begin = time.monotonic()
@@ -232,10 +244,10 @@ def _round(group: ServerGroup, name: str, questions: Iterator[Question], alone: 
 
 
 def _faults(group: ServerGroup) -> int:
-    """Minor page faults of all its processes so far."""
+    """Minor page faults of all processes of ``group`` so far."""
     faults = 0
     for pid in [pid for server in group.servers for pid in server.pids()]:
-        with suppress(FileNotFoundError):  # it has ended meanwhile
+        with suppress(FileNotFoundError):  # the process has ended meanwhile
             faults += int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
     return faults
 
@@ -251,7 +263,7 @@ def _ask(group: ServerGroup, question: Question, backend: str) -> Answer:
 
 
 def _check_transport(group: ServerGroup, backend: str, requests: int) -> None:
-    """Each embedding travelled over what it is said to have travelled over."""
+    """Raises BenchError unless all embeddings travelled over ``backend``."""
     from sglang_mm_conn.bench.process_pair import BenchError
 
     ours = group.language.log().count("Embedding received: ")
@@ -265,7 +277,7 @@ def _report(args: argparse.Namespace, console: Console, figures: list[Figures], 
     from sglang_mm_conn.bench import host_info, markdown_blocks
     from sglang_mm_conn.bench.report import markdown_table
 
-    rounds = len(figures[0].turns)
+    rounds = len(figures[0].rounds)
     title = f"{TOKENS} rows of {ROW_VALUES} float32 values per request, to its first token; {rounds} rounds"
     table = Table(*HEADINGS, title=title, title_justify="left")
     for one in figures:

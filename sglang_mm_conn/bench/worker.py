@@ -1,5 +1,4 @@
-"""One of the two processes of a transport: opens its end, and runs what it is told to until the benchmark closes the
-pipe."""
+"""One of the two processes of a transport: carries out the benchmark's commands until the benchmark closes the pipe."""
 
 from __future__ import annotations
 
@@ -26,9 +25,9 @@ from sglang_mm_conn.bench.records import Measurement, Side
 from sglang_mm_conn.bench.transports import make_receiver, make_sender
 from sglang_mm_conn.bench.transports.base import Config, Receiver, Room, Sender
 
-_WAIT_SECONDS = 0.001  # how long one end sits in its transport's own wait
-_RUN_SECONDS = 120.0  # a run that takes longer is stuck
-_REST_SECONDS = 0.0005
+_WAIT_SECONDS = 0.001  # timeout of one call of ``Sender.wait``
+_RUN_SECONDS = 120.0  # a run that takes longer has failed
+_REST_SECONDS = 0.0005  # for the threads of both processes to become idle
 
 _COUNTED = {
     "socket.__new__": "sockets",
@@ -38,20 +37,20 @@ _COUNTED = {
 
 
 class CallCounter:
-    """Counts what must not happen per request, whoever does it, from Python's audit events."""
+    """Counts what should not happen per request (new sockets, threads, ...), from Python's audit events."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        sys.addaudithook(self._heard)
+        sys.addaudithook(self._on_event)
         self._count_threads()
 
-    def _heard(self, event: str, arguments: Any) -> None:
+    def _on_event(self, event: str, arguments: Any) -> None:
         name = _COUNTED.get(event)
         if name is not None:
             self.counts[name] += 1
 
     def _count_threads(self) -> None:
-        """Python 3.11 tells nobody about new threads."""
+        """Python 3.11 has no audit event for new threads."""
         original = threading.Thread.start
 
         def start(thread: threading.Thread) -> None:
@@ -61,7 +60,7 @@ class CallCounter:
         threading.Thread.start = start  # type: ignore[method-assign, assignment]
 
     def count_registrations(self) -> None:
-        """The engine's registrations are no audit events."""
+        """The Mooncake engine's memory registrations have no audit event."""
         module: Any = sys.modules.get("mooncake.engine")
         if module is None:
             return
@@ -96,18 +95,18 @@ class Worker:
 
     def connect(self, peer: dict[str, Any]) -> dict[str, Any]:
         self._end.connect(peer)
-        return {"piece": getattr(self._end, "piece", 0)}
+        return {"slice_bytes": getattr(self._end, "slice_bytes", 0)}
 
     def run(self, run: Measurement) -> Side:
         with self._measured() as side:
             if self._role == "encoder":
-                (self._send_flow if run.in_flight else self._send_single)(self._end, run, side)
+                (self._send_concurrent if run.in_flight else self._send_single)(self._end, run, side)
             else:
-                (self._receive_flow if run.in_flight else self._receive_single)(self._end, run, side)
+                (self._receive_concurrent if run.in_flight else self._receive_single)(self._end, run, side)
         return side
 
     def park(self, server: str, first: int, count: int, tokens: int, width: int) -> None:
-        """Announce rooms that nobody asks for (the encoder's end)."""
+        """Announce rooms that no request claims (encoder process)."""
         for number in range(first, first + count):
             self._end.prepare(_room(server, number, tokens, width))
 
@@ -164,9 +163,9 @@ class Worker:
             end.release(name)
             self._peer.send("arrived")
 
-    # -- many in flight ---------------------------------------------------------------------------------------
+    # -- several rooms in flight ----------------------------------------------------------------------------------
 
-    def _send_flow(self, end: Sender, run: Measurement, side: Side) -> None:
+    def _send_concurrent(self, end: Sender, run: Measurement, side: Side) -> None:
         self._hear("expected")
         free = list(range(run.in_flight))
         busy: dict[str, int] = {}
@@ -189,7 +188,7 @@ class Worker:
                 busy.pop(name)
         self._hear("arrived")
 
-    def _receive_flow(self, end: Receiver, run: Measurement, side: Side) -> None:
+    def _receive_concurrent(self, end: Receiver, run: Measurement, side: Side) -> None:
         self._peer.send("expected")
         rooms = _rooms(run)
         waiting: dict[str, int] = {}
@@ -217,20 +216,20 @@ class Worker:
         self._peer.send("arrived")
 
     def _landed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` where embeddings end. A transport that delivers host memory to a GPU pays for the copy here, as
-        sglang's prefill would."""
+        """``tensor`` on the device where embeddings end. If the transport delivered it in host memory, the copy to the
+        GPU that sglang's prefill would make is part of its time."""
         if self._device == "cuda" and tensor.is_cpu:
             tensor = tensor.to("cuda")
             torch.cuda.current_stream().synchronize()
         return tensor
 
     def _hear(self, word: str) -> None:
-        """From the other process. Raises RuntimeError where it has nothing to say for long, or something else."""
+        """Wait for ``word`` from the other process. Raises RuntimeError after _RUN_SECONDS, or for another word."""
         if not self._peer.poll(_RUN_SECONDS):
-            raise RuntimeError(f"not heard within {_RUN_SECONDS:g} s: {word}")
+            raise RuntimeError(f"the other process has not said {word!r} within {_RUN_SECONDS:g} s")
         heard = self._peer.recv()
         if heard != word:
-            raise RuntimeError(f"heard {heard!r}, not {word!r}")
+            raise RuntimeError(f"the other process said {heard!r}, not {word!r}")
 
     def close(self) -> None:
         self._end.close()
@@ -251,7 +250,7 @@ def _check(until: float, what: str) -> None:
 
 
 def thread_costs() -> dict[int, tuple[float, int]]:
-    """By thread: seconds of CPU time, and how often it gave the processor up to wait."""
+    """By thread id: seconds of CPU time, and voluntary context switches."""
     costs = {}
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/schedstat") as file:
@@ -263,7 +262,7 @@ def thread_costs() -> dict[int, tuple[float, int]]:
 
 
 def _by_name(before: dict[int, tuple[float, int]], after: dict[int, tuple[float, int]]) -> dict[str, list[float]]:
-    """What was spent between two ``thread_costs``, by the threads' names without their numbers."""
+    """The difference of two ``thread_costs``, by thread name without trailing numbers."""
     names = {thread.native_id: thread.name.rstrip("0123456789._-") for thread in threading.enumerate()}
     spent: dict[str, list[float]] = {}
     for task, (seconds, waits) in after.items():
@@ -283,7 +282,7 @@ def _descriptors() -> int:
 
 
 def _end_with_the_benchmark() -> None:
-    """A run under transport does not read the pipe, and may wait for long for a process that is gone."""
+    """A run in progress does not read the pipe, and may wait long for a process that is gone: exit with the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -294,7 +293,7 @@ def serve(
     commands: Connection, role: str, transport: str, config: Config, payload: tuple[str, int, int], peer: Connection,
     environment: dict[str, str], log: str,
 ) -> None:  # fmt: skip
-    """The process: one command after the other, each answered; it ends when the pipe does, or at ``close``."""
+    """The main function of the process: answers one command after the other, until ``close`` or the pipe's end."""
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -302,7 +301,7 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format=f"{transport} {role}: %(message)s", stream=sys.stderr)
     threading.Thread(target=_end_with_the_benchmark, name="bench-lifeline", daemon=True).start()
     gc.collect()
-    gc.freeze()  # what all processes have imported in common is looked through by none
+    gc.freeze()  # collections skip what all processes have imported
     torch.set_num_threads(1)  # a server's encoder and scheduler share the machine with others
     subject: Worker | None = None
     try:
@@ -324,7 +323,7 @@ def serve(
         with contextlib.suppress(OSError):
             commands.send(("error", f"{type(error).__name__}: {error}"))
     finally:
-        # Engines and sockets of the transports compared hold threads that need not end in an orderly transport.
+        # Engines and sockets of some transports have threads that may not end: close for 5 s at most, then exit.
         if subject is not None:
             closer = threading.Thread(target=subject.close, daemon=True)
             closer.start()

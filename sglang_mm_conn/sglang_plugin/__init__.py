@@ -1,11 +1,16 @@
-"""The hook to sglang 0.5.23: the only folder that imports sglang's internals, besides the public classes' bases and the
-benchmark's driver of sglang's own transports (bench/transports/builtin.py).
+"""The plugin for sglang 0.5.23. Only this package uses sglang's internals, which internals.py lists.
 
-``register`` is the entry point of group ``sglang.srt.plugins``. Without the flag it only teaches the command line the
-name ``conn_multimodal`` and sglang's backend enum the same word; everything else is hooked when the flag is seen.
+(So does bench/transports/builtin.py, which times sglang's built-in transports; conn_multimodal.py imports the base
+classes.) By process: flag.py in the one that starts a server, encoder.py in an encoder's, dispatch.py in a language
+server's tokenizer process, scheduler.py in its scheduler processes.
+
+``register`` is the entry point of the group ``sglang.srt.plugins``. Without the flag it only adds the choice
+``conn_multimodal`` to the command line and to sglang's backend enum; the hooks are applied when the flag is given.
 """
 
 from __future__ import annotations
+
+__all__ = ["register"]
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""The addresses of a server: where it listens, and where other hosts reach it."""
+"""The addresses of a server: the one to bind, and the one at which other hosts reach it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from sglang.srt.utils.network import get_local_ip_auto
 
 
 def bind_address(host: str | None) -> str:
-    """What ``--host`` stands for: ZeroMQ binds no names."""
+    """The IP address of ``--host``, since ZeroMQ binds no host names."""
     if not host:
         return "0.0.0.0" if host == "" else "127.0.0.1"
     return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def reached_at(host: str | None) -> str:
-    """Where the Mooncake peers of a server with this ``--host`` find it: there, if that is an address of this host for
-    others. (Every node of a server may be given the first one's.)
+    """The address at which Mooncake peers reach a server with this ``--host``.
 
-    sglang's own answer (SGLANG_HOST_IP, say, or the address of the default route) would send an encoder to another
-    network of a host that has several, or to itself where the variable names loopback.
+    That of ``--host``, if it is an address of this machine and neither loopback nor unspecified; else sglang's choice
+    (SGLANG_HOST_IP, or the address of the default route). A node may be given the ``--host`` of the first node.
+
+    sglang's choice is not used for all, since on a machine with several networks it may be an address on another one,
+    and an encoder would connect to itself if SGLANG_HOST_IP is loopback.
     """
     address = bind_address(host)
     parsed = ipaddress.ip_address(address)

@@ -1,7 +1,7 @@
-"""sglang's public contract for backends: ``TransferBackend("conn_multimodal")`` and ``get_kv_class`` know the name.
+"""Adds ``conn_multimodal`` to sglang's ``TransferBackend`` and ``get_kv_class``, its interface for transfer backends.
 
-The member is added to sglang's own enum, so that members compared elsewhere stay the same objects. The module that
-has the enum is large: where it is not imported yet, it is extended when it is.
+The member is added to sglang's enum itself: code that compares members must see the same objects. The module of the
+enum is large, so it is not imported for this, but extended when something else imports it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VALUE = "conn_multimodal"
 
 
 def install() -> None:
-    """Extend the module now, or as soon as it is imported."""
+    """Extend the module now if it is imported, else as soon as it is."""
     module = sys.modules.get(MODULE)
     if module is not None:
         _extend(module)
@@ -29,7 +29,7 @@ def install() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds MODULE by asking the path finder, and extends it after its execution."""
+    """Finds MODULE through the path finder, and extends it after its execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -65,7 +65,7 @@ def _extend(module: Any) -> None:
 def _with_ours(module: Any, original: Any) -> Any:
     @functools.wraps(original)
     def get_kv_class(transfer_backend: Any, class_type: Any, is_multimodal: bool = False) -> Any:
-        """sglang's Mooncake classes for KV; with ``is_multimodal=True`` the embedding classes."""
+        """sglang's Mooncake classes for KV, or with ``is_multimodal=True`` the classes of conn_multimodal.py."""
         if transfer_backend is not module.TransferBackend(VALUE):
             return original(transfer_backend, class_type)
         if not is_multimodal:

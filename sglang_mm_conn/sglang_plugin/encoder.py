@@ -1,4 +1,4 @@
-"""The encoder server: its manager, the announcement of sizes, the push of embeddings, the bootstrap route."""
+"""The encoder server: starts the manager, announces rooms, sends embeddings, answers the bootstrap route."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import bind_address, reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
-from sglang_mm_conn.sglang_plugin.names import FLAG, uses_connector
+from sglang_mm_conn.sglang_plugin.internals import row_format, wait_for_embedding
+from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, uses_connector
 from sglang_mm_conn.sglang_plugin.processes import DpWorkers, publish_control_port, replace_spawn_targets
 
 logger = logging.getLogger(__name__)
 
-# What sglang keeps on EmbeddingData for its own transports; everything else travels as metadata.
+# Fields of sglang's EmbeddingData that are not sent as metadata: the room, its size and its rows say the same, or only
+# sglang's own transports need them. The modality is sent as its name.
 _NOT_METADATA = frozenset({"req_id", "embedding", "send_time", "dtype", "shape", "error_msg", "error_code", "modality"})
 _manager: EmbeddingManager | None = None  # in a process that holds embeddings
-_dp_workers: DpWorkers | None = None  # in the process that starts the server
+_dp_workers: DpWorkers | None = None  # in the process that has the HTTP route
 _key: DeploymentKey | None = None
 
 
 def bootstrap_info() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
-    """For the bootstrap route; None as long as the model is being loaded."""
+    """What the bootstrap route answers; None while the model is being loaded."""
     return _info_of_dp_workers() if _manager is None else _manager.register_to_bootstrap()
 
 
 def start_processes(dp_size: int, key_file: str | None) -> None:
-    """Before sglang spawns the encoder's DP workers and TP ranks: see that the hooks get there."""
+    """Called before sglang spawns the encoder's DP workers and TP ranks, which are to load the hooks too."""
     global _dp_workers, _key
     _dp_workers = replace_spawn_targets(dp_size)
     _key = None if key_file is None else DeploymentKey.load(key_file)
@@ -52,16 +54,16 @@ def _info_of_dp_workers() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
     dispatcher = http_server.dp_dispatcher
     if dispatcher is None or _dp_workers is None:
         return None
-    workers = _dp_workers.known(dispatcher.alive_ranks)  # sglang does not start a worker again that died
+    workers = _dp_workers.known(dispatcher.alive_ranks)  # sglang does not restart a worker that died
     return (BootstrapInfo(PROTOCOL_VERSION, workers), _key) if workers else None
 
 
 def keep_on_device(original: Any, self: Any, ctx: Any, *, keep_on_gpu: bool) -> Any:
-    """Around ``_compute_direct_embedding``: leave out its ``.cpu()`` where SGLANG_MM_CONN_EMBEDDING_DEVICE says so.
+    """Around ``_compute_direct_embedding``: keep the embedding on the GPU, by SGLANG_MM_CONN_EMBEDDING_DEVICE.
 
-    Decided from what every rank of the encoder knows, so that all of them run the model, or none. Two things need
-    the embedding on the host: the prefix cache, whose entries live there, and the sound of a video, which sglang
-    encodes for its host-side transports only.
+    Two things need it on the host: the prefix cache, whose entries are there, and the sound of a video, which sglang
+    encodes only without ``keep_on_gpu``. All ranks of the encoder must decide alike, since ``keep_on_gpu`` also decides
+    whether the model runs or the cache is asked. So only what every rank knows is used.
     """
     return original(self, ctx, keep_on_gpu=keep_on_gpu or _stays_on_device(self, ctx))
 
@@ -77,7 +79,7 @@ def _stays_on_device(encoder: Any, ctx: Any) -> bool:
 
 
 def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``MMEncoder.__init__``: one manager in the process that holds the embeddings (rank 0)."""
+    """After ``MMEncoder.__init__``: create the manager, in the process that holds the embeddings (rank 0)."""
     global _manager
     if not uses_connector(server_args) or self.rank != 0:
         return
@@ -85,11 +87,12 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
 
     settings, host = Settings.from_env(os.environ), get_serving().host
     raise_trim_threshold(settings.heap_kept_bytes, os.environ)
+    dtype, row_bytes = row_format(self)
     _manager = self.conn_multimodal = EmbeddingManager(
         EmbeddingArgs(
             settings=replace(settings, host=settings.host or reached_at(host)),
-            dtype=self._embedding_dtype,
-            row_bytes=max(self._embedding_dims.values()) * self._element_size,
+            dtype=dtype,
+            row_bytes=row_bytes,
             host=bind_address(host),
             timeout=self.send_timeout,
             device=compute_device(),
@@ -97,13 +100,12 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
         EmbeddingMode.ENCODE,
         server_args,
     )
-    assert _manager.encoder is not None
-    info, _ = _manager.encoder.bootstrap_info
+    info, _ = _manager.encoder_endpoint.bootstrap_info
     publish_control_port(info.workers[0])
 
 
 def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, Any]]) -> Any:
-    """Around ``_publish_preprocess_metadata``: the sizes are known, the model has not run. Tell the language ranks."""
+    """Around ``_publish_preprocess_metadata``: announce the sizes to the language ranks before the model runs."""
 
     async def publish() -> None:
         await original(self, ctx, requests)
@@ -118,9 +120,9 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
                 state.conn_multimodal = _announce(
                     manager, request["req_id"], state.embedding_data.shape, state.embedding_data.dtype
                 )
-            except ConnError as error:  # the others of its batch do not notice
-                assert manager.encoder is not None
-                manager.encoder.fail(request["req_id"], str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
+            except ConnError as error:  # fails this request only, not the others of its batch
+                code = int(HTTPStatus.INTERNAL_SERVER_ERROR)
+                manager.encoder_endpoint.fail(request["req_id"], str(error), code)
 
     return publish()
 
@@ -142,9 +144,9 @@ def _announce(manager: EmbeddingManager, room: str, shape: list[int], dtype: Any
 async def push_embedding(
     original: Any, enc: Any, request: dict[str, Any], *, background_url_send: bool = False
 ) -> None:
-    """Around ``_push_embedding_to_prefill``, the one funnel for embeddings and errors: deliver over the connector.
+    """Around ``_push_embedding_to_prefill``: send the embedding, or the error of its encode, over the connector.
 
-    Returns when every language rank has all rows. Raises MMError, which becomes the answer to ``/encode``.
+    Returns when every language rank has all rows. Raises MMError, which sglang returns as the answer to ``/encode``.
     """
     manager: EmbeddingManager | None = getattr(enc, "conn_multimodal", None)
     if manager is None:
@@ -154,24 +156,24 @@ async def push_embedding(
     if not _is_room(room):
         await enc.release_request(room)
         raise MMError(
-            f"request {room} does not come from a language server started with {FLAG} conn_multimodal",
+            f"request {room} was not made by a language server with {FLAG} {BACKEND}",
             code=HTTPStatus.BAD_REQUEST,
         )
-    assert manager.encoder is not None
+    endpoint = manager.encoder_endpoint
     try:
         state = enc.req_states.get(room)
         if state is None:
-            raise MMError(f"the encoder released {room} before it was sent", code=HTTPStatus.GONE)
-        data = await enc._wait_for_embedding(state)
+            raise MMError(f"the encoder released {room} before its embedding was sent", code=HTTPStatus.GONE)
+        data = await wait_for_embedding(enc, state)
         if data.error_msg is not None:
-            manager.encoder.fail(room, data.error_msg, data.error_code or int(HTTPStatus.INTERNAL_SERVER_ERROR))
+            endpoint.fail(room, data.error_msg, data.error_code or int(HTTPStatus.INTERNAL_SERVER_ERROR))
             return
         await _deliver(manager, room, data, getattr(state, "conn_multimodal", None))
     except ConnError as error:
-        manager.encoder.fail(room, str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
+        endpoint.fail(room, str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
         raise MMError(str(error)) from error
     except asyncio.CancelledError:
-        manager.encoder.fail(room, "the encode was cancelled", 499)
+        endpoint.fail(room, "the encode was cancelled", 499)
         raise
     finally:
         sender = manager.senders.get(room)
@@ -181,7 +183,7 @@ async def push_embedding(
 
 
 async def _deliver(manager: EmbeddingManager, room: str, data: Any, sender: EmbeddingSender | None) -> None:
-    if sender is None:  # one that was announced may have ended since: its end was told, and is not told again
+    if sender is None:  # not announced; one that was announced and has ended since is not announced again
         sender = _announce(manager, room, list(data.embedding.shape), data.embedding.dtype)
     sender.send(data.embedding, metadata_of(data))
     ended = await asyncio.shield(asyncio.wrap_future(sender.ended))
@@ -190,6 +192,6 @@ async def _deliver(manager: EmbeddingManager, room: str, data: Any, sender: Embe
 
 
 def metadata_of(data: Any) -> dict[str, Any]:
-    """What travels beside the rows of an ``EmbeddingData``: its part, its grids, its time stamps, all it is given."""
+    """The fields of sglang's ``EmbeddingData`` that are sent with its rows: part number, grids, time stamps, ..."""
     values = {key: value for key, value in vars(data).items() if key not in _NOT_METADATA and not key.startswith("_")}
     return {**values, "modality": data.modality.name}

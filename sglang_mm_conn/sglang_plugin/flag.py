@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Teach sglang the name. In a process spawned by a server with the flag, hook everything at once."""
+    """Add the choice to sglang's flag. In a process spawned by a server with the flag, register all hooks too."""
     from sglang_mm_conn.sglang_plugin import backend_enum, hooks
 
     hooks.check_version()
@@ -34,7 +34,7 @@ def install() -> None:
 
 
 def _resolve_kv_backend(server_args: Any, previous: Any) -> None:
-    """KV between prefill and decode is sglang's Mooncake, untouched; many of its checks want that word."""
+    """KV between prefill and decode uses sglang's ``mooncake``, and many checks of sglang compare the flag with it."""
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     if uses_connector(server_args):
@@ -43,9 +43,10 @@ def _resolve_kv_backend(server_args: Any, previous: Any) -> None:
 
 
 def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
-    """Embeddings follow the control flow of sglang's ``zmq_to_scheduler``: the scheduler receives, the encoder pushes.
+    """Embeddings use the control flow of sglang's ``zmq_to_scheduler``: the encoder pushes, the scheduler receives.
 
-    Runs once, in the process that starts the server, where an exception stops it: so all refusals are here.
+    Runs once, in the process that starts the server, where an exception stops the server: so everything that is refused
+    is refused here, before a model is loaded. Raises ValueError, SettingError, IncompatibleSglang.
     """
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
@@ -58,12 +59,12 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
     explicit = server_args.encoder_transfer_backend
     if explicit not in (None, "auto"):
         raise ValueError(
-            f"{FLAG} {BACKEND} carries the embeddings itself and contradicts "
-            f"--encoder-transfer-backend {explicit}: leave --encoder-transfer-backend out (or set it to auto)"
+            f"{FLAG} {BACKEND} is also the transport of the embeddings and excludes "
+            f"--encoder-transfer-backend {explicit}: leave --encoder-transfer-backend out, or set it to auto"
         )
     _refuse_untested(cfg)
-    settings = Settings.from_env(os.environ)  # a bad setting is refused here, before any model is loaded
-    _refuse_strangers(cfg, settings)
+    settings = Settings.from_env(os.environ)
+    _refuse_unsecured(cfg, settings)
     declare_resolution(server_args, BACKEND, encoder_transfer_backend="zmq_to_scheduler")
     os.environ[SERVER_ENV] = new_id()
     hooks.hook_all()
@@ -78,26 +79,26 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
     logger.info("Embeddings travel over %s (server %s)", BACKEND, os.environ[SERVER_ENV])
 
 
-def _refuse_strangers(cfg: Any, settings: Settings) -> None:
-    """Without a key, only what stays on this host is allowed, or what was called insecure in so many words."""
+def _refuse_unsecured(cfg: Any, settings: Settings) -> None:
+    """Without a key, refuse addresses beyond loopback unless SGLANG_MM_CONN_INSECURE allows them."""
     if settings.key_file is not None:
         DeploymentKey.load(settings.key_file)
         return
-    places = [cfg.host, *(urlsplit(url).hostname for url in cfg.encoder_urls)]
-    outside = [place for place in places if not is_loopback(place)]
+    hosts = [cfg.host, *(urlsplit(url).hostname for url in cfg.encoder_urls)]
+    outside = [host for host in hosts if not is_loopback(host)]
     if not outside:
         return
     if not settings.insecure:
         raise ValueError(
             f"{FLAG} {BACKEND}: {', '.join(map(str, outside))} is not a loopback address and "
             "SGLANG_MM_CONN_KEY_FILE is not set. Make a key (python -m sglang_mm_conn keygen FILE) and give it to "
-            "every server, or set SGLANG_MM_CONN_INSECURE=1 on a network where everybody is trusted"
+            "every server, or set SGLANG_MM_CONN_INSECURE=1 on a network where every host is trusted"
         )
     logger.warning("INSECURE: control connections beyond this host are neither authenticated nor encrypted")
 
 
 def _refuse_untested(cfg: Any) -> None:
-    """Refuse what this connector has not been shown to work with, naming the option and its value."""
+    """Refuse combinations that this connector has not been tested with, naming the option and its value."""
     from sglang.srt.environ import envs
 
     found = []
@@ -114,12 +115,12 @@ def _refuse_untested(cfg: Any) -> None:
     must_be_one = [("--pp-size", cfg.pp_size)]
     if cfg.encoder_only:
         must_be_one.append(("--nnodes", cfg.nnodes))
-        if cfg.tp_size > 1:  # sglang serves one or the other, and finds out only when the model is loaded
+        if cfg.tp_size > 1:  # sglang supports one or the other, and checks that only after loading the model
             must_be_one.append((f"--tp-size {cfg.tp_size} together with --dp-size", cfg.dp_size))
     else:
-        # Every rank of a server with data parallelism would be told of rooms that only one of them awaits.
+        # With data parallelism every rank would receive announcements of rooms that only one of them waits for.
         must_be_one += [("--dp-size", cfg.dp_size), ("--attn-cp-size", cfg.attn_cp_size)]
-        if not cfg.encoder_urls:  # sglang tells one of the workers, and the others would encode by themselves
+        if not cfg.encoder_urls:  # encoders register with one worker only, and the others would encode by themselves
             must_be_one.append(("without --encoder-urls, --tokenizer-worker-num", cfg.tokenizer_worker_num))
     found += [f"{option} {value}" for option, value in must_be_one if value != 1]
     if found:

@@ -1,103 +1,32 @@
-"""The places where sglang is hooked, as a table, and the check that every hook took effect.
+"""Applies the hooks listed in internals.py, and checks that every one of them took effect.
 
-sglang's plugin loader logs what goes wrong and goes on. A server that is half hooked would move embeddings over
-sglang's own transport without a word, so ``apply_and_verify`` raises in the process that starts the server.
+sglang's plugin loader logs an error and goes on. A server with only some of the hooks would silently move embeddings
+over sglang's own transport, so ``apply_and_verify`` raises in the process that starts the server.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 import pkgutil
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from sglang_mm_conn.sglang_plugin.internals import HOOKS, NEEDED, SPAWN_TARGETS, SUPPORTED
 
-SUPPORTED = ("0.5.23",)
-_ENCODER = "sglang.srt.disaggregation.encoder"
+# Returns what the bootstrap route on the encoder's HTTP server answers.
+_BOOTSTRAP_SOURCE = "sglang_mm_conn.sglang_plugin.encoder:bootstrap_info"
 
 
 class IncompatibleSglang(RuntimeError):
-    """The installed sglang does not have the hooks that this plugin needs."""
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One hooked function, the parameters that the hook relies on, and the hook (``module:function``)."""
-
-    target: str
-    parameters: tuple[str, ...]
-    hook: str
-    kind: str = "AROUND"
-
-
-HOOKS = (
-    Hook(
-        f"{_ENCODER}.receiver.create_mm_receiver",
-        ("server_args", "dtype", "hf_config", "scheduler", "encode_urls"),
-        "sglang_mm_conn.sglang_plugin.language:create_receiver",
-    ),
-    Hook(
-        f"{_ENCODER}.server.MMEncoder.__init__",
-        ("self", "server_args", "rank"),
-        "sglang_mm_conn.sglang_plugin.encoder:start_manager",
-        "AFTER",
-    ),
-    Hook(
-        f"{_ENCODER}.server.MMEncoder._publish_preprocess_metadata",
-        ("self", "ctx", "requests"),
-        "sglang_mm_conn.sglang_plugin.encoder:announce_rooms",
-    ),
-    Hook(
-        f"{_ENCODER}.server.MMEncoder._compute_direct_embedding",
-        ("self", "ctx", "keep_on_gpu"),
-        "sglang_mm_conn.sglang_plugin.encoder:keep_on_device",
-    ),
-    Hook(
-        f"{_ENCODER}.runtime._push_embedding_to_prefill",
-        ("enc", "request", "background_url_send"),
-        "sglang_mm_conn.sglang_plugin.encoder:push_embedding",
-    ),
-)
-# Functions that the runtime spawns processes with: not hooked but replaced, see processes.py.
-SPAWN_TARGETS = {
-    f"{_ENCODER}.runtime.launch_dp_worker": ("server_args", "dp_rank"),
-    f"{_ENCODER}.runtime.launch_encoder": ("server_args", "rank"),
-}
-# What our route on the encoder's HTTP server answers.
-ROUTE_SOURCE = "sglang_mm_conn.sglang_plugin.encoder:bootstrap_info"
-# Used by the hooks, not hooked: their absence must be noticed at the start as well.
-NEEDED = (
-    f"{_ENCODER}.runtime.DPDispatcher.alive_ranks",
-    f"{_ENCODER}.http_server.dp_dispatcher",
-    f"{_ENCODER}.receiver.MMReceiverHTTP.encode",
-    f"{_ENCODER}.receiver.MMReceiverBase._process_waiting_requests",
-    f"{_ENCODER}.receiver.MMReceiverBase._init_mm_processor",
-    f"{_ENCODER}.receiver.MMReceiverBase._extract_url_data",
-    f"{_ENCODER}.receiver.MMReceiverBase._assign_items_by_modality",
-    f"{_ENCODER}.receiver.WaitingMMRequestBase._finish_assemble",
-    f"{_ENCODER}.receiver.WaitingMMRequestBase._fail_and_release",
-    f"{_ENCODER}.receiver.MultiModalEmbeddingData.from_embedding_data",
-    f"{_ENCODER}.receiver.create_part_req_id",
-    f"{_ENCODER}.receiver.calculate_modality_num_parts",
-    f"{_ENCODER}.server.MMEncoder._wait_for_embedding",
-    f"{_ENCODER}.server.MMEncoder._infer_embedding_dims",
-    f"{_ENCODER}.server.MMEncoder.release_request",
-    f"{_ENCODER}.http_server.app",
-    "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep",
-    "sglang.srt.managers.scheduler_components.ipc_channels.SchedulerIpcChannels",
-    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
-)
+    """The installed sglang does not have what this plugin hooks or uses."""
 
 
 def check_version() -> None:
-    """Raise IncompatibleSglang, naming both versions, where the installed sglang is none of the supported ones."""
+    """Raise IncompatibleSglang, naming both versions, unless the installed sglang is a supported one."""
     installed = metadata.version("sglang")
     if installed not in SUPPORTED:
         raise IncompatibleSglang(
-            f"sglang-mm-conn {metadata.version('sglang-mm-conn')} fits sglang {', '.join(SUPPORTED)}, "
+            f"sglang-mm-conn {metadata.version('sglang-mm-conn')} supports sglang {', '.join(SUPPORTED)}, "
             f"but {installed} is installed"
         )
 
@@ -110,7 +39,7 @@ _hooked = False
 
 
 def hook_all() -> None:
-    """Register every hook, once per process. sglang applies them; nothing has changed before that."""
+    """Register every hook, once per process. They take effect when sglang, or ``apply_and_verify``, applies them."""
     global _hooked
     if _hooked:
         return
@@ -128,11 +57,11 @@ def _add_route() -> None:
     from sglang_mm_conn.control.bootstrap_server import bootstrap_router
 
     if not any(getattr(route, "path", None) == ROUTE for route in app.routes):
-        app.include_router(bootstrap_router(_load(ROUTE_SOURCE)))
+        app.include_router(bootstrap_router(_load(_BOOTSTRAP_SOURCE)))
 
 
 def apply_and_verify() -> None:
-    """Apply the hooks and raise IncompatibleSglang unless every one took effect."""
+    """Apply the hooks. Raises IncompatibleSglang, naming every problem, unless all of them took effect."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     problems = []
@@ -158,6 +87,6 @@ def apply_and_verify() -> None:
                 problems.append(f"{hook.target} could not be hooked (see the log)")
     if problems:
         raise IncompatibleSglang(
-            f"sglang-mm-conn fits sglang {', '.join(SUPPORTED)}; the installed {metadata.version('sglang')} differs: "
-            + "; ".join(problems)
+            f"sglang-mm-conn supports sglang {', '.join(SUPPORTED)}; "
+            f"the installed {metadata.version('sglang')} differs: {'; '.join(problems)}"
         )

@@ -1,4 +1,4 @@
-"""The flag's name, and how a process knows that its server was given it."""
+"""The names of the flag and of environment variables, and whether a process belongs to a server with the flag."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 BACKEND = "conn_multimodal"
 FLAG = "--disaggregation-transfer-backend"
-# Set by the process that resolves the arguments, inherited by the processes it spawns: the incarnation of the
-# server, and the sign that the flag was given (plugins are loaded there before any argument is at hand).
+# The incarnation of the server. Set by the process that resolves the arguments and inherited by the processes it
+# spawns, where it also says that the flag was given: they load plugins before they have arguments.
 SERVER_ENV = "SGLANG_MM_CONN_SERVER"
-# Set by the same process for tokenizer workers: the application that ours stands in for.
+# For tokenizer workers, set by the same process: the path of sglang's application, which tokenizer_app.py imports.
 APP_ENV = "SGLANG_MM_CONN_APP"
 
 
 def uses_connector(server_args: Any) -> bool:
-    """Whether the server of ``server_args`` was given the flag: the raw field keeps it in every process."""
+    """Whether the server was given the flag; the raw field has it in every process."""
     return getattr(server_args, "disaggregation_transfer_backend", None) == BACKEND
 
 

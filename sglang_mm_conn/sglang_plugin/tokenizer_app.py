@@ -1,7 +1,7 @@
-"""The application of a tokenizer worker (``--tokenizer-worker-num`` above 1): sglang's own, with the plugins loaded.
+"""The application of tokenizer workers (``--tokenizer-worker-num`` above 1): sglang's own, after loading the plugins.
 
-sglang's HTTP server starts these workers with the path of an application, and without plugins. A worker imports this
-module before it makes the tokenizer manager that names the rooms.
+sglang's HTTP server starts these workers with the import path of an application, and without plugins. A worker imports
+this module before it creates its tokenizer manager, and with it the dispatcher that names rooms.
 """
 
 from __future__ import annotations

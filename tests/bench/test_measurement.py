@@ -22,52 +22,53 @@ def test_quantile_takes_a_value_that_was_measured() -> None:
     assert quantile([3.0], 0.99) == 3.0
 
 
-def test_transports_are_compared_within_rounds_so_that_noise_hits_all_alike() -> None:
+def test_transports_are_compared_within_rounds_so_that_noise_affects_all_alike() -> None:
     slow_round, quick_round = 10.0, 1.0
-    limit = [result("memcpy", [quick_round]), result("memcpy", [slow_round], number=1)]
+    baseline = [result("memcpy", [quick_round]), result("memcpy", [slow_round], number=1)]
     transport = [result("shm", [2 * quick_round]), result("shm", [2 * slow_round], number=1)]
-    assert ratio_by_round(limit, transport) == 0.5
+    assert ratio_by_round(baseline, transport) == 0.5
 
 
-def test_a_row_holds_singles_and_flows_apart() -> None:
-    [limit, row] = rows(
+def test_a_row_separates_rooms_one_after_the_other_from_concurrent_ones() -> None:
+    [baseline, row] = rows(
         [
             result("memcpy", [0.001]),
             result("shm", [0.002, 0.004, 0.002]),
             result("shm", [1.0] * 4, in_flight=4),
         ]
     )
-    assert limit.of_limit == 1.0
+    assert baseline.of_baseline == 1.0
     assert (row.median_ms, row.best_ms, row.rooms) == (2.0, 2.0, 3)
-    assert row.of_limit == 0.5
+    assert row.of_baseline == 0.5
     assert row.rooms_per_s == {4: 1.0}
     assert row.cpu_s_per_gbyte == pytest.approx(0.5 / (4 * MIB / 1e9))
     assert row.gbytes_per_s == pytest.approx(MIB / 0.002 / 1e9)
 
 
-def test_what_is_made_anew_is_counted_per_room() -> None:
+def test_what_is_created_is_counted_per_room() -> None:
     [row] = rows([result("zmq", [0.001] * 4, calls=8)])
     assert row.per_room["sockets"] == 2.0
-    assert row.of_limit is None
+    assert row.of_baseline is None
 
 
-def test_a_transport_is_compared_with_the_better_of_sglangs_own() -> None:
+def test_a_transport_is_compared_with_the_better_built_in_one() -> None:
     results = [result("zmq_to_scheduler", [0.008]), result("mooncake_builtin", [0.004]), result("shm", [0.002])]
-    assert [row.times_built_in for row in rows(results)] == [0.5, 1.0, 2.0]
+    assert [row.speed_up for row in rows(results)] == [0.5, 1.0, 2.0]
 
 
 def test_mooncake_is_compared_with_the_engine_and_one_copy() -> None:
     [one] = comparisons([result("engine", [0.003]), result("memcpy", [0.001]), result("mooncake", [0.006])])
     assert (one.nbytes, one.ratio, one.best) == (MIB, 1.5, 1.5)
+    assert one.what == "latency ratio mooncake / (engine + memcpy)"
 
 
-def test_a_round_that_was_interrupted_counts_for_nobody() -> None:
+def test_a_round_that_was_interrupted_is_left_out() -> None:
     whole = [result("engine", [0.003]), result("memcpy", [0.001]), result("mooncake", [0.006])]
     [one] = comparisons([*whole, result("mooncake", [0.1], number=1)])
     assert one.ratio == 1.5
 
 
-def test_rooms_per_second_are_those_of_the_largest_flow() -> None:
+def test_rooms_per_second_are_those_at_the_highest_concurrency() -> None:
     results = [
         result("shm", [0.001]),
         result("shm", [1.0] * 4, in_flight=4),

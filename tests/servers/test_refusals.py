@@ -67,7 +67,7 @@ def test_a_seam_that_does_not_match_stops_the_server_naming_the_version_that_fit
     )
     output = _start_and_fail(tiny_model("qwen2_5_vl"), env={"PYTHONPATH": str(tmp_path)})
     assert "_push_embedding_to_prefill has no parameter request" in output
-    assert "fits sglang 0.5.23" in output
+    assert "supports sglang 0.5.23" in output
 
 
 def test_without_the_flag_the_plugin_hooks_nothing() -> None:

@@ -73,7 +73,8 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
     from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode
     from sglang_mm_conn.connector.language import follower
     from sglang_mm_conn.memory.results import read_result
-    from sglang_mm_conn.sglang_plugin.language import SchedulerReceiver, with_room
+    from sglang_mm_conn.sglang_plugin.dispatch import with_room
+    from sglang_mm_conn.sglang_plugin.scheduler import SchedulerReceiver
 
     distributed.init_process_group("gloo", init_method=f"tcp://{HOST}:{port}", rank=rank, world_size=2)
 

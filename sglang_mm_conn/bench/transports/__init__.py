@@ -1,4 +1,4 @@
-"""The transports by name. A connector's transport takes variations: ``shm+key+windows``."""
+"""The transports by name; this connector's take variations, for example ``shm+key+windows``."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from http import HTTPStatus
 from sglang_mm_conn.bench.transports.base import Config, Receiver, Sender
 
 BUILTIN = ("zmq_to_scheduler", "mooncake_builtin")
-# Early Python 3.11 (Debian 12: 3.11.2) pickles an enum member as a call of getattr, which sglang's unpickler refuses:
-# there its own transports drop every embedding.
+# Early Python 3.11 (3.11.2 in Debian 12) pickles an enum member as a call of getattr, which sglang's unpickler refuses:
+# with it sglang's built-in transports drop every embedding.
 BUILTIN_CANNOT_PICKLE = b"getattr" in pickle.dumps(HTTPStatus.OK)
 CONNECTOR = ("shm", "mooncake")
 VARIATIONS = ("key", "fragmented", "windows", "copied", "gpu_pool")
 VARIATIONS_OF = {"shm": VARIATIONS[:-1], "mooncake": VARIATIONS, "zmq_baseline": ("windows", "copied")}
-ON_GPU = (*CONNECTOR, *BUILTIN, "memcpy")  # transports whose embeddings may begin and end on a GPU
+ON_GPU = (*CONNECTOR, *BUILTIN, "memcpy")  # can be measured with embeddings on a GPU
 
 TITLES = {
     "shm": "this connector, shared memory",
     "mooncake": "this connector, Mooncake over TCP",
-    "zmq_to_scheduler": "sglang's own zmq_to_scheduler",
-    "mooncake_builtin": "sglang's own mooncake (over TCP, host memory)",
+    "zmq_to_scheduler": "sglang's built-in zmq_to_scheduler",
+    "mooncake_builtin": "sglang's built-in mooncake (over TCP, host memory)",
     "tcp": "raw TCP into a preallocated buffer",
-    "zmq_baseline": "the same copies and bare ZeroMQ messages",
+    "zmq_baseline": "the copies of shm and bare ZeroMQ messages",
     "memcpy": "one copy into warm shared memory",
-    "engine": "the Mooncake engine's own write, best piece size",
+    "engine": "the Mooncake engine's own write, fastest slice size",
 }
 
 
@@ -58,24 +58,24 @@ class TransportVariant:
 
 
 def parse(name: str) -> TransportVariant:
-    """The transport called ``name``. Raises ValueError saying what is wrong with it."""
+    """The transport called ``name``. Raises ValueError naming what is wrong with it."""
     base, *variations = name.strip().split("+")
     if base not in TITLES:
-        raise ValueError(f"{name!r}: no transport is called {base!r}; there are {', '.join(TITLES)}")
+        raise ValueError(f"{name!r}: no transport is called {base!r}; the transports are {', '.join(TITLES)}")
     for variation in variations:
         if variation not in VARIATIONS:
             raise ValueError(f"{name!r}: {variation!r} is none of the variations {', '.join(VARIATIONS)}")
         if base not in VARIATIONS_OF:
             raise ValueError(f"{name!r}: only {', '.join(CONNECTOR)} and zmq_baseline have variations")
         if variation not in VARIATIONS_OF[base]:
-            raise ValueError(f"{name!r}: of {base} there are only the variations {' and '.join(VARIATIONS_OF[base])}")
+            raise ValueError(f"{name!r}: {base} has only the variations {', '.join(VARIATIONS_OF[base])}")
     if {"fragmented", "windows"} <= set(variations):
         raise ValueError(f"{name!r}: a pool of an eighth of one embedding cannot be fragmented as well")
     return TransportVariant(base, tuple(item for item in VARIATIONS if item in variations))
 
 
 def make_sender(transport: str, config: Config) -> Sender:
-    """The encoder's end. Imports only what the transport needs."""
+    """The encoder process's end of ``transport``. Imports only what it needs."""
     if transport in CONNECTOR:
         from sglang_mm_conn.bench.transports.connector import ConnectorSender
 
@@ -96,7 +96,7 @@ def make_sender(transport: str, config: Config) -> Sender:
 
 
 def make_receiver(transport: str, config: Config) -> Receiver:
-    """The language side's end."""
+    """The language process's end of ``transport``. Imports only what it needs."""
     if transport in CONNECTOR:
         from sglang_mm_conn.bench.transports.connector import ConnectorReceiver
 

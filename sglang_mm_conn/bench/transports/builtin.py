@@ -1,15 +1,14 @@
-"""Drives sglang 0.5.23's own transports of moving an embedding, ``zmq_to_scheduler`` and ``mooncake``, without a model.
+"""sglang 0.5.23's built-in transports for embeddings, ``zmq_to_scheduler`` and ``mooncake``, driven without a model.
 
-With sglang_plugin, this is the only module that knows sglang's internals, and it is in the benchmark because nothing
-that runs in a server needs it. What is sglang's own here, imported and unchanged: ``MMEncoder`` with its deliveries,
-its metadata registry and its HTTP routes (served by uvicorn), ``MMReceiverHTTP`` with its waiting requests and its
-``EmbeddingPool``, its Mooncake engine. What is not:
+Like sglang_plugin, this module uses sglang's internals. Imported from sglang and unchanged: ``MMEncoder`` with its
+deliveries, its metadata registry and its HTTP routes (served by uvicorn), ``MMReceiverHTTP`` with its waiting requests
+and its ``EmbeddingPool``, and its Mooncake engine. Different from a server:
 
-- ``MMEncoder.__init__`` loads a model, so the fields that delivery uses are set here, and an encoded tensor is staged
-  through ``_stage_embeddings`` as after a model's forward;
-- the multimodal processor, called when all parts of a request are there, hands their embedding over as it is;
-- ``EmbeddingPool`` is GPU memory. Where embeddings begin and end in host memory, ``cuda`` means ``cpu`` while the
-  receiver is made.
+- ``MMEncoder.__init__`` would load a model, so the fields that delivery uses are set here, and a tensor is passed to
+  ``_stage_embeddings`` as after a model's forward;
+- the multimodal processor, which sglang calls when all parts of a request have arrived, returns the embedding as it is;
+- ``EmbeddingPool`` is GPU memory. With embeddings in host memory, ``torch.empty`` takes ``cuda`` for ``cpu`` while the
+  receiver is created.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ def _prepare_environment(config: Config) -> None:
 
 
 def _publish(backend: str) -> Any:
-    """Make ``backend`` this process's transfer backend, as a server's arguments would."""
+    """Set this process's transfer backend to ``backend``, as a server's arguments would."""
     from sglang.srt.runtime_context import get_context
 
     return get_context().override_server_args(encoder_transfer_backend=backend, host=HOST).install()
 
 
 class BuiltinSender:
-    """An encoder's delivery with its HTTP server, in a loop on a thread of its own."""
+    """An encoder's delivery and its HTTP server, in an event loop on a thread of its own."""
 
     def __init__(self, config: Config, backend: str) -> None:
         _prepare_environment(config)
@@ -81,7 +80,7 @@ class BuiltinSender:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     async def _make_encoder(self) -> Any:
-        """An MMEncoder of rank 0 with the fields that its delivery uses, made as ``MMEncoder.__init__`` makes them."""
+        """An MMEncoder of rank 0 with the fields that delivery uses, as ``MMEncoder.__init__`` sets them."""
         import concurrent.futures
 
         import zmq
@@ -121,7 +120,7 @@ class BuiltinSender:
         return encoder
 
     async def _release(self, name: str) -> None:
-        """Mooncake: the language side's ``/send`` is done."""
+        """With ``mooncake``: the language process's request to ``/send`` has been answered."""
         await self._encoder.release_request(name)
         self._ended.put(name)
 
@@ -129,7 +128,7 @@ class BuiltinSender:
         return {"url": self._url}
 
     def connect(self, peer: Mapping[str, Any]) -> None:
-        """The language side connects."""
+        """Nothing to do: the language process connects."""
 
     def _context(self, room: Room) -> Any:
         from sglang.srt.disaggregation.encoder import preprocessor, server
@@ -155,7 +154,7 @@ class BuiltinSender:
         self._loop.call_soon_threadsafe(begin)
 
     async def _prepare(self, room: Room) -> None:
-        """As in ``batch_encode``, up to the model's forward."""
+        """What ``batch_encode`` does before the model's forward."""
         from sglang.srt.disaggregation.encoder import server
 
         encoder = self._encoder
@@ -177,7 +176,7 @@ class BuiltinSender:
         self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._go(room, tensor)))
 
     async def _go(self, room: Room, tensor: torch.Tensor) -> None:
-        """As in ``batch_encode`` after the forward, and ``execute_encode_pipeline`` after that."""
+        """What ``batch_encode`` does after the model's forward, and ``execute_encode_pipeline`` after that."""
         from sglang.srt.disaggregation.encoder import runtime, server
 
         encoder, request = self._encoder, self._request(room)
@@ -215,7 +214,7 @@ def _modalities() -> list[Any]:
 
 
 class _Processor:
-    """Stands for the model's multimodal processor: what a request gets is its embedding."""
+    """In place of the model's multimodal processor: returns a request's embedding as it is."""
 
     prefer_tokenized_input = False
 
@@ -225,7 +224,7 @@ class _Processor:
 
 
 class _Inputs:
-    """What a request of sglang keeps until its generation ends: the pool's slot goes with it."""
+    """What a request keeps until its generation ends, and with it the slot in ``EmbeddingPool``."""
 
     def __init__(self, embedding: torch.Tensor) -> None:
         self.embedding = embedding
@@ -235,6 +234,7 @@ class _Inputs:
 
 @contextlib.contextmanager
 def _cuda_means_cpu() -> Iterator[None]:
+    """``torch.empty`` allocates host memory where it is asked for GPU memory."""
     empty = torch.empty
 
     def on_host(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -250,12 +250,12 @@ def _cuda_means_cpu() -> Iterator[None]:
 
 
 class BuiltinReceiver:
-    """A scheduler rank's receiver, ticked as the scheduler does; it waits on its sockets in between."""
+    """A scheduler rank's receiver, ticked as by the scheduler, except that it waits on its sockets between ticks."""
 
     def __init__(self, config: Config, backend: str) -> None:
         _prepare_environment(config)
         if backend == "zmq_to_scheduler":
-            del os.environ["SGLANG_EMBEDDING_POOL_SIZE_MB"]  # set, it would add a copy into GPU memory
+            del os.environ["SGLANG_EMBEDDING_POOL_SIZE_MB"]  # if set, sglang adds a copy into GPU memory
         from sglang.srt.disaggregation.encoder import receiver
         from sglang.srt.managers.schedule_batch import Modality
         from sglang.srt.runtime_context import get_device, get_parallel
@@ -272,9 +272,11 @@ class BuiltinReceiver:
                 arguments, dtype=DTYPE, scheduler=SimpleNamespace(), encode_urls=[]
             )
         if self._receiver.embedding_pool is not None:
-            self._receiver.embedding_pool.buffer.fill_(1)  # touched before the clock runs
+            self._receiver.embedding_pool.buffer.fill_(1)  # written once, so that no run pays for page faults
         self._receiver.mm_processor = _Processor()
-        self._receiver.create_req = lambda request: request  # of one that has failed: only its message is wanted
+        self._receiver.create_req = lambda request: (
+            request
+        )  # called for failed requests, of which only the message is used
         self._assigned = {Modality.IMAGE: [1]}
         self._url = ""
         self._new: list[Any] = []
@@ -339,4 +341,4 @@ class BuiltinReceiver:
         self._kept.pop(name.rpartition("_local_part_")[0], None)
 
     def close(self) -> None:
-        """All of it ends with the process."""
+        """Nothing to do: everything ends with the process."""

@@ -1,4 +1,4 @@
-"""This connector, at its two endpoints: the very classes that sglang's processes use, without sglang around them."""
+"""This connector: the two endpoints that sglang's processes use, without sglang."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import select
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,15 +24,13 @@ from sglang_mm_conn.datapath.factory import encoder_data_paths
 
 _PATIENCE = 300.0  # seconds; longer than any run
 _DTYPE = dtype_name(DTYPE)
-_BLOCKS_OVER = 8  # beyond what the rooms in flight need
+_SPARE_BLOCKS = 8  # beyond what the rooms in flight need
 
 
 def _settings(config: Config, path: str) -> Settings:
-    # Where finished embeddings may stay in their blocks, "copied" forbids it; else they are copied out anyway.
-    views = any(item.name == "view_percent" for item in fields(Settings))
-    copied: dict[str, Any] = {"view_percent": 0} if views and config.result == "copied" else {}
+    views: dict[str, Any] = {"view_percent": 0} if config.result == "copied" else {}
     return Settings(
-        **copied,
+        **views,
         data_path=path,
         blocks=pool_blocks(config),
         block_size=config.block_size,
@@ -46,13 +43,13 @@ def _settings(config: Config, path: str) -> Settings:
 
 
 def pool_blocks(config: Config) -> int:
-    """Blocks of the language side's pool: twice what all rooms in flight need (finished embeddings may live in half
-    of it), as much again with a fragmented pool; or an eighth of one room."""
+    """Blocks of the language process's pool: an eighth of a room with ``windows``, else twice what the rooms in flight
+    need (finished embeddings may occupy half of the pool), and twice as many again with ``fragmented``."""
     block_bytes = config.block_size * config.width * DTYPE.itemsize
     needed = -(-config.nbytes // block_bytes)
     if config.pool == "windows":
         return max(1, needed // 8)
-    blocks = 2 * config.in_flight * needed + _BLOCKS_OVER
+    blocks = 2 * config.in_flight * needed + _SPARE_BLOCKS
     return 2 * blocks if config.pool == "fragmented" else blocks
 
 
@@ -77,7 +74,7 @@ class ConnectorSender:
         return {"url": self._bootstrap.url}
 
     def connect(self, peer: Mapping[str, Any]) -> None:
-        """The language side connects."""
+        """Nothing to do: the language process connects."""
 
     def prepare(self, room: Room) -> None:
         self._endpoint.announce(room.name, room.tokens, room.width * DTYPE.itemsize, _DTYPE, self._on_end)
@@ -88,8 +85,7 @@ class ConnectorSender:
             self._some_ended.notify()
 
     def prepared(self, room: Room) -> bool:
-        entry = self._endpoint.core.rooms.get(room.name)
-        return entry is None or bool(entry.transfer_infos)
+        return self._endpoint.has_offer(room.name)
 
     def go(self, room: Room, tensor: torch.Tensor) -> None:
         self._endpoint.add_transfer_request(room.name, tensor, b"")
@@ -124,14 +120,7 @@ class ConnectorReceiver:
         self._url = ""
         self._pending: dict[str, None] = {}
         if config.pool == "fragmented":
-            self._fragment()
-
-    def _fragment(self) -> None:
-        """Every other block has another owner for good, so that no two free ones lie side by side."""
-        with self._endpoint._lock:
-            allocator = self._endpoint.core.allocator
-            blocks = allocator.allocate("bench", allocator.free_count)
-            allocator.release("bench", blocks[1::2])
+            self._endpoint.fragment_pool()
 
     def hello(self) -> dict[str, Any]:
         return {"server": self.server}
@@ -140,9 +129,9 @@ class ConnectorReceiver:
         self._url = peer["url"]
         self._endpoint.use_encoder(self._url)
         until = time.monotonic() + 60
-        while not any(process.ready for process in list(self._endpoint._encoders.registrations.processes.values())):
+        while not self._endpoint.is_registered(self._url):
             if time.monotonic() > until:
-                raise RuntimeError(f"not registered with the encoder at {self._url} within a minute")
+                raise RuntimeError(f"not registered with the encoder at {self._url} within 60 s")
             time.sleep(0.005)
 
     def expect(self, room: Room) -> None:

@@ -1,6 +1,6 @@
-"""The Mooncake engine's own write, from registered memory to registered memory: the limit of the engine.
+"""The Mooncake engine's own write between registered memory: the upper bound on speed over Mooncake.
 
-One write is cut into pieces; which size is best depends on the machine, so a few are tried before the clock runs.
+A room is written as a batch of slices. The fastest slice size depends on the machine, so ``connect`` tries several.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sglang_mm_conn.bench.transports.base import HOST, Config
 from sglang_mm_conn.bench.transports.plain import SlotReceiver, SlotSender
 from sglang_mm_conn.datapath.mooncake.engine import engine_factory, register_memory, session_id
 
-PIECES = (256 << 10, 1 << 20, 4 << 20, 16 << 20, 1 << 40)  # bytes; the last: all in one
+SLICE_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20, 1 << 40)  # the last: a room as one slice
 _TRIES = 3
 
 
@@ -25,7 +25,7 @@ class EngineSender(SlotSender):
         self._config = config
         self._engine = engine_factory(HOST, protocol="tcp")()
         self._registered: set[int] = set()
-        self.piece = PIECES[-1]
+        self.slice_bytes = SLICE_BYTES[-1]
 
     def connect(self, peer: Mapping[str, Any]) -> None:
         super().connect(peer)
@@ -33,11 +33,11 @@ class EngineSender(SlotSender):
         sample = torch.ones(self._config.nbytes, dtype=torch.uint8)
         register_memory(self._engine, sample)
         seconds: dict[int, float] = {}
-        for piece in PIECES:
-            if piece < self._config.nbytes or piece == PIECES[-1]:
-                self.piece = piece
-                seconds[piece] = min(self._timed(sample) for _ in range(_TRIES))
-        self.piece = min(seconds, key=lambda piece: seconds[piece])
+        for slice_bytes in SLICE_BYTES:
+            if slice_bytes < self._config.nbytes or slice_bytes == SLICE_BYTES[-1]:
+                self.slice_bytes = slice_bytes
+                seconds[slice_bytes] = min(self._timed(sample) for _ in range(_TRIES))
+        self.slice_bytes = min(seconds, key=lambda slice_bytes: seconds[slice_bytes])
         self._engine.unregister_memory(sample.data_ptr())
 
     def _timed(self, sample: torch.Tensor) -> float:
@@ -46,9 +46,9 @@ class EngineSender(SlotSender):
         return time.perf_counter() - begin
 
     def write(self, slot: int, source: torch.Tensor) -> None:
-        # Over TCP a source needs no registration, so none is paid for here.
-        starts = range(0, source.numel(), self.piece)
-        lengths = [min(self.piece, source.numel() - start) for start in starts]
+        # Over TCP the engine needs no registration of the source.
+        starts = range(0, source.numel(), self.slice_bytes)
+        lengths = [min(self.slice_bytes, source.numel() - start) for start in starts]
         base, target = source.data_ptr(), self._addresses[slot]
         code = self._engine.batch_transfer_sync_write(
             self._target, [base + start for start in starts], [target + start for start in starts], lengths

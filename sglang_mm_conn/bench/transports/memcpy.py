@@ -1,6 +1,6 @@
-"""One copy into warm shared memory, and a byte on a socket to say so: the limit on one host.
+"""One copy into warm shared memory and a short message over a socket: the upper bound on speed on one host.
 
-With a GPU at both ends: one copy off it into pinned shared memory, and one from there onto it.
+With embeddings on a GPU: one copy from it into pinned shared memory, and one from there to it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MemcpyReceiver(SlotReceiver):
         return [(name, self._taken(name, rows)) for name, rows in super().wait(timeout)]
 
     def _taken(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` where embeddings end."""
+        """``rows`` on the device where embeddings end."""
         if not self._on_gpu:
             return rows
         result = self._results.pop(name)

@@ -1,9 +1,8 @@
-"""Slots of preallocated memory and a socket: what the transports without a protocol of their own share.
+"""Base of the transports ``memcpy``, ``tcp`` and ``engine``: preallocated slots and a socket.
 
-The receiver owns ``in_flight`` slots, each as large as the largest room, and numbers rooms in the order in which they
-are expected; the sender numbers them in the order in which they are prepared, which is the same. Room n uses slot
-n modulo ``in_flight``: both ends keep no more than that many in flight, and a slot is written again only after
-its room was released (the receiver says so).
+The receiver owns ``in_flight`` slots, each as large as the largest room. The sender writes a room into a free slot and
+then sends the slot's number and the room's size. Rooms arrive in the order in which they were expected. When a room is
+released, the receiver sends the slot's number back, and the slot is free again.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ import torch
 
 from sglang_mm_conn.bench.transports.base import HOST, Config, Room
 
-ARRIVED = struct.Struct("<Q")  # bytes of the room that is complete
+ARRIVED = struct.Struct("<Q")  # bytes of the room
 
 
 def recv_exactly(connection: socket.socket, count: int) -> bytes:
-    """Raises ConnectionError where the other end is gone."""
+    """``count`` bytes from ``connection``. Raises ConnectionError where it ends before."""
     data = bytearray()
     while len(data) < count:
-        piece = connection.recv(count - len(data))
-        if not piece:
-            raise ConnectionError("the other end is gone")
-        data += piece
+        chunk = connection.recv(count - len(data))
+        if not chunk:
+            raise ConnectionError("the other process has closed the connection")
+        data += chunk
     return bytes(data)
 
 
 class PlainSender:
-    """Does nothing ahead, and has sent a room when its ``go`` returns, which names it in ``ended``."""
+    """A sender that prepares nothing, and whose ``go`` returns when the room is sent (and is then in ``ended``)."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
@@ -43,7 +42,7 @@ class PlainSender:
         return {}
 
     def prepare(self, room: Room) -> None:
-        """Nothing can be done ahead."""
+        """Nothing to prepare."""
 
     def prepared(self, room: Room) -> bool:
         return True
@@ -54,7 +53,7 @@ class PlainSender:
 
 
 class SlotSender(PlainSender):
-    """Waits for a free slot, writes the tensor into it (``write``), then says so."""
+    """Waits for a free slot, writes the tensor into it (``write``), then sends the slot's number."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -83,11 +82,10 @@ class SlotSender(PlainSender):
 
 
 class SlotReceiver:
-    """Owns the slots; rooms are complete in the order in which they were expected."""
+    """Owns the slots."""
 
     def __init__(self, config: Config, memory: torch.Tensor) -> None:
-        """``memory``: uint8, ``in_flight`` slots; it is touched here, so that none of it is used for the first time
-        while the clock runs."""
+        """``memory``: uint8, ``in_flight`` slots. It is written once here, so that no run pays for page faults."""
         memory.fill_(1)
         self.slots = list(memory.split(config.nbytes))
         self._expected: deque[Room] = deque()
@@ -117,7 +115,7 @@ class SlotReceiver:
         return [(room.name, target)]
 
     def receive(self, target: torch.Tensor) -> None:
-        """The bytes are in place already, or come now."""
+        """Receive the room into ``target``; nothing to do where the sender has written it there."""
 
     def release(self, name: str) -> None:
         self.connection.sendall(bytes([self._used.pop(name)]))

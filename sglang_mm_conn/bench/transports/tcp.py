@@ -1,4 +1,4 @@
-"""Raw TCP over loopback into a preallocated buffer: what a socket can do at best."""
+"""Raw TCP over loopback into a preallocated buffer: the upper bound on speed over a socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_mm_conn.bench.transports.plain import ARRIVED, SlotReceiver, SlotSen
 
 
 class TcpSender(SlotSender):
-    """The bytes follow the head on the same connection."""
+    """Sends the room's bytes after its slot number and size, on the same connection."""
 
     def send(self, slot: int, source: torch.Tensor) -> None:
         self.connection.sendall(bytes([slot]) + ARRIVED.pack(source.numel()))
@@ -28,5 +28,5 @@ class TcpReceiver(SlotReceiver):
         while done < len(view):
             count = self.connection.recv_into(view[done:], 0, socket.MSG_WAITALL)
             if count == 0:
-                raise ConnectionError("the other end is gone")
+                raise ConnectionError("the other process has closed the connection")
             done += count

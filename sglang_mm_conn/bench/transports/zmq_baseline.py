@@ -1,7 +1,8 @@
-"""The same copies, bare ZeroMQ messages and nothing else: what bounds one room at a time of whoever talks ZeroMQ.
+"""The copies of ``shm`` and bare ZeroMQ messages: lower bound on latency for any ZeroMQ-based transport, one room at
+a time.
 
-No thread, no state, no lock, no codec: at both ends whoever waits for a room does all that there is to be done for it,
-and rooms never overlap. What this connector takes longer for one is the price of its own code and threads.
+No threads beside libzmq's, no state machine, no lock, no codec: the thread that waits for a room does all the work for
+it, and rooms never overlap. What ``shm`` takes longer is the cost of this connector's own code and threads.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from sglang_mm_conn.bench.transports.plain import PlainSender
 from sglang_mm_conn.memory.copying import copy_pieces
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
-_WRITTEN = struct.Struct("<BQ?")  # slot, bytes in it, whether they are the room's last
-_PATIENCE_MS = 60_000  # no ZeroMQ socket tells that the other end is gone
-_GO_ON = b""  # the window was read; any other answer is the number of a slot that is free again
+_WRITTEN = struct.Struct("<BQ?")  # slot, bytes in it, whether they are the last of the room
+_PATIENCE_MS = 60_000  # a ZeroMQ socket does not report that its peer has ended
+_GO_ON = b""  # the window was read; any other answer is the number of a slot that became free
 
 
 def _slots(config: Config) -> tuple[int, int]:
-    """How many there are, and their size: one for each room in flight, or one that holds a window."""
+    """(Number of slots, bytes of a slot): one slot per room in flight, or one of the size of a window."""
     if config.pool == "windows":
         return 1, pool_blocks(config) * config.block_size * config.width * DTYPE.itemsize
     return config.in_flight, config.nbytes
@@ -68,7 +69,7 @@ class ZmqBaselineSender(PlainSender):
         self.ended.append(room.name)
 
     def _hear(self) -> bool:
-        """Whether a slot became free; else the window that was written has been read."""
+        """Wait for an answer: True if a slot became free, False if the window that was written was read."""
         answer = self._socket.recv()
         if answer == _GO_ON:
             return False
@@ -82,7 +83,7 @@ class ZmqBaselineSender(PlainSender):
 
 
 class ZmqBaselineReceiver:
-    """Rooms arrive in the order in which they were expected."""
+    """Rooms arrive in the order in which they are expected."""
 
     def __init__(self, config: Config) -> None:
         count, self._slot_bytes = _slots(config)
@@ -90,9 +91,11 @@ class ZmqBaselineReceiver:
         self._pool = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES:]
         self._copies = config.result == "copied" or config.pool == "windows"
         results = config.in_flight if self._copies else 0
-        self._results = [torch.ones(config.nbytes, dtype=torch.uint8) for _ in range(results)]  # free ones, touched
+        self._results = [
+            torch.ones(config.nbytes, dtype=torch.uint8) for _ in range(results)
+        ]  # free results, written once so that no run pays for page faults
         self._expected: deque[Room] = deque()
-        self._used: dict[str, int | torch.Tensor] = {}  # a room's slot, or its result
+        self._used: dict[str, int | torch.Tensor] = {}  # by room: its slot, or its result
         self._context, self._socket = _pair()
         self._port = self._socket.bind_to_random_port(f"tcp://{HOST}")
 
@@ -100,7 +103,7 @@ class ZmqBaselineReceiver:
         return {"port": self._port, "segment": self._segment.name, "nonce": self._segment.nonce}
 
     def connect(self, peer: Mapping[str, Any]) -> None:
-        """The sender connects."""
+        """Nothing to do: the sender connects."""
 
     def expect(self, room: Room) -> None:
         self._expected.append(room)

@@ -155,6 +155,12 @@ class EncoderEndpoint:
             entry = self.core.rooms.get(room)
             return None if entry is None else entry.poll()
 
+    def has_offer(self, room: str) -> bool:
+        """Whether a language rank has offered blocks for ``room``; also True once the room has ended."""
+        with self._lock:
+            entry = self.core.rooms.get(room)
+            return entry is None or bool(entry.transfer_infos)
+
     # -- threads -------------------------------------------------------------------------------------------------
 
     def _start_threads(self, runtime: Runtime) -> list[threading.Thread]:

@@ -227,6 +227,16 @@ class LanguageEndpoint:
         future.add_done_callback(lambda _: self.completions.notify())
         return future
 
+    def is_registered(self, url: str) -> bool:
+        """Whether the encoder at ``url`` can announce rooms to this rank."""
+        return self._encoders.is_registered(url)
+
+    def fragment_pool(self) -> None:
+        """For benchmarks: take every other free block for good, so that no two free blocks are adjacent."""
+        with self._lock:
+            blocks = self.core.allocator.allocate("fragment_pool", self.core.allocator.free_count)
+            self.core.allocator.release("fragment_pool", blocks[1::2])
+
     def _room(self, room: str) -> ReceiverRoom:
         entry = self.core.rooms.get(room)
         if entry is None:

@@ -6,7 +6,7 @@ socket. Who holds the memory:
 - the leader's process makes the result, and gives it its name when every row is in it;
 - from its first successful ``poll`` of a room on, this process has the result mapped, whatever the leader does;
 - the leader takes the name away when it forgets the room. It must not do so before every rank of its host has mapped
-  the result or given the room up; sglang's ranks agree on that in every tick (sglang_plugin.language).
+  the result or given the room up; sglang's ranks agree on that in every tick (sglang_plugin.scheduler).
 
 A leader that fails, or dies, never publishes: the room ends here at its deadline, or when the ranks agree.
 """

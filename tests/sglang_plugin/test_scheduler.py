@@ -1,8 +1,8 @@
-"""The language server's hooks, as far as they can be shown without a server."""
+"""The scheduler's side of the plugin, as far as it can be tested without a server."""
 
 from __future__ import annotations
 
-from sglang_mm_conn.sglang_plugin.language import ready_first
+from sglang_mm_conn.sglang_plugin.scheduler import ready_first
 
 
 def test_an_abort_that_comes_in_the_tick_its_request_becomes_ready_finds_the_request() -> None:
