@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_mm_conn.connector import encoder as encoder_module
+from sglang_mm_conn.connector.encoder import endpoint as encoder_module
 from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
 from sglang_mm_conn.connector.language.encoder_directory import Encoders
 from sglang_mm_conn.connector.runtime import Runtime
@@ -92,7 +92,7 @@ class FakeRuntime(Runtime):
     def executor(self, threads: int, name: str) -> Executor:
         return self.later
 
-    def control_server(self, host: str, **_: Any) -> Any:
+    def control_server(self, host: str, *_: Any, **__: Any) -> Any:
         return self.control
 
     def look_up(self, encoder_url: str, key: Any, *, insecure: bool) -> BootstrapInfo:
