@@ -22,6 +22,7 @@ from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
+from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import (
     ConnError,
@@ -137,11 +138,9 @@ class EncoderEndpoint:
         self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._control = runtime.control_server(
             host,
+            ControlCallbacks(self._on_frame, self._on_tick, min(_TICK_SECONDS, settings.heartbeat / 2)),
             key=self.key,
             max_frame_bytes=settings.max_frame_bytes,
-            on_frame=self._on_frame,
-            on_tick=self._on_tick,
-            tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
         )
         # Threads start last: they use everything above.
         self._threads = [runtime.start_thread(self.embedding_thread, "mm-conn-embedding")]

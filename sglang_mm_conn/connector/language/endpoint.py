@@ -22,6 +22,7 @@ from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
+from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
@@ -125,13 +126,15 @@ class LanguageEndpoint:
             runtime=runtime,
         )
         self._control = runtime.control_client(
+            ControlCallbacks(
+                self._on_frame,
+                self._on_tick,
+                min(_TICK_SECONDS, settings.heartbeat / 2),
+                self._encoders.on_connected,
+                self._encoders.on_disconnected,
+            ),
             key=key,
             max_frame_bytes=settings.max_frame_bytes + settings.max_metadata_bytes,
-            on_frame=self._on_frame,
-            on_connected=self._encoders.on_connected,
-            on_disconnected=self._encoders.on_disconnected,
-            on_tick=self._on_tick,
-            tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
         )
         self._encoders.control = self._control
         self._revoker = runtime.executor(1, "mm-conn-revoker")
