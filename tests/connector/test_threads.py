@@ -84,6 +84,8 @@ class WatchedRuntime(Runtime):
         if endpoint not in self.fields:
             self.fields[endpoint] = set(vars(endpoint))
             endpoint._lock = OwnedLock()
+            if isinstance(endpoint, LanguageEndpoint):
+                endpoint._results._lock = endpoint._lock  # type: ignore[assignment]
             self._watch(endpoint)
         return super().start_thread(target, name)
 
