@@ -321,3 +321,4 @@ class LanguageEndpoint:
         self._revoker.shutdown(wait=True)
         self._sessions.close()
         self.pool.close()
+        self.completions.close()  # last: whatever ends until here notifies it
