@@ -59,7 +59,7 @@ def test_a_rank_alone_on_its_host_shares_nothing_and_a_leader_asks_for_one_copy(
         manager = EmbeddingManager(args(**ranks), EmbeddingMode.LANGUAGE)
         try:
             assert isinstance(manager.language, LanguageEndpoint) and manager.language._size == 1
-            result = manager.language._make_result(new_room_base(new_id()), Contents(1, "float32", 4, b""))
+            result = manager.language._results._memory.make(new_room_base(new_id()), Contents(1, "float32", 4, b""))
             assert isinstance(result, kind)
             result.close()
         finally:

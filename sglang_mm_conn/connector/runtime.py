@@ -16,6 +16,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, look_up
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath.base import ReceivePath
@@ -72,35 +73,14 @@ class Runtime:
         return executor
 
     def control_server(
-        self,
-        host: str,
-        *,
-        key: DeploymentKey | None,
-        max_frame_bytes: int,
-        on_frame: Callable[[str, bytes], None],
-        on_tick: Callable[[], None],
-        tick_seconds: float,
+        self, host: str, callbacks: ControlCallbacks, *, key: DeploymentKey | None, max_frame_bytes: int
     ) -> ControlServer:
-        return ControlServer(
-            host, key=key, max_frame_bytes=max_frame_bytes, on_frame=on_frame, on_tick=on_tick,
-            tick_seconds=tick_seconds,
-        )  # fmt: skip
+        return ControlServer(host, callbacks, key=key, max_frame_bytes=max_frame_bytes)
 
     def control_client(
-        self,
-        *,
-        key: DeploymentKey | None,
-        max_frame_bytes: int,
-        on_frame: Callable[[str, bytes], None],
-        on_connected: Callable[[str], None],
-        on_disconnected: Callable[[str], None],
-        on_tick: Callable[[], None],
-        tick_seconds: float,
+        self, callbacks: ControlCallbacks, *, key: DeploymentKey | None, max_frame_bytes: int
     ) -> ControlClient:
-        return ControlClient(
-            key=key, max_frame_bytes=max_frame_bytes, on_frame=on_frame, on_connected=on_connected,
-            on_disconnected=on_disconnected, on_tick=on_tick, tick_seconds=tick_seconds,
-        )  # fmt: skip
+        return ControlClient(callbacks, key=key, max_frame_bytes=max_frame_bytes)
 
     def look_up(self, encoder_url: str, key: DeploymentKey | None, *, insecure: bool) -> BootstrapInfo:
         """Raises what ``control.bootstrap.look_up`` raises."""

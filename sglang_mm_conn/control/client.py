@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.limits import HIGH_WATER_MARK, READ_AHEAD, guarded
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
-from sglang_mm_conn.control.thread import ControlThread
+from sglang_mm_conn.control.thread import ControlCallbacks, ControlThread
 from sglang_mm_conn.control.traffic import Received
 
 logger = logging.getLogger(__name__)
@@ -57,24 +57,12 @@ class ControlClient(ControlThread):
     ``key`` names a link; the callbacks run on the thread of ``run``.
     """
 
-    def __init__(
-        self,
-        *,
-        key: DeploymentKey | None,
-        max_frame_bytes: int,
-        on_frame: Callable[[str, bytes], None],
-        on_connected: Callable[[str], None],
-        on_disconnected: Callable[[str], None],
-        on_tick: Callable[[], None],
-        tick_seconds: float,
-    ) -> None:
+    def __init__(self, callbacks: ControlCallbacks, *, key: DeploymentKey | None, max_frame_bytes: int) -> None:
         self._rate_limited_log = RateLimitedLog(logger)
-        super().__init__(self._send, on_frame, on_tick, tick_seconds, self._rate_limited_log)
+        super().__init__(self._send, callbacks, self._rate_limited_log)
         self._context: zmq.Context[Any] = zmq.Context()
         self._key = key
         self._max_frame_bytes = max_frame_bytes
-        self._on_connected = on_connected
-        self._on_disconnected = on_disconnected
         self._links: dict[str, _Link] = {}
 
     def connect(self, key: str, address: str) -> None:
@@ -87,7 +75,7 @@ class ControlClient(ControlThread):
     def run(self) -> None:
         """Serve until ``stop``. Whatever one event raises is logged and hurts nobody else."""
         self._thread = threading.get_ident()
-        next_tick = time.monotonic() + self._tick_seconds
+        next_tick = time.monotonic() + self._callbacks.tick_seconds
         while not self._stopping:
             poller = zmq.Poller()
             poller.register(self._wakeup.fileno(), zmq.POLLIN)
@@ -107,8 +95,8 @@ class ControlClient(ControlThread):
                     if link.monitor in ready:
                         self._watch(key, link)
                 if time.monotonic() >= next_tick:
-                    next_tick = time.monotonic() + self._tick_seconds
-                    guarded(self._on_tick)
+                    next_tick = time.monotonic() + self._callbacks.tick_seconds
+                    guarded(self._callbacks.on_tick)
                 self._run_work()
         self._run_work()
         for link in self._links.values():
@@ -152,6 +140,6 @@ class ControlClient(ControlThread):
             except zmq.ZMQError:
                 return
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                guarded(lambda: self._on_connected(key))
+                guarded(lambda: self._callbacks.on_connected(key))
             elif event["event"] == zmq.EVENT_DISCONNECTED:
-                guarded(lambda: self._on_disconnected(key))
+                guarded(lambda: self._callbacks.on_disconnected(key))

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import zmq
@@ -16,7 +16,7 @@ from sglang_mm_conn.control.addresses import UNKNOWN_ADDRESS, peer_address
 from sglang_mm_conn.control.authentication import DeploymentKey, RefusalLog, ZapHandler
 from sglang_mm_conn.control.limits import HIGH_WATER_MARK, READ_AHEAD, guarded
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
-from sglang_mm_conn.control.thread import ControlThread
+from sglang_mm_conn.control.thread import ControlCallbacks, ControlThread
 from sglang_mm_conn.control.traffic import Received
 
 logger = logging.getLogger(__name__)
@@ -30,14 +30,7 @@ class ControlServer(ControlThread):
     """Owns the ROUTER. ``run`` is the only place that touches it."""
 
     def __init__(
-        self,
-        host: str,
-        *,
-        key: DeploymentKey | None,
-        max_frame_bytes: int,
-        on_frame: Callable[[str, bytes], None],
-        on_tick: Callable[[], None],
-        tick_seconds: float,
+        self, host: str, callbacks: ControlCallbacks, *, key: DeploymentKey | None, max_frame_bytes: int
     ) -> None:
         """Bind ``host`` on a port of the kernel's choosing (``port``). Peers are named by their routing id in hex.
 
@@ -66,7 +59,7 @@ class ControlServer(ControlThread):
         bound = f"[{host}]" if ":" in host else host
         self._socket.bind(f"tcp://{bound}:*")
         self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
-        super().__init__(self._send, on_frame, on_tick, tick_seconds, RateLimitedLog(logger))
+        super().__init__(self._send, callbacks, RateLimitedLog(logger))
 
     def run(self) -> None:
         """Serve until ``stop``. Whatever one frame or tick raises is logged and hurts nobody else."""
@@ -77,7 +70,7 @@ class ControlServer(ControlThread):
         poller.register(self._monitor, zmq.POLLIN)
         if self._zap is not None:
             poller.register(self._zap.socket, zmq.POLLIN)
-        next_tick = time.monotonic() + self._tick_seconds
+        next_tick = time.monotonic() + self._callbacks.tick_seconds
         while not self._stopping:
             ready = {item for item, _ in poller.poll(self._wait_ms(next_tick))}
             if self._wakeup.fileno() in ready:
@@ -89,8 +82,8 @@ class ControlServer(ControlThread):
             if self._socket in ready:
                 guarded(lambda: self._traffic.process_batch(self._receive()))
             if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + self._tick_seconds
-                guarded(self._on_tick)
+                next_tick = time.monotonic() + self._callbacks.tick_seconds
+                guarded(self._callbacks.on_tick)
             self._run_work()
         self._run_work()
         self._socket.disable_monitor()

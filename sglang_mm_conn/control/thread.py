@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sglang_mm_conn.control.limits import guarded, milliseconds_until
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
@@ -12,21 +13,34 @@ from sglang_mm_conn.control.traffic import Traffic
 from sglang_mm_conn.control.wakeup import Wakeup
 
 
+def _ignore(peer: str) -> None:
+    """An endpoint that only answers has nothing to do with a connection."""
+
+
+@dataclass(frozen=True)
+class ControlCallbacks:
+    """What an endpoint does on its control thread: with a frame, with a connection (each with the name of the peer),
+    and every ``tick_seconds``.
+
+    A ControlServer reports no connections: it knows a peer by its first frame.
+    """
+
+    on_frame: Callable[[str, bytes], None]
+    on_tick: Callable[[], None]
+    tick_seconds: float
+    on_connected: Callable[[str], None] = _ignore
+    on_disconnected: Callable[[str], None] = _ignore
+
+
 class ControlThread:
     """``send``, ``call`` and ``stop`` may be called from any thread; the rest is the thread's own."""
 
     def __init__(
-        self,
-        send: Callable[[str, bytes], None],
-        on_frame: Callable[[str, bytes], None],
-        on_tick: Callable[[], None],
-        tick_seconds: float,
-        rate_limited_log: RateLimitedLog,
+        self, send: Callable[[str, bytes], None], callbacks: ControlCallbacks, rate_limited_log: RateLimitedLog
     ) -> None:
-        """``send``: see Traffic. The callbacks run on the thread of ``run``, ``on_tick`` every ``tick_seconds``."""
-        self._traffic = Traffic(send, on_frame, rate_limited_log)
-        self._on_tick = on_tick
-        self._tick_seconds = tick_seconds
+        """``send``: see Traffic."""
+        self._traffic = Traffic(send, callbacks.on_frame, rate_limited_log)
+        self._callbacks = callbacks
         self._work: deque[Callable[[], None]] = deque()
         self._wakeup = Wakeup()
         self._stopping = False

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
 
+from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
+from sglang_mm_conn.core.rooms import new_id
+from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.segment import DIRECTORY
 from tests.connector.processes import BLOCK_SIZE, BLOCKS, Encoder, Language, World, wait_for
+from tests.connector.worker_process import process_stats
 
 ENCODER_TABLES = ("rooms", "sources", "listeners", "queued")
 LANGUAGE_TABLES = ("rooms", "results", "labels", "unclaimed", "quarantine", "held", "quarantined")
@@ -121,3 +126,19 @@ def test_a_closed_language_process_leaves_no_segment_and_no_thread(shm_world: Wo
         # Threads that look up encoders are told to end and not waited for: one may be in the middle of a look-up.
         wait_for(lambda child=child: child.call("threads") == [], "no thread is left")  # type: ignore[misc]
     assert not segment.exists()
+
+
+def test_a_closed_language_endpoint_leaves_no_descriptor() -> None:
+    def descriptors_after_one() -> int:
+        endpoint = LanguageEndpoint(
+            Settings(block_size=4, blocks=8, data_path="shm"), server=new_id(), host="127.0.0.1", dtype="float32",
+            widest_row_bytes=32,
+        )  # fmt: skip
+        endpoint.close()
+        endpoint.completions.notify()  # a room that ends late hurts nobody
+        del endpoint
+        gc.collect()  # the segment's mapping has one of its own
+        return process_stats()["fds"]
+
+    before = descriptors_after_one()
+    assert [descriptors_after_one() for _ in range(3)] == [before] * 3

@@ -93,7 +93,7 @@ class FakeRuntime(Runtime):
     def executor(self, threads: int, name: str) -> Executor:
         return self.later
 
-    def control_server(self, host: str, **_: Any) -> Any:
+    def control_server(self, host: str, *_: Any, **__: Any) -> Any:
         return self.control
 
     def look_up(self, encoder_url: str, key: Any, *, insecure: bool) -> BootstrapInfo:

@@ -16,6 +16,7 @@ from sglang_mm_conn.control.bootstrap import NONCE, ROUTE, SIGNATURE, BootstrapI
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.errors import SettingError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
@@ -53,9 +54,8 @@ class Echo:
 
     def __post_init__(self) -> None:
         self.server = ControlServer(
-            "127.0.0.1", key=self.key, max_frame_bytes=1 << 16, on_frame=self._answer, on_tick=lambda: None,
-            tick_seconds=0.05,
-        )  # fmt: skip
+            "127.0.0.1", ControlCallbacks(self._answer, lambda: None, 0.05), key=self.key, max_frame_bytes=1 << 16
+        )
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
@@ -74,11 +74,14 @@ class Visitor:
     refused: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.client = ControlClient(
-            key=self.key, max_frame_bytes=1 << 16, on_frame=lambda _, frame: self.heard.append(frame),
+        callbacks = ControlCallbacks(
+            on_frame=lambda _, frame: self.heard.append(frame),
+            on_tick=lambda: None,
+            tick_seconds=0.05,
             on_connected=lambda name: self.client.send(name, b"hello"),
-            on_disconnected=lambda _: self.refused.set(), on_tick=lambda: None, tick_seconds=0.05,
-        )  # fmt: skip
+            on_disconnected=lambda _: self.refused.set(),
+        )
+        self.client = ControlClient(callbacks, key=self.key, max_frame_bytes=1 << 16)
         self.client.connect("encoder", f"tcp://127.0.0.1:{self.port}")
         self.thread = threading.Thread(target=self.client.run)
         self.thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -11,10 +12,12 @@ import zmq
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.limits import READ_AHEAD
 from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.control.thread import ControlCallbacks
 
 FRAME = bytes(1 << 20)
 # What the kernel holds for one connection, at both ends, and the sender's own queue.
 ELSEWHERE = 24
+DEAF = ControlCallbacks(on_frame=lambda peer, frame: None, on_tick=lambda: None, tick_seconds=1.0)
 
 
 def frames_taken(socket: zmq.Socket[Any], *envelope: bytes) -> int:
@@ -30,10 +33,7 @@ def frames_taken(socket: zmq.Socket[Any], *envelope: bytes) -> int:
 
 
 def test_an_encoder_that_is_busy_does_not_collect_frames() -> None:
-    server = ControlServer(
-        "127.0.0.1", key=None, max_frame_bytes=1 << 20, on_frame=lambda peer, frame: None, on_tick=lambda: None,
-        tick_seconds=1.0,
-    )  # fmt: skip
+    server = ControlServer("127.0.0.1", DEAF, key=None, max_frame_bytes=1 << 20)
     context: zmq.Context[Any] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.SNDHWM, 1)
@@ -53,10 +53,7 @@ def test_a_language_rank_that_is_busy_does_not_collect_frames() -> None:
     router.setsockopt(zmq.SNDHWM, 1)
     router.setsockopt(zmq.SNDTIMEO, 1000)
     port = router.bind_to_random_port("tcp://127.0.0.1")
-    client = ControlClient(
-        key=None, max_frame_bytes=1 << 20, on_frame=lambda key, frame: None, on_connected=lambda key: None,
-        on_disconnected=lambda key: None, on_tick=lambda: None, tick_seconds=1.0,
-    )  # fmt: skip
+    client = ControlClient(DEAF, key=None, max_frame_bytes=1 << 20)
     client._connect("encoder", f"tcp://127.0.0.1:{port}")
     try:
         link = client._links["encoder"].socket
@@ -77,11 +74,10 @@ def test_a_message_of_several_frames_makes_a_language_rank_connect_anew_and_its_
     router.setsockopt(zmq.RCVTIMEO, 10_000)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     connected, frames = threading.Semaphore(0), queue.SimpleQueue[bytes]()
-    client = ControlClient(
-        key=None, max_frame_bytes=1 << 20, on_frame=lambda key, frame: frames.put(frame),
-        on_connected=lambda key: connected.release(), on_disconnected=lambda key: None, on_tick=lambda: None,
-        tick_seconds=1.0,
-    )  # fmt: skip
+    callbacks = replace(
+        DEAF, on_frame=lambda key, frame: frames.put(frame), on_connected=lambda key: connected.release()
+    )
+    client = ControlClient(callbacks, key=None, max_frame_bytes=1 << 20)
     thread = threading.Thread(target=client.run, daemon=True)
     thread.start()
     client.connect("encoder", f"tcp://127.0.0.1:{port}")

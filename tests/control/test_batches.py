@@ -20,6 +20,7 @@ from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.limits import BATCH
 from sglang_mm_conn.control.rate_limited_log import LINES
 from sglang_mm_conn.control.server import ControlServer
+from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
@@ -77,10 +78,8 @@ class Ends:
 
     def __init__(self, context: zmq.Context[Any], tick_seconds: float = 1.0) -> None:
         self.heard: list[bytes | None] = []  # frames, and None for every tick
-        self.server = ControlServer(
-            "127.0.0.1", key=None, max_frame_bytes=1 << 16, on_frame=lambda peer, frame: self.heard.append(frame),
-            on_tick=self._tick, tick_seconds=tick_seconds,
-        )  # fmt: skip
+        callbacks = ControlCallbacks(lambda peer, frame: self.heard.append(frame), self._tick, tick_seconds)
+        self.server = ControlServer("127.0.0.1", callbacks, key=None, max_frame_bytes=1 << 16)
         self.dealer = context.socket(zmq.DEALER)
         self.dealer.connect(f"tcp://127.0.0.1:{self.server.port}")
         self.dealer.send(VERSION)  # so that its routing id is known here
@@ -88,11 +87,7 @@ class Ends:
         self.peer = peer.hex()
         self.router = context.socket(zmq.ROUTER)
         port = self.router.bind_to_random_port("tcp://127.0.0.1")
-        self.client = ControlClient(
-            key=None, max_frame_bytes=1 << 16, on_frame=lambda key, frame: self.heard.append(frame),
-            on_connected=lambda key: None, on_disconnected=lambda key: None, on_tick=self._tick,
-            tick_seconds=tick_seconds,
-        )  # fmt: skip
+        self.client = ControlClient(callbacks, key=None, max_frame_bytes=1 << 16)
         self.client._connect("encoder", f"tcp://127.0.0.1:{port}")
         link = self.client._links["encoder"].socket
         assert link.poll(10_000, zmq.POLLOUT)

@@ -14,7 +14,7 @@ import pytest
 from sglang_mm_conn.control.client import ControlClient
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.server import ControlServer
-from sglang_mm_conn.control.thread import ControlThread
+from sglang_mm_conn.control.thread import ControlCallbacks, ControlThread
 from tests.connector.processes import wait_for
 
 PATIENCE = 30.0
@@ -25,9 +25,8 @@ def nothing(*_: object) -> None:
     """What an endpoint would do."""
 
 
-COMMON: dict[str, Any] = {
-    "key": None, "max_frame_bytes": 1 << 20, "on_frame": nothing, "on_tick": nothing, "tick_seconds": 1000.0,
-}  # fmt: skip
+CALLBACKS = ControlCallbacks(nothing, nothing, tick_seconds=1000.0)
+COMMON: dict[str, Any] = {"callbacks": CALLBACKS, "key": None, "max_frame_bytes": 1 << 20}
 
 
 def server() -> ControlThread:
@@ -35,7 +34,7 @@ def server() -> ControlThread:
 
 
 def client() -> ControlThread:
-    return ControlClient(**COMMON, on_connected=nothing, on_disconnected=nothing)
+    return ControlClient(**COMMON)
 
 
 @pytest.fixture(params=[server, client])
@@ -104,7 +103,7 @@ def test_work_that_was_left_before_the_end_is_done(control: ControlThread) -> No
 def test_what_one_piece_of_work_sends_leaves_before_the_next_is_done() -> None:
     """The next may be a long copy."""
     sent: list[str] = []
-    control = ControlThread(lambda peer, batch: sent.append(peer), nothing, nothing, 1000.0, RateLimitedLog(LOGGER))
+    control = ControlThread(lambda peer, batch: sent.append(peer), CALLBACKS, RateLimitedLog(LOGGER))
     control.call(lambda: control.send("first", b"frame"))
     control.call(lambda: sent.append("work"))
     control._run_work()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from sglang_mm_conn.control.thread import ControlCallbacks
 from tests.simulator.scheduler import Kernel, Lane, Process
 
 Pair = tuple[str, str]  # names of the client's and the server's process
@@ -67,7 +68,7 @@ class Network:
                 server.peers[connection.peer] = connection
                 self.connections.append(connection)
                 self.kernel.note(f"{client.process.name} connects to {server.process.name} as {connection.peer}")
-                client.call(lambda: client.on_connected(key))
+                client.call(lambda: client.callbacks.on_connected(key))
 
         link = client.links[key]
         self.kernel.put(lane, attempt)
@@ -86,7 +87,7 @@ class Network:
     def deliver(self, connection: Connection, frame: bytes, to_server: bool) -> None:
         """It will arrive, after what was sent before."""
         if to_server:
-            self.kernel.put(connection.to_server, partial(connection.server.on_frame, connection.peer, frame))
+            self.kernel.put(connection.to_server, partial(connection.server.callbacks.on_frame, connection.peer, frame))
         else:
             self.kernel.put(connection.to_client, partial(connection.client.receive, connection, frame))
 
@@ -136,22 +137,10 @@ class _Link:
 class SimulatedClient:
     """A ControlClient whose thread is a lane."""
 
-    def __init__(
-        self,
-        network: Network,
-        process: Process,
-        *,
-        on_frame: Callable[[str, bytes], None],
-        on_connected: Callable[[str], None],
-        on_disconnected: Callable[[str], None],
-        on_tick: Callable[[], None],
-    ) -> None:
+    def __init__(self, network: Network, process: Process, callbacks: ControlCallbacks) -> None:
         self.network = network
         self.process = process
-        self.on_frame = on_frame
-        self.on_connected = on_connected
-        self.on_disconnected = on_disconnected
-        self.on_tick = on_tick
+        self.callbacks = callbacks
         self.links: dict[str, _Link] = {}
         self._thread = network.kernel.lane(process)
 
@@ -188,13 +177,13 @@ class SimulatedClient:
     def receive(self, connection: Connection, frame: bytes) -> None:
         """A frame arrives; also one of a connection that broke since, as long as the link is the same."""
         if connection.key in self.links:
-            self.on_frame(connection.key, frame)
+            self.callbacks.on_frame(connection.key, frame)
 
     def broken(self, connection: Connection) -> None:
         link = self.links.get(connection.key)
         if link is not None and link.connection is connection:
             link.connection = None
-            self.call(lambda: self.on_disconnected(connection.key))
+            self.call(lambda: self.callbacks.on_disconnected(connection.key))
             self.network.establish(self, connection.key, link.address)
 
     def run(self) -> None:
@@ -207,20 +196,11 @@ class SimulatedClient:
 class SimulatedServer:
     """A ControlServer whose thread is a lane, for what it is called to do."""
 
-    def __init__(
-        self,
-        network: Network,
-        process: Process,
-        port: int,
-        *,
-        on_frame: Callable[[str, bytes], None],
-        on_tick: Callable[[], None],
-    ) -> None:
+    def __init__(self, network: Network, process: Process, port: int, callbacks: ControlCallbacks) -> None:
         self.network = network
         self.process = process
         self.port = port
-        self.on_frame = on_frame
-        self.on_tick = on_tick
+        self.callbacks = callbacks
         self.peers: dict[str, Connection] = {}
         self._thread = network.kernel.lane(process)
         network.servers[f"tcp://encoder:{port}"] = self

@@ -16,6 +16,7 @@ from sglang_mm_conn.connector.encoder.transfer import DataCall
 from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent
+from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
@@ -78,16 +79,11 @@ class SimulatedRuntime(Runtime):
     def executor(self, threads: int, name: str) -> Executor:
         return SimulatedExecutor(self._kernel, self._process, threads)
 
-    def control_server(self, host: str, *, on_frame: Any, on_tick: Any, **_: Any) -> Any:
-        return SimulatedServer(
-            self._world.network, self._process, next(self._world.numbers), on_frame=on_frame, on_tick=on_tick
-        )
+    def control_server(self, host: str, callbacks: ControlCallbacks, **_: Any) -> Any:
+        return SimulatedServer(self._world.network, self._process, next(self._world.numbers), callbacks)
 
-    def control_client(self, *, on_frame: Any, on_connected: Any, on_disconnected: Any, on_tick: Any, **_: Any) -> Any:
-        return SimulatedClient(
-            self._world.network, self._process, on_frame=on_frame, on_connected=on_connected,
-            on_disconnected=on_disconnected, on_tick=on_tick,
-        )  # fmt: skip
+    def control_client(self, callbacks: ControlCallbacks, **_: Any) -> Any:
+        return SimulatedClient(self._world.network, self._process, callbacks)
 
     def look_up(self, encoder_url: str, key: Any, *, insecure: bool) -> BootstrapInfo:
         encoder = self._world.encoders[encoder_url]

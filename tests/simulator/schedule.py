@@ -562,7 +562,7 @@ class Schedule:
                 return info.state, info.window, info.sent_tokens, info.allocated_tokens, info.dst_embedding_indices
 
             before = progress()
-            server.on_frame(connection.peer, frame)
+            server.callbacks.on_frame(connection.peer, frame)
             if progress() != before:
                 raise Violation(f"a contradictory message was taken: {message}")
 

@@ -29,6 +29,7 @@ from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
+from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.actions import Action, Ended, TransferEmbeddingChunk
 from sglang_mm_conn.core.compatibility import mismatch
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
@@ -82,8 +83,8 @@ class EncoderEndpoint:
         executor = runtime.executor(1, "mm-conn-registrar")
         self.key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._control = runtime.control_server(
-            host, key=self.key, max_frame_bytes=settings.max_frame_bytes, on_frame=self._on_frame,
-            on_tick=self._on_tick, tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
+            host, ControlCallbacks(self._on_frame, self._on_tick, min(_TICK_SECONDS, settings.heartbeat / 2)),
+            key=self.key, max_frame_bytes=settings.max_frame_bytes,
         )  # fmt: skip
         self._actions = ActionRunner(self._lock, self._control, self._sources, queues=settings.queues)
         self.transfer_queues = self._actions.transfer_queues
