@@ -37,7 +37,7 @@ def check_integrity(
     granted = sum(len(entry.blocks) for entry in rooms.values() if entry.view)
     views.check_integrity(granted)
     held = views.blocks + sum(len(entry.blocks) for entry in rooms.values())
-    quarantined = sum(len(held_back.blocks) for held_back in quarantine.values())
+    quarantined = sum(len(one.blocks) for one in quarantine.values())
     if held != allocator.held_count or quarantined != allocator.quarantined_count:
         raise ConnError(
             f"rooms hold {held} blocks, the allocator says {allocator.held_count}; "
