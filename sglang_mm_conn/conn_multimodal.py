@@ -26,6 +26,7 @@ from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
+from sglang_mm_conn.core.outcomes import FailureCode
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.factory import encoder_data_paths
 from sglang_mm_conn.memory.device import device_of
@@ -238,7 +239,7 @@ class EmbeddingSender(BaseKVSender):
 
     def abort(self) -> None:
         """As ``fail``, without a reason."""
-        self.fail("aborted by the encoder", 500)
+        self.fail("aborted by the encoder", FailureCode.INTERNAL)
 
     def clear(self) -> None:
         """Forget the room, after aborting it if it has not ended."""

@@ -16,6 +16,7 @@ from sglang_mm_conn.core.actions import Action, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import decode_from_encoder, decode_from_language, encode
+from sglang_mm_conn.core.outcomes import LANDED
 from sglang_mm_conn.core.receiver import Peer, ReceiverCore
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.sender import RegisteredSession, SenderCore
@@ -55,7 +56,7 @@ def seconds_per_room(rooms: int, tokens: int, row_bytes: int) -> tuple[float, fl
         sender.on_message(_LANGUAGE, decode_from_language(offer, _LIMIT), 0.0)  # type: ignore[arg-type]
         write = sender.begin_write(name)
         assert write is not None
-        done = _frame(sender.on_written(write, "", False, 0.0))
+        done = _frame(sender.on_written(write, LANDED, 0.0))
         times.append(time.thread_time())
         receiver.on_message(_ENCODER, decode_from_encoder(done, _LIMIT), 0.0)  # type: ignore[arg-type]
         receiver.on_copied(name, 0, "", 0.0)

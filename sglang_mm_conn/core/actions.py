@@ -7,6 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from sglang_mm_conn.core.messages import Message
+from sglang_mm_conn.core.outcomes import Outcome
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -43,14 +44,23 @@ class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """``room`` reached its final state. ``code`` is an HTTP status, ``reason`` says why a failed one failed, ``peer``
-    with whom."""
+    """``room`` reached its final state; ``peer`` says with whom, where it is known."""
 
     room: str
-    success: bool
-    reason: str = ""
-    code: int = 0
+    outcome: Outcome
     peer: str = ""
+
+    @property
+    def success(self) -> bool:
+        return self.outcome.succeeded
+
+    @property
+    def reason(self) -> str:
+        return self.outcome.reason
+
+    @property
+    def code(self) -> int:
+        return self.outcome.code
 
 
 class Release(msgspec.Struct, frozen=True):

@@ -1,14 +1,5 @@
 """The errors of this package; every message names what was wrong and the value that was."""
 
-from http import HTTPStatus
-
-
-def known_http_status(code: int) -> int:
-    """``code``, or the general one of its kind where Python's HTTPStatus does not know it (499, say)."""
-    if code in HTTPStatus._value2member_map_:
-        return code
-    return int(HTTPStatus.BAD_REQUEST if 400 <= code < 500 else HTTPStatus.BAD_GATEWAY)
-
 
 class ConnError(Exception):
     """Base of every error this package raises on purpose."""

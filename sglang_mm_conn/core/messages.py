@@ -8,7 +8,8 @@ module does not know.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from enum import Enum
+from typing import Annotated, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
@@ -169,15 +170,19 @@ class Registered(Message, frozen=True, kw_only=True, tag="registered"):
     incarnation: Name  # of the encoder's process
 
 
-class Refused(Message, frozen=True, kw_only=True, tag="refused"):
-    """The session is not (or no longer) registered, and why.
+class RefusalKind(str, Enum):
+    """Why a session is not registered, and so what the language rank does about it."""
 
-    ``mismatch``: the two sides do not fit. ``data_path``: only the path named is impossible, another may do.
-    ``register_first``: the encoder does not know this peer (any more).
-    """
+    MISMATCH = "mismatch"  # the two sides do not fit: asked again after a while
+    DATA_PATH = "data_path"  # only the path named is impossible: another is tried
+    REGISTER_FIRST = "register_first"  # the encoder does not know this peer (any more), or is busy: registered again
+
+
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
+    """The session is not (or no longer) registered, and why."""
 
     reason: Text
-    kind: Literal["mismatch", "data_path", "register_first"]
+    kind: RefusalKind
     data_path: Text = ""
 
 

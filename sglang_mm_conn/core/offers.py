@@ -9,9 +9,9 @@ from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Announce, Init, Resume
+from sglang_mm_conn.core.outcomes import FailureCode, Outcome
 from sglang_mm_conn.core.receiver_room import ReceiverRoom
 from sglang_mm_conn.core.states import ReceiverState
-from sglang_mm_conn.core.tombstones import Outcome
 
 # The encoder is told a deadline that lies this much before ours, so that the journey of the message and the answer
 # cannot make the encoder's the later one.
@@ -38,7 +38,7 @@ class Offers:
         """How the room ends because no offer can hold its embedding; None where offers can."""
         if message.row_bytes > self._geometry.block_bytes:
             reason = f"a row of {message.row_bytes} bytes does not fit a block of {self._geometry.block_bytes} bytes"
-            return Outcome(reason, 500)
+            return Outcome(reason, FailureCode.INTERNAL)
         if message.total_tokens * message.row_bytes > self._max_embedding_bytes:
             reason = f"{message.total_tokens} rows of {message.row_bytes} bytes are more than "
             return Outcome(f"{reason}SGLANG_MM_CONN_MAX_EMBEDDING_BYTES={self._max_embedding_bytes}", 413)

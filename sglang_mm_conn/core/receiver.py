@@ -31,16 +31,16 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Announce, Done, Drained, Failed, Progress
 from sglang_mm_conn.core.offers import Offers, offer_message
+from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome
 from sglang_mm_conn.core.quarantine import QuarantineTable
 from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage, abort_message
 from sglang_mm_conn.core.states import ReceiverState
-from sglang_mm_conn.core.tombstones import Outcome, Tombstones
+from sglang_mm_conn.core.tombstones import Tombstones
 from sglang_mm_conn.core.unclaimed import UnclaimedRooms
 from sglang_mm_conn.core.views import Views
 
 # An encode may outlive its room by its own timeout; a tombstone must outlive the encode.
 TOMBSTONE_SECONDS = 3600.0
-SUCCESS_CODE = 200
 
 
 class ReceiverCore:
@@ -76,7 +76,7 @@ class ReceiverCore:
     ) -> list[Action]:
         """A request waits for ``room`` from ``encoder``. Raises ConnError where the room was expected before."""
         outcome = self.tombstones.get(room)
-        if room in self.rooms or (outcome is not None and outcome.code == SUCCESS_CODE):
+        if room in self.rooms or (outcome is not None and outcome.succeeded):
             raise ConnError(f"room {room} was expected before")
         entry = ReceiverRoom(room, encoder, deadline, now, required_dst_info_num)
         self.rooms[room] = entry
@@ -109,7 +109,9 @@ class ReceiverCore:
             if entry.peer is None or entry.peer.incarnation != peer.incarnation:
                 continue
             if entry.peer.mooncake_session_id != peer.mooncake_session_id:
-                actions += self._fail(entry, "the session to the encoder changed in mid-transfer", 502, now)
+                actions += self._fail(
+                    entry, "the session to the encoder changed in mid-transfer", FailureCode.PEER_FAILED, now
+                )
             else:
                 entry.peer = peer
                 actions += self._offer_again(entry, now)
@@ -124,7 +126,11 @@ class ReceiverCore:
         lost = [
             entry for entry in self.rooms.values() if entry.peer is not None and entry.peer.incarnation == incarnation
         ]
-        return [action for entry in lost for action in self._fail(entry, reason, 502, now, notify_peer=False)]
+        return [
+            action
+            for entry in lost
+            for action in self._fail(entry, reason, FailureCode.PEER_FAILED, now, notify_peer=False)
+        ]
 
     def encoder_failed(self, encoder: str, reason: str, code: int, now: float) -> list[Action]:
         """No process of ``encoder`` can be used: rooms that it has not announced fail."""
@@ -184,15 +190,15 @@ class ReceiverCore:
         if entry.peer is None:
             if isinstance(message, Drained):
                 return []  # the answer to an Abort of ours that no longer matters
-            return self._fail(entry, f"{type(message).__name__} before Announce", 502, now)
+            return self._fail(entry, f"{type(message).__name__} before Announce", FailureCode.PEER_FAILED, now)
         if isinstance(message, Drained):
-            return self._fail(entry, "the encoder gave the room up without being asked", 502, now)
+            return self._fail(entry, "the encoder gave the room up without being asked", FailureCode.PEER_FAILED, now)
         return self._on_progress(entry, message, now)
 
     def _on_announce(self, entry: ReceiverRoom, peer: Peer, message: Announce, now: float) -> list[Action]:
         if entry.machine.state is not ReceiverState.EXPECTED:
             if not entry.same_size(message):
-                return self._fail(entry, "announced twice with different sizes", 502, now)
+                return self._fail(entry, "announced twice with different sizes", FailureCode.PEER_FAILED, now)
             return self._offer_again(entry, now)
         entry.peer = peer  # only the encoder that was sent the room's name can know it
         too_large = self.offers.too_large(message)
@@ -214,14 +220,14 @@ class ReceiverCore:
         if isinstance(message, Progress) and message.refused:
             if message.refused_window != entry.window or entry.state is not ReceiverState.OFFERED:
                 return []  # about an offer that was said twice and confirmed since
-            return self._fail(entry, f"the encoder refused the offer: {message.refused}", 502, now)
+            return self._fail(entry, f"the encoder refused the offer: {message.refused}", FailureCode.PEER_FAILED, now)
         if message.window < entry.window or (
             message.window == entry.window and entry.machine.state in (ReceiverState.COPYING, ReceiverState.QUEUED)
         ):
             return []  # the answer to a repeated offer, or a repeated confirmation: it changes nothing
         contradiction = entry.contradiction(message)
         if contradiction:
-            return self._fail(entry, contradiction, 502, now)
+            return self._fail(entry, contradiction, FailureCode.PEER_FAILED, now)
         entry.machine.transition_to(ReceiverState.COPYING)
         entry.confirm(message, now)
         entry.view = entry.last and entry.window == 0 and not self.offers.anyone_waits() and self.views.grant(entry)
@@ -234,7 +240,7 @@ class ReceiverCore:
             return self._serve_waiting(now) if self.quarantine.on_message(message) else []
         if room in self.tombstones or room in self.rooms:
             outcome = self.tombstones.get(room)
-            arrived = outcome is not None and outcome.code == SUCCESS_CODE
+            arrived = outcome is not None and outcome.succeeded
             # One that arrived is announced again to a rank that registers anew; the other ranks still need it.
             if isinstance(message, Announce) and not arrived:
                 return [abort_message(peer, room, "nobody waits for this room any more")]
@@ -267,13 +273,13 @@ class ReceiverCore:
             entry.sent_tokens += entry.allocated_tokens
             entry.allocated_tokens = 0
             if error:
-                actions += self._fail(entry, error, 500, now)
+                actions += self._fail(entry, error, FailureCode.INTERNAL, now)
             elif entry.last:
                 entry.machine.transition_to(ReceiverState.SUCCESS)
                 entry.elapsed += now
                 entry.ended = now
-                self.tombstones.put(room, Outcome("", SUCCESS_CODE), now + TOMBSTONE_SECONDS)
-                actions.append(Ended(room, success=True))
+                self.tombstones.put(room, SUCCEEDED, now + TOMBSTONE_SECONDS)
+                actions.append(Ended(room, SUCCEEDED))
             else:
                 entry.machine.transition_to(ReceiverState.QUEUED)
                 self.offers.waiting.append(entry)
@@ -294,7 +300,7 @@ class ReceiverCore:
         if now >= self._next_deadline:
             for entry in list(self.rooms.values()):
                 if not entry.machine.final and now >= entry.deadline:
-                    actions += self._fail(entry, entry.unfinished(now), 408, now)
+                    actions += self._fail(entry, entry.unfinished(now), FailureCode.TIMED_OUT, now)
             open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
             self._next_deadline = min((entry.deadline for entry in open_rooms), default=math.inf)
         for item, outcome in self.unclaimed.take_expired(now):
@@ -354,7 +360,7 @@ class ReceiverCore:
         # Blocks of a window that is being copied are freed by on_copied: the copier still reads them.
         if notify_peer and entry.peer is not None and not entry.last:
             actions.append(abort_message(entry.peer, entry.room, reason))
-        actions.append(Ended(entry.room, success=False, reason=reason, code=code))
+        actions.append(Ended(entry.room, entry.outcome))
         return actions
 
     def report(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from sglang_mm_conn.core.actions import (
 )
 from sglang_mm_conn.core.encoder_records import FIRST_DELAY_SECONDS, EncoderProcess, EncoderUrl
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.core.messages import Refused, Registered
+from sglang_mm_conn.core.messages import RefusalKind, Refused, Registered
 from sglang_mm_conn.core.states import LookUpState, RegistrationState
 
 # A process that refused for good, as things are, is asked again after this.
@@ -211,16 +211,16 @@ class Registrations:
     def refused(self, incarnation: str, message: Refused, now: float) -> list[RegistrationAction]:
         """The process refused the session, or does not know it (any more)."""
         process = self.processes.get(incarnation)
-        if process is None or (message.kind == "data_path" and message.data_path != process.path):
+        if process is None or (message.kind is RefusalKind.DATA_PATH and message.data_path != process.path):
             return []  # it was offered twice, and the path that this answers has been given up
-        if not process.takes_answer() and message.kind != "register_first":
+        if not process.takes_answer() and message.kind is not RefusalKind.REGISTER_FIRST:
             return []
         was_ready = process.ready
-        if message.kind == "register_first":
+        if message.kind is RefusalKind.REGISTER_FIRST:
             process.become(RegistrationState.REGISTERING)
             process.register_at = now  # at the next tick: an encoder that is busy is not asked in a loop
             return []
-        other = self._sessions.other_path(process.path) if message.kind == "data_path" else None
+        other = self._sessions.other_path(process.path) if message.kind is RefusalKind.DATA_PATH else None
         if other is not None:
             text = f"Encoder process {incarnation}: {message.reason}; trying {other}"
             process.path = other

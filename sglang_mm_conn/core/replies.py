@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from sglang_mm_conn.core.actions import Action, Send
 from sglang_mm_conn.core.messages import Announce, Done, Failed, Message, Progress, as_text
+from sglang_mm_conn.core.outcomes import FailureCode, Outcome
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
 from sglang_mm_conn.core.states import WindowState
-from sglang_mm_conn.core.tombstones import Outcome, Tombstones
+from sglang_mm_conn.core.tombstones import Tombstones
 
 # Completion messages (and failures) kept, in case the connection was lost with one of them on its way.
 DONE_LIMIT = 1024
@@ -56,7 +57,7 @@ def status_reply(
 
 
 def failed_message(room: str, outcome: Outcome, *, drained: bool) -> Failed:
-    code = outcome.code if 400 <= outcome.code <= 599 else 410
+    code = outcome.code if 400 <= outcome.code <= 599 else FailureCode.GONE
     return Failed(room=room, reason=as_text(outcome.reason) or "the room has ended", code=code, drained=drained)
 
 
@@ -121,5 +122,5 @@ class Replies:
         if entry is not None and entry.outcome is not None:
             info = entry.transfer_infos.get(session.mooncake_session_id)
             return failed_message(room, entry.outcome, drained=info is None or info.drained)
-        outcome = self._tombstones.get(room) or Outcome("the encoder does not know this room", 404)
+        outcome = self._tombstones.get(room) or Outcome("the encoder does not know this room", FailureCode.UNKNOWN_ROOM)
         return failed_message(room, outcome, drained=not self.is_in_doubt(room, session.mooncake_session_id))

@@ -17,12 +17,13 @@ from dataclasses import replace
 from sglang_mm_conn.core.actions import Action, Ended, Release, Send
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import Abort, Drained, Init, Progress, Resume
+from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome, WriteResult, WriteStatus
 from sglang_mm_conn.core.replies import Replies, announcement, failed_message, status_reply
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo, WindowWrite
 from sglang_mm_conn.core.sharding import port_sum_queue_index
 from sglang_mm_conn.core.states import SenderState, WindowState
-from sglang_mm_conn.core.tombstones import Outcome, Tombstones
+from sglang_mm_conn.core.tombstones import Tombstones
 from sglang_mm_conn.core.write_slots import WriteSlots
 
 # A tombstone must outlive the requests and encodes that may still name its room.
@@ -76,7 +77,7 @@ class SenderCore:
         actions: list[Action] = []
         for entry in list(self.rooms.values()):
             if mooncake_session_id in entry.transfer_infos:
-                actions += self._fail(entry, reason, 502, now)
+                actions += self._fail(entry, reason, FailureCode.PEER_FAILED, now)
             elif not self._sessions_of(entry.server):
                 entry.unheard_since = entry.unheard_since or now
                 self._next_check = min(self._next_check, self._due(entry))
@@ -96,7 +97,7 @@ class SenderCore:
         outcome = self.tombstones.get(room)
         if outcome is not None:
             failed = failed_message(room, outcome, drained=True)
-            return [Ended(room, success=False, reason=failed.reason, code=failed.code)]
+            return [Ended(room, Outcome(failed.reason, failed.code))]
         entry = SenderRoom(room, server_of(room), total_tokens, row_bytes, dtype, now + self._send_timeout, now)
         self.rooms[room] = entry
         sessions = self._sessions_of(entry.server)
@@ -132,7 +133,7 @@ class SenderCore:
             Send(session.peer, failed_message(room, outcome, drained=True))
             for session in self._sessions_of(server_of(room))
         ]
-        return [*actions, Ended(room, success=False, reason=reason, code=code, peer=f"server {server_of(room)}")]
+        return [*actions, Ended(room, Outcome(reason, code), f"server {server_of(room)}")]
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ class SenderCore:
                 return []
             if message.room not in self.tombstones:
                 # The encode may still be on its way here: it ends as soon as it announces.
-                self.tombstones.put(message.room, Outcome(message.reason, 499), now + TOMBSTONE_SECONDS)
+                self.tombstones.put(message.room, Outcome(message.reason, FailureCode.ABORTED), now + TOMBSTONE_SECONDS)
             return [Send(session.peer, Drained(room=message.room))]
         info = entry.transfer_infos.get(session.mooncake_session_id)
         actions: list[Action] = []
@@ -218,7 +219,7 @@ class SenderCore:
                 info.machine.transition_to(WindowState.CLOSED)
             actions.append(Send(session.peer, Drained(room=entry.room)))
         return actions + self._fail(
-            entry, f"aborted by the language server: {message.reason}", 499, now, except_session=session
+            entry, f"aborted by the language server: {message.reason}", FailureCode.ABORTED, now, except_session=session
         )
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -245,18 +246,25 @@ class SenderCore:
             return WindowWrite(room, session, info.window, info.epoch, blocks, info.sent_tokens, info.allocated_tokens)
         return None
 
-    def on_written(self, write: WindowWrite, error: str, in_doubt: bool, now: float) -> list[Action]:
-        """The data call of ``write`` returned; ``error`` is empty where it returned 0."""
+    def on_written(self, write: WindowWrite, result: WriteResult, now: float) -> list[Action]:
+        """The data call of ``write`` returned with ``result``."""
         entry = self.rooms[write.room]
         entry.busy = False
         session = self._current(write.session)
         info = entry.transfer_infos[session.mooncake_session_id]
         actions: list[Action]
-        if error:
+        if result.status is not WriteStatus.LANDED:
+            in_doubt = result.status is WriteStatus.IN_DOUBT
             info.machine.transition_to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
             if in_doubt:
                 self.replies.doubt(entry.room, session.mooncake_session_id, write.epoch)
-            others = self._fail(entry, f"{error} (to {session.mooncake_session_id})", 502, now, except_session=session)
+            others = self._fail(
+                entry,
+                f"{result.reason} (to {session.mooncake_session_id})",
+                FailureCode.PEER_FAILED,
+                now,
+                except_session=session,
+            )
             assert entry.outcome is not None
             actions = [Send(session.peer, failed_message(entry.room, entry.outcome, drained=not in_doubt)), *others]
         elif entry.machine.final:
@@ -273,8 +281,8 @@ class SenderCore:
                 self.replies.done(entry.room, session.mooncake_session_id, answer.message, now)
             if entry.complete and all(other.state is WindowState.DONE for other in entry.transfer_infos.values()):
                 entry.machine.transition_to(SenderState.SUCCESS)
-                entry.outcome = Outcome("", 200)
-                actions.append(Ended(entry.room, success=True))
+                entry.outcome = SUCCEEDED
+                actions.append(Ended(entry.room, SUCCEEDED))
         actions += self._drop_if_over(entry, now)
         session_id = session.mooncake_session_id
         self.write_slots.give_back(session_id)
@@ -293,10 +301,10 @@ class SenderCore:
         if now >= self._next_check:
             for entry in list(self.rooms.values()):
                 if not entry.machine.final and now >= entry.deadline:
-                    actions += self._fail(entry, entry.unfinished(now), 504, now)
+                    actions += self._fail(entry, entry.unfinished(now), FailureCode.PEER_TIMED_OUT, now)
                 elif now >= self._due(entry):
                     reason = f"language server {entry.server} has not been here for {self._claim_timeout:g} s"
-                    actions += self._fail(entry, reason, 504, now)
+                    actions += self._fail(entry, reason, FailureCode.PEER_TIMED_OUT, now)
             open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
             self._next_check = min(map(self._due, open_rooms), default=math.inf)
         for session_id in self.write_slots.idle(self.sessions):
@@ -351,7 +359,7 @@ class SenderCore:
             if info.state in (WindowState.OFFERED, WindowState.PARTIAL):
                 info.machine.transition_to(WindowState.CLOSED)
         peer = ",".join(entry.transfer_infos) or f"server {entry.server}"
-        actions.append(Ended(entry.room, success=False, reason=reason, code=code, peer=peer))
+        actions.append(Ended(entry.room, entry.outcome, peer))
         return actions + self._drop_if_over(entry, now)
 
     def _drop_if_over(self, entry: SenderRoom, now: float) -> list[Action]:

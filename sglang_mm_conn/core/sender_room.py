@@ -10,6 +10,7 @@ from sglang_mm_conn.core.actions import TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry, window_extents
 from sglang_mm_conn.core.messages import Init, Resume
+from sglang_mm_conn.core.outcomes import Outcome
 from sglang_mm_conn.core.states import (
     SENDER_TRANSITIONS,
     WINDOW_TRANSITIONS,
@@ -18,7 +19,6 @@ from sglang_mm_conn.core.states import (
     StateMachine,
     WindowState,
 )
-from sglang_mm_conn.core.tombstones import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import msgspec
+from sglang_mm_conn.core.outcomes import Outcome
 
 # Of a reason that a tombstone keeps: a peer may say as much as 4096 characters, and there are many tombstones.
 _REASON_CHARACTERS = 200
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """How a room ended."""
-
-    reason: str
-    code: int
 
 
 class Tombstones:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sglang_mm_conn.core.messages import Announce, Failed, as_text
+from sglang_mm_conn.core.outcomes import FailureCode, Outcome
 from sglang_mm_conn.core.receiver_room import Peer
-from sglang_mm_conn.core.tombstones import Outcome
 
 # Of one encoder process: one that announces nonsense leaves room for the others.
 UNCLAIMED_LIMIT = 8192
@@ -74,6 +74,8 @@ class UnclaimedRooms(Mapping[str, Unclaimed]):
             if isinstance(message, Failed):
                 outcome = Outcome(message.reason, message.code)
             else:
-                outcome = Outcome(f"no request claimed the room within {self._claim_timeout:g} s", 408)
+                outcome = Outcome(
+                    f"no request claimed the room within {self._claim_timeout:g} s", FailureCode.TIMED_OUT
+                )
             expired.append((item, outcome))
         return expired

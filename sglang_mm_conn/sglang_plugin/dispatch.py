@@ -16,7 +16,8 @@ from sglang.srt.disaggregation.encoder.receiver import MMReceiverHTTP
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
 from sglang.srt.runtime_context import get_serving
 
-from sglang_mm_conn.core.errors import ConnError, known_http_status
+from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.outcomes import known_http_status
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.names import server_incarnation

@@ -19,6 +19,7 @@ from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
+from sglang_mm_conn.core.outcomes import FailureCode
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
@@ -173,7 +174,7 @@ async def push_embedding(
         endpoint.fail(room, str(error), int(HTTPStatus.INTERNAL_SERVER_ERROR))
         raise MMError(str(error)) from error
     except asyncio.CancelledError:
-        endpoint.fail(room, "the encode was cancelled", 499)
+        endpoint.fail(room, "the encode was cancelled", FailureCode.ABORTED)
         raise
     finally:
         sender = manager.senders.get(room)

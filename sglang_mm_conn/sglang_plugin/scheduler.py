@@ -23,7 +23,8 @@ from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
-from sglang_mm_conn.core.errors import ConnError, TransferFailed, known_http_status
+from sglang_mm_conn.core.errors import ConnError, TransferFailed
+from sglang_mm_conn.core.outcomes import known_http_status
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.malloc import raise_trim_threshold

@@ -27,6 +27,7 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
     encode,
 )
+from sglang_mm_conn.core.outcomes import LANDED, WriteResult, WriteStatus
 from sglang_mm_conn.core.receiver import ReceiverCore
 from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.rooms import new_room_base
@@ -56,6 +57,13 @@ def only(messages: Iterable[Message], kind: type[Kind]) -> list[Kind]:
 
 def sends(actions: Iterable[Action]) -> list[Message]:
     return [action.message for action in actions if isinstance(action, Send)]
+
+
+def written(error: str = "", in_doubt: bool = False) -> WriteResult:
+    """How a data call ended."""
+    if not error:
+        return LANDED
+    return WriteResult(WriteStatus.IN_DOUBT if in_doubt else WriteStatus.FAILED, error)
 
 
 @dataclass
@@ -339,7 +347,7 @@ class Wire:
             self.late.append(write)
         elif not error:
             self.land(write, first=False, second=True)
-        self.perform_encoder(self.encoder.on_written(write, error, in_doubt, self.now))
+        self.perform_encoder(self.encoder.on_written(write, written(error, in_doubt), self.now))
         self._begin(write.room)
 
     def land(self, write: WindowWrite, *, first: bool = True, second: bool = True) -> None:

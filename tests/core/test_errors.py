@@ -4,7 +4,7 @@ from http import HTTPStatus
 
 import pytest
 
-from sglang_mm_conn.core.errors import known_http_status
+from sglang_mm_conn.core.outcomes import known_http_status
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from sglang_mm_conn.core.messages import (
     Resume,
     decode_from_language,
 )
+from sglang_mm_conn.core.outcomes import Outcome
 from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.states import Poll, ReceiverState
@@ -183,7 +184,7 @@ def test_a_failure_that_comes_before_its_request_reaches_it() -> None:
     wire.perform_encoder(wire.encoder.fail(room, "no such image", 400, wire.now))
     wire.settle()
     wire.expect(room)
-    assert wire.rank.ended[room] == Ended(room, success=False, reason="no such image", code=400)
+    assert wire.rank.ended[room] == Ended(room, Outcome("no such image", 400))
 
 
 def test_an_announcement_that_no_request_claims_releases_its_encode_soon() -> None:
@@ -868,7 +869,7 @@ def test_a_room_that_failed_meanwhile_is_answered_with_the_outcome() -> None:
     wire.perform_encoder(wire.encoder.fail(room, "out of memory", 500, wire.now))
     wire.reconnect()
     wire.settle()
-    assert wire.rank.ended[room] == Ended(room, success=False, reason="out of memory", code=500)
+    assert wire.rank.ended[room] == Ended(room, Outcome("out of memory", 500))
     wire.assert_baseline()
 
 

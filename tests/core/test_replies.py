@@ -8,11 +8,12 @@ from sglang_mm_conn.core import replies
 from sglang_mm_conn.core.actions import Send
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Done, Failed, Progress
+from sglang_mm_conn.core.outcomes import Outcome
 from sglang_mm_conn.core.replies import DONE_SECONDS, Replies, failed_message, status_reply
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
 from sglang_mm_conn.core.states import WindowState
-from sglang_mm_conn.core.tombstones import Outcome, Tombstones
+from sglang_mm_conn.core.tombstones import Tombstones
 
 SERVER = "5e" * 8
 SESSION = RegisteredSession(

@@ -23,6 +23,7 @@ from sglang_mm_conn.core.messages import (
     Resume,
     decode_from_encoder,
 )
+from sglang_mm_conn.core.outcomes import LANDED, Outcome
 from sglang_mm_conn.core.sender_room import SenderRoom, WindowWrite
 from sglang_mm_conn.core.states import Poll, SenderState, WindowState
 from tests.core.harness import SERVER, Rank, Wire, metadata_of, only
@@ -140,7 +141,7 @@ def test_an_aborted_room_ends_as_soon_as_it_is_announced() -> None:
     abort = Abort(room=room, mooncake_session_id=wire.rank.session_id, reason="client gone")
     assert wire.inject_to_encoder(abort) == [Drained(room=room)]
     wire.announce(room, 10)
-    assert wire.encoder_ended[room] == Ended(room, success=False, reason="client gone", code=499)
+    assert wire.encoder_ended[room] == Ended(room, Outcome("client gone", 499))
     assert not wire.encoder.rooms
     assert wire.encoder.add_source(room, [0], b"", None, 0.0) == []
 
@@ -160,7 +161,7 @@ def test_an_encode_that_fails_before_its_size_is_known_is_told_to_its_server() -
     wire.perform_encoder(wire.encoder.fail(room, "no such image", 400, wire.now))
     wire.perform_encoder(wire.encoder.fail(room, "again", 500, wire.now))  # once is enough
     wire.deliver()
-    assert wire.rank.ended[room] == Ended(room, success=False, reason="no such image", code=400)
+    assert wire.rank.ended[room] == Ended(room, Outcome("no such image", 400))
     assert not wire.encoder.rooms
 
 
@@ -447,7 +448,7 @@ def test_a_window_is_written_once() -> None:
     wire.end_write(write)
     assert wire.encoder.begin_write(room) is None
     with pytest.raises(IllegalTransition):
-        wire.encoder.on_written(write, "", False, wire.now)
+        wire.encoder.on_written(write, LANDED, wire.now)
 
 
 def test_nothing_is_written_before_the_source_is_there_or_for_an_unknown_room() -> None:
@@ -733,7 +734,7 @@ def test_a_language_server_restarted_on_the_same_address_does_not_inherit_rooms(
     (ended,) = [action for action in actions if isinstance(action, Ended)]
     assert (ended.room, ended.reason, ended.code) == (room, "the language server was restarted", 502)
     assert ended.peer == wire.rank.session_id
-    answers = wire.encoder.on_written(write, "", False, wire.now)
+    answers = wire.encoder.on_written(write, LANDED, wire.now)
     assert [action.peer for action in answers if isinstance(action, Send)] == [wire.rank.peer]
     assert not wire.encoder.rooms
 
@@ -801,7 +802,7 @@ def test_one_session_gets_only_its_share_of_writes_and_every_room_its_turn_also_
     write = wire.encoder.begin_write(first)
     assert write is not None
     assert wire.encoder.begin_write(second) is None and wire.encoder.begin_write(third) is None
-    actions = wire.encoder.on_written(write, "", False, wire.now)
+    actions = wire.encoder.on_written(write, LANDED, wire.now)
     assert [action.room for action in actions if isinstance(action, TransferEmbeddingChunk)] == [second]
     wire.encoder.fail(second, "aborted in its turn", 499, wire.now)
     assert wire.encoder.begin_write(second) is None
@@ -809,6 +810,6 @@ def test_one_session_gets_only_its_share_of_writes_and_every_room_its_turn_also_
     assert [action.room for action in actions if isinstance(action, TransferEmbeddingChunk)] == [third]
     write = wire.encoder.begin_write(third)
     assert write is not None
-    wire.encoder.on_written(write, "", False, wire.now)
+    wire.encoder.on_written(write, LANDED, wire.now)
     wire.encoder.tick(wire.now)
     assert not wire.encoder.write_slots.deferred and not wire.encoder.write_slots.writes

@@ -29,6 +29,7 @@ from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.sender import SenderCore
 from sglang_mm_conn.core.sender_room import RegisteredSession, WindowWrite
 from sglang_mm_conn.core.states import Poll
+from tests.core.harness import written
 
 BLOCKS, BLOCK_BYTES = 8, 12
 QUEUES = 5
@@ -511,7 +512,7 @@ class SenderMachine(RuleBasedStateMachine):
             part.rows += write.tokens
             part.confirmed_window = write.window
             part.state = "done" if part.rows == room.total else "partial"
-        actions = self.core.on_written(write, error, error == "in doubt", self.now)
+        actions = self.core.on_written(write, written(error, error == "in doubt"), self.now)
         rank = next(rank for rank in self.ranks if rank.session == session)
         if rank.peer and rank.incarnation == write.session.incarnation:
             kind = (Failed if error else Progress | Done) if was_open or error else Drained

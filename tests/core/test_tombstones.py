@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sglang_mm_conn.core.tombstones import Outcome, Tombstones
+from sglang_mm_conn.core.outcomes import Outcome
+from sglang_mm_conn.core.tombstones import Tombstones
 
 
 def test_an_outcome_is_kept_until_its_time_and_not_longer() -> None:

@@ -158,7 +158,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(SenderCore, "register", ("actions.append(announcement(entry, session))", "pass")),
     ),
     "a refusal of a path that was given up is old": (
-        change(Registrations, "refused", ('message.kind == "data_path" and', "False and")),
+        change(Registrations, "refused", ("message.kind is RefusalKind.DATA_PATH and", "False and")),
     ),
     "a connection that comes back is registered": (
         change(Registrations, "connected", ("return self._register(process)", "return []")),

@@ -18,6 +18,7 @@ from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent
 from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.layout import Geometry
+from sglang_mm_conn.core.outcomes import LANDED, WriteResult, WriteStatus
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.datapath.base import ReceivePath
@@ -25,6 +26,7 @@ from sglang_mm_conn.datapath.mooncake.exposure import MooncakeReceivePath
 from sglang_mm_conn.datapath.mooncake.revocation import Revocation
 from sglang_mm_conn.datapath.shm import ShmReceivePath
 from sglang_mm_conn.memory.pool import BlockPool
+from tests.core.harness import written
 from tests.simulator.memory import SimulatedEngine, SimulatedPath, SimulatedSegment, Write
 from tests.simulator.network import Network, SimulatedClient, SimulatedServer
 from tests.simulator.scheduler import Kernel, Process, SimulatedExecutor, Violation
@@ -175,17 +177,17 @@ class EncoderProcess(Process):
                 self.world.writes.append(Write(call, self, index))
                 self.busy[index] += 1
                 return
-            self.endpoint.transfer.end_window(call, call.refusal, False)
+            self.endpoint.transfer.end_window(call, written(call.refusal))
 
     def _only_one(self, room: str) -> None:
         if any(write.room == room and write.encoder is self for write in self.world.writes):
             raise Violation(f"two data calls for {room} at once")
 
-    def write_inline(self, call: DataCall) -> tuple[str, bool]:
+    def write_inline(self, call: DataCall) -> WriteResult:
         """The control thread, or whoever handed the embedding over, makes the data call, which is over before anything
         else happens."""
         if call.link is None:
-            return call.refusal, False
+            return WriteResult(WriteStatus.FAILED, call.refusal)
         self._only_one(call.write.room)
         if not call.link.synchronous:
             raise Violation(f"{call.write.room} is written inline over {call.link.name}, which may wait for others")
@@ -198,7 +200,7 @@ class EncoderProcess(Process):
             write.land()
         write.returned()
         self.world.written_inline += 1
-        return "", False
+        return LANDED
 
     def write_returns(self, write: Write, error: str = "", in_doubt: bool = False) -> None:
         """The data call returns; the worker looks for the room's next window."""
@@ -207,7 +209,7 @@ class EncoderProcess(Process):
         if in_doubt:
             self.world.late.append(write)
         self.busy[write.queue] -= 1
-        self.endpoint.transfer.end_window(write.call, error, in_doubt)
+        self.endpoint.transfer.end_window(write.call, written(error, in_doubt))
         self._begin(write.room, write.queue)
 
     def kill(self) -> None:

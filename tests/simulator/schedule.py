@@ -26,6 +26,7 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
     encode,
 )
+from sglang_mm_conn.core.outcomes import Outcome
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from tests.simulator.memory import Write, content
@@ -432,7 +433,7 @@ class Schedule:
         for part in self.parts:
             if part.url == encoder.url and part.sender_outcome is None:
                 # Its client is told by the tokenizer, whose /encode broke.
-                part.sender_outcome = Ended(part.room, success=False, reason="killed", code=502)
+                part.sender_outcome = Ended(part.room, Outcome("killed", 502))
                 for rank in part.server.ranks:
                     if not rank.dead and self.chance.random() < 0.5:
                         self._abort(part, rank, 502)

@@ -36,6 +36,7 @@ from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Heartbeat,
+    RefusalKind,
     Refused,
     Register,
     Resume,
@@ -192,7 +193,7 @@ class EncoderEndpoint:
             known = self._peers.get(peer)
             if known is None:
                 reason = "this encoder does not know the session"
-                self._actions.send(peer, Refused(reason=reason, kind="register_first"))
+                self._actions.send(peer, Refused(reason=reason, kind=RefusalKind.REGISTER_FIRST))
                 return
             known.last_seen = now
             if isinstance(message, Heartbeat):

@@ -21,7 +21,7 @@ from sglang_mm_conn.connector.encoder.links import LinkBusy, Links
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.errors import DataPathUnavailable, ProtocolError, WriterSlotTaken
-from sglang_mm_conn.core.messages import Refused, Register, Registered, as_text
+from sglang_mm_conn.core.messages import RefusalKind, Refused, Register, Registered, as_text
 from sglang_mm_conn.core.sender import RegisteredSession, SenderCore
 from sglang_mm_conn.core.settings import Settings
 
@@ -91,7 +91,7 @@ class Registrar:
                 self.registering.add(peer)
         if full:
             reason = "too many language ranks register at once"
-            self._actions.send(peer, Refused(reason=reason, kind="register_first"))
+            self._actions.send(peer, Refused(reason=reason, kind=RefusalKind.REGISTER_FIRST))
         elif not waits:
             self._executor.submit(self._register, peer)
 
@@ -110,11 +110,11 @@ class Registrar:
                 self._rate_limited_log.log(
                     peer, logging.ERROR, "Language rank %s refused: %s", message.mooncake_session_id, problem
                 )
-                self._actions.send(peer, Refused(reason=problem, kind="mismatch"))
+                self._actions.send(peer, Refused(reason=problem, kind=RefusalKind.MISMATCH))
             else:
                 self._attach(peer, message)
         except (LinkBusy, WriterSlotTaken) as error:  # a registration that was overtaken: the next may do
-            self._actions.send(peer, Refused(reason=str(error), kind="register_first"))
+            self._actions.send(peer, Refused(reason=str(error), kind=RefusalKind.REGISTER_FIRST))
         except (DataPathUnavailable, ProtocolError) as error:
             self._rate_limited_log.log(
                 peer, logging.WARNING, "Language rank %s: %s", message.mooncake_session_id, error
@@ -130,7 +130,7 @@ class Registrar:
 
     def _refuse_data_path(self, peer: str, message: Register, reason: str) -> None:
         """Another data path may work."""
-        refused = Refused(reason=as_text(reason), kind="data_path", data_path=message.data_path)
+        refused = Refused(reason=as_text(reason), kind=RefusalKind.DATA_PATH, data_path=message.data_path)
         self._actions.send(peer, refused)
 
     def _attach(self, peer: str, message: Register) -> None:
@@ -163,7 +163,9 @@ class Registrar:
                 self._actions.send(peer, answer)  # before the announcements of the session's rooms
                 ended += self._actions.perform(self._core.register(session, now))
             else:  # dropped for its silence on an older connection, in this very moment
-                self._actions.send(peer, Refused(reason="the link was closed meanwhile", kind="register_first"))
+                self._actions.send(
+                    peer, Refused(reason="the link was closed meanwhile", kind=RefusalKind.REGISTER_FIRST)
+                )
         if message.oldest_epoch:
             self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
         self._rate_limited_log.log(

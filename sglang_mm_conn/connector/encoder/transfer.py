@@ -23,7 +23,8 @@ from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.actions import Action, Ended, TransferEmbeddingChunk
 from sglang_mm_conn.core.errors import DataPathError
 from sglang_mm_conn.core.layout import Extent, window_extents
-from sglang_mm_conn.core.messages import Refused
+from sglang_mm_conn.core.messages import RefusalKind, Refused
+from sglang_mm_conn.core.outcomes import LANDED, FailureCode, WriteResult, WriteStatus
 from sglang_mm_conn.core.sender import SenderCore, SenderRoom, WindowWrite
 from sglang_mm_conn.datapath.base import WriteLink
 
@@ -139,11 +140,10 @@ class Transfer:
         """Write the offered windows of a room. A failure, of whatever kind, ends only that room."""
         try:
             while (call := self.begin_window(chunk.room)) is not None:
-                error, in_doubt = self.data_call(call)
-                self.end_window(call, error, in_doubt)
+                self.end_window(call, self.data_call(call))
         except Exception as error:
             logger.exception("Writing windows of room %s failed", chunk.room)
-            self.fail(chunk.room, f"{type(error).__name__}: {error}", 500)
+            self.fail(chunk.room, f"{type(error).__name__}: {error}", FailureCode.INTERNAL)
 
     def begin_window(self, room: str) -> DataCall | None:
         """The next data call for ``room``, its link pinned until ``end_window``; None where there is none now."""
@@ -159,34 +159,34 @@ class Transfer:
                 lease = self._links.lease(write.session.mooncake_session_id, write.epoch)
             except DataPathError as failure:
                 refusal = str(failure)
-                self._actions.send(write.session.peer, Refused(reason=refusal, kind="register_first"))
+                self._actions.send(write.session.peer, Refused(reason=refusal, kind=RefusalKind.REGISTER_FIRST))
             return DataCall(write, entry, source, lease, refusal)
 
-    def data_call(self, call: DataCall) -> tuple[str, bool]:
-        """Without the lock. Returns what went wrong (empty: nothing) and whether bytes may still land."""
+    def data_call(self, call: DataCall) -> WriteResult:
+        """Without the lock. Never raises."""
         link = call.link
         if link is None:
-            return call.refusal, False
+            return WriteResult(WriteStatus.FAILED, call.refusal)
         try:
             call.source.ready.synchronize()
         except Exception as failure:
-            return f"the embedding was not computed: {failure}", False
+            return WriteResult(WriteStatus.FAILED, f"the embedding was not computed: {failure}")
         try:
             link.write(call.source.rows, call.extents())
         except DataPathError as failure:
-            return str(failure), failure.in_doubt
+            return _failed_write(str(failure), failure.in_doubt)
         except Exception as failure:
             # Nothing is known about what a data call did that ended in a way it should not.
             logger.exception("Data call for room %s failed", call.write.room)
-            return f"{type(failure).__name__}: {failure}", not link.synchronous
-        return "", False
+            return _failed_write(f"{type(failure).__name__}: {failure}", not link.synchronous)
+        return LANDED
 
-    def end_window(self, call: DataCall, error: str, in_doubt: bool) -> None:
+    def end_window(self, call: DataCall, result: WriteResult) -> None:
         """Report what ``data_call`` has returned, so that the room goes on, or ends."""
         if call.lease is not None:
             call.lease.release()
         with self._lock:
-            ended = self._actions.perform(self._core.on_written(call.write, error, in_doubt, self._clock()))
+            ended = self._actions.perform(self._core.on_written(call.write, result, self._clock()))
         for action in ended:
             if action.success:
                 logger.info(
@@ -201,3 +201,7 @@ class Transfer:
         with self._lock:
             ended = self._actions.perform(self._core.fail(room, reason, code, self._clock()))
         self._actions.notify(ended)
+
+
+def _failed_write(reason: str, in_doubt: bool) -> WriteResult:
+    return WriteResult(WriteStatus.IN_DOUBT if in_doubt else WriteStatus.FAILED, reason)

@@ -40,11 +40,11 @@ from sglang_mm_conn.core.actions import (
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, decode_from_encoder, encode
+from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome
 from sglang_mm_conn.core.receiver import Peer, ReceiverCore, ReceiverRoom
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.core.tombstones import Outcome
 from sglang_mm_conn.datapath.base import Doubts, ReceivePath, Revoking
 from sglang_mm_conn.memory.pool import pool_geometry
 from sglang_mm_conn.memory.results import PrivateResult, ResultMaker
@@ -164,7 +164,7 @@ class LanguageEndpoint:
 
     def outcome(self, room: str) -> Outcome:
         """Why the room failed."""
-        return self._room(room).outcome or Outcome("", 200)
+        return self._room(room).outcome or SUCCEEDED
 
     def take(self, room: str) -> tuple[torch.Tensor, bytes]:
         """The embedding [tokens, width] and metadata of a room that ended in Success; the memory is the caller's.
@@ -179,7 +179,7 @@ class LanguageEndpoint:
             raise ConnError(f"room {room} has no embedding to take")
         return embedding_of(rows, entry.total_tokens, entry.dtype), entry.metadata
 
-    def abort(self, room: str, reason: str, code: int = 499) -> None:
+    def abort(self, room: str, reason: str, code: int = FailureCode.ABORTED) -> None:
         """Give the room up. Its blocks are reused only when nobody can write them any more."""
         with self._lock:
             self._perform(self.core.abort(room, reason, code, self._clock()))
@@ -262,7 +262,7 @@ class LanguageEndpoint:
                 case ProcessLost(incarnation, reason):
                     self._perform(self.core.peer_lost(incarnation, reason, now))
                 case EncoderRefused(url, reason):
-                    self._perform(self.core.encoder_failed(url, reason, 502, now))
+                    self._perform(self.core.encoder_failed(url, reason, FailureCode.PEER_FAILED, now))
 
     def _on_tick(self) -> None:
         self._encoders.tick()
@@ -302,7 +302,7 @@ class LanguageEndpoint:
                 self._perform(self.core.on_copied(copy.room, copy.window, error, self._clock(), view=copied.view))
             except ConnError as failure:
                 logger.exception("Room %s", copy.room)
-                self._perform(self.core.abort(copy.room, str(failure), 500, self._clock()))
+                self._perform(self.core.abort(copy.room, str(failure), FailureCode.INTERNAL, self._clock()))
             entry = self.core.rooms.get(copy.room)
             if entry is None or entry.poll() is Poll.Failed:
                 self._results.drop(copy.room)

@@ -27,9 +27,9 @@ from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
-from sglang_mm_conn.core.tombstones import Outcome
 from sglang_mm_conn.memory.results import Contents, fault_in, read_result
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,9 @@ class FollowerEndpoint:
         try:
             entry.result = read_result(room, self._host_index)
         except (OSError, ValueError, ProtocolError) as error:
-            self._fail(room, entry, f"rank {self._rank} cannot read what its leader received: {error}", 500)
+            self._fail(
+                room, entry, f"rank {self._rank} cannot read what its leader received: {error}", FailureCode.INTERNAL
+            )
             return
         now = self._clock()
         if entry.result is not None:
@@ -109,7 +111,9 @@ class FollowerEndpoint:
             )  # fmt: skip
         elif now >= entry.deadline:
             waited = now - entry.started
-            self._fail(room, entry, f"rank {self._rank} got nothing from its leader in {waited:.1f} s", 408)
+            self._fail(
+                room, entry, f"rank {self._rank} got nothing from its leader in {waited:.1f} s", FailureCode.TIMED_OUT
+            )
 
     def _fail(self, room: str, entry: _Room, reason: str, code: int) -> None:
         entry.outcome = Outcome(reason, code)
@@ -119,7 +123,7 @@ class FollowerEndpoint:
 
     def outcome(self, room: str) -> Outcome:
         """Why the room failed."""
-        return self._room(room).outcome or Outcome("", 200)
+        return self._room(room).outcome or SUCCEEDED
 
     def take(self, room: str) -> tuple[torch.Tensor, bytes]:
         """The embedding [tokens, width] and metadata of a room that ended in Success; the memory is the caller's.
@@ -133,7 +137,7 @@ class FollowerEndpoint:
         fault_in(rows)
         return rows.view(dtype_of(contents.dtype)).reshape(contents.tokens, -1), contents.metadata
 
-    def abort(self, room: str, reason: str, code: int = 499) -> None:
+    def abort(self, room: str, reason: str, code: int = FailureCode.ABORTED) -> None:
         """Give the room up. The leader tells the encoder, and the log."""
         with self._lock:
             entry = self._rooms.get(room)
