@@ -9,14 +9,17 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
 from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
+from sglang_mm_conn.connector.language.results import Copied
 from sglang_mm_conn.connector.metadata import encode_metadata
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
+from sglang_mm_conn.core.actions import CopyOut
 from sglang_mm_conn.core.rooms import new_id, new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
@@ -141,6 +144,29 @@ def test_rows_that_a_request_changes_are_its_own(ends: Ends) -> None:
         rows = ends.transfer(number)
         assert bool((rows == number).all())
         rows.zero_()
+
+
+def test_a_view_of_a_room_that_is_given_up_before_the_core_knows_of_it_gives_its_blocks_back(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its release must not come before the view."""
+    results, control = ends.language._results, ends.language._control
+    monkeypatch.setattr(results, "_inline_limit_bytes", 0)  # on a copier, so that the control thread can overtake it
+    copy_out, told = results.copy_out, threading.Event()
+
+    def given_up(copy: CopyOut, *args: Any) -> Copied:
+        copied = copy_out(copy, *args)
+        assert copied.view
+        ends.language.abort(copy.room, "given up")
+        gc.collect()
+        control.call(told.set)
+        assert told.wait(60)  # so is whatever the control thread was left to do before
+        return copied
+
+    monkeypatch.setattr(results, "copy_out", given_up)
+    room = ends.start(1, LARGE)
+    wait_for(lambda: told.is_set() and ends.free() == BLOCKS, "all blocks are free")
+    assert ends.language.poll(room) is Poll.Failed and len(results) == 0
 
 
 def test_a_view_outlives_its_endpoint() -> None:
