@@ -20,6 +20,7 @@ from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Abort,
     Message,
+    RefusalKind,
     Refused,
     Register,
     Registered,
@@ -152,7 +153,7 @@ def test_more_peers_than_may_wait_are_told_to_come_again(ground: Ground, monkeyp
     assert len(ground.runtime.later.waiting) == 3
     for peer in ("3", "4"):
         (answer,) = ground.heard(peer)
-        assert isinstance(answer, Refused) and answer.kind == "register_first"
+        assert isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST
 
 
 def test_a_peer_speaks_for_one_session_the_one_it_registered_before_ends(ground: Ground) -> None:
@@ -167,7 +168,7 @@ def test_a_session_whose_process_lives_is_not_given_to_another(ground: Ground) -
     ground.register("victim")
     thief = {"incarnation": "thief", "server": "thief"}
     answer = ground.register("thief", **thief)
-    assert isinstance(answer, Refused) and answer.kind == "register_first" and "which lives" in answer.reason
+    assert isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST and "which lives" in answer.reason
     assert ground.endpoint.core.sessions[REGISTER.mooncake_session_id].peer == "victim"
     assert len(ground.path.links) == 1 and not ground.path.links[0].closed
     ground.say("victim", Abort(room=f"{'0' * 16}-{'0' * 16}", mooncake_session_id="10.9.9.9:1", reason=""))
@@ -185,7 +186,7 @@ def test_of_registrations_that_wait_the_newest_counts_also_where_it_came_first(g
 def test_a_writer_slot_that_is_taken_is_asked_for_again_and_the_path_is_not_given_up(ground: Ground) -> None:
     ground.path.refusal = WriterSlotTaken("writer slot 0 is taken")
     answer = ground.register("rank")
-    assert isinstance(answer, Refused) and answer.kind == "register_first"
+    assert isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST
 
 
 # -- the language rank's end -------------------------------------------------------------------------------------------
@@ -264,10 +265,10 @@ def test_a_refusal_that_was_not_asked_for_changes_nothing_however_often_it_is_sa
     rank = Rank()
     rank.encoders.on_registered("encoder", GRANT)
     for number in range(100):
-        rank.encoders.on_refused("encoder", Refused(reason=f"no {number}", kind="mismatch"))
+        rank.encoders.on_refused("encoder", Refused(reason=f"no {number}", kind=RefusalKind.MISMATCH))
     assert not rank.refused
     for _ in range(100):
-        rank.encoders.on_refused("encoder", Refused(reason="again", kind="register_first"))
+        rank.encoders.on_refused("encoder", Refused(reason="again", kind=RefusalKind.REGISTER_FIRST))
     rank.encoders.tick()
     rank.runtime.later.run()
     assert rank.registrations() == 2
@@ -305,7 +306,7 @@ def test_a_process_whose_writer_slot_was_taken_from_it_registers_with_another() 
     rank.encoders.on_registered("encoder", GRANT)
     first = rank.encoders.slot_of("encoder")
     rank.encoders.replace_slot("encoder")
-    rank.encoders.on_refused("encoder", Refused(reason="slot taken", kind="register_first"))
+    rank.encoders.on_refused("encoder", Refused(reason="slot taken", kind=RefusalKind.REGISTER_FIRST))
     rank.encoders.tick()
     rank.runtime.later.run()
     assert rank.slots() == [first, rank.encoders.slot_of("encoder")] and len(set(rank.slots())) == 2

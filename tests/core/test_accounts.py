@@ -28,7 +28,7 @@ class Accounts:
         viewed.blocks, failed.blocks = [], []
 
     def _room(self, name: str, count: int) -> ReceiverRoom:
-        peer = Peer("e1", "10.0.0.1:17001", "shm")
+        peer = Peer("e1", "10.0.0.1:17001", "shm", True)
         entry = ReceiverRoom(name, "http://encoder", 60.0, 0.0, 1, peer=peer, window=0, total_tokens=10, row_bytes=4)
         entry.blocks = self.allocator.allocate((name, 0), count)
         return entry

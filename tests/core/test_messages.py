@@ -24,6 +24,7 @@ from sglang_mm_conn.core.messages import (
     MooncakeMemory,
     OtherMemory,
     Progress,
+    RefusalKind,
     Refused,
     Register,
     Registered,
@@ -91,9 +92,9 @@ FROM_LANGUAGE: list[Message] = [
 ]
 FROM_ENCODER: list[Message] = [
     Registered(mooncake_session_id=SESSION, epoch=2, incarnation="3"),
-    Refused(reason="block size is 64 here, 128 there", kind="mismatch"),
-    Refused(reason="", kind="data_path", data_path="shm"),
-    Refused(reason="who?", kind="register_first"),
+    Refused(reason="block size is 64 here, 128 there", kind=RefusalKind.MISMATCH),
+    Refused(reason="", kind=RefusalKind.DATA_PATH, data_path="shm"),
+    Refused(reason="who?", kind=RefusalKind.REGISTER_FIRST),
     Announce(room=ROOM, total_tokens=2000, row_bytes=8192, dtype="float32"),
     Progress(room=ROOM, window=0, sent_tokens=1024, metadata=b"\x00\xff"),
     Progress(room=ROOM, window=-1, sent_tokens=0, refused="no Init before"),

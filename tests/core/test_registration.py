@@ -24,7 +24,7 @@ from sglang_mm_conn.core.actions import (
 )
 from sglang_mm_conn.core.encoder_records import FIRST_DELAY_SECONDS, MOST_DELAY_SECONDS
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.core.messages import Refused, Registered
+from sglang_mm_conn.core.messages import RefusalKind, Refused, Registered
 from sglang_mm_conn.core.registration import FORGET_SECONDS, RETRY_SECONDS, Registrations
 from sglang_mm_conn.core.states import LookUpState, RegistrationState
 
@@ -167,7 +167,9 @@ def test_two_urls_of_one_process_share_its_connection_and_are_both_told() -> Non
     assert core.looked_up(OTHER, {"a": 7}, 100.0) == []
     core.connected("a", 101.0)
     refused = [
-        one for one in core.refused("a", Refused(reason="no", kind="mismatch"), 102.0) if not isinstance(one, Log)
+        one
+        for one in core.refused("a", Refused(reason="no", kind=RefusalKind.MISMATCH), 102.0)
+        if not isinstance(one, Log)
     ]
     assert refused == [EncoderRefused(URL, "refused this language server: no"),
                        EncoderRefused(OTHER, "refused this language server: no")]  # fmt: skip
@@ -176,7 +178,7 @@ def test_two_urls_of_one_process_share_its_connection_and_are_both_told() -> Non
 def test_a_refusal_for_good_is_asked_again_after_a_while_and_not_before() -> None:
     core, _ = known()
     core.connected("a", 101.0)
-    core.refused("a", Refused(reason="block size 1, here 2", kind="mismatch"), 101.0)
+    core.refused("a", Refused(reason="block size 1, here 2", kind=RefusalKind.MISMATCH), 101.0)
     assert core.processes["a"].machine.state is RegistrationState.REFUSED
     core.seen("a", 101.0 + RETRY_SECONDS)
     assert not any(isinstance(one, SendRegister) for one in core.tick(101.0 + RETRY_SECONDS - 0.1))
@@ -186,24 +188,24 @@ def test_a_refusal_for_good_is_asked_again_after_a_while_and_not_before() -> Non
 def test_a_refused_path_is_answered_with_the_other_one_and_the_second_refusal_is_for_good() -> None:
     core, _ = known()
     core.connected("a", 101.0)
-    no_shm = Refused(reason="no such segment", kind="data_path", data_path="shm")
+    no_shm = Refused(reason="no such segment", kind=RefusalKind.DATA_PATH, data_path="shm")
     assert without_logs(core.refused("a", no_shm, 101.0)) == [SendRegister("a", "mooncake", 0, 2)]
     assert core.refused("a", no_shm, 101.0) == []  # it was offered twice
-    no_mooncake = Refused(reason="none installed", kind="data_path", data_path="mooncake")
+    no_mooncake = Refused(reason="none installed", kind=RefusalKind.DATA_PATH, data_path="mooncake")
     assert any(isinstance(one, EncoderRefused) for one in core.refused("a", no_mooncake, 102.0))
 
 
 def test_a_registered_process_that_refuses_loses_its_rooms() -> None:
     core, _ = ready()
     core.register_again("shm")
-    actions = core.refused("a", Refused(reason="no", kind="mismatch"), 102.0)
+    actions = core.refused("a", Refused(reason="no", kind=RefusalKind.MISMATCH), 102.0)
     assert isinstance(actions[0], ProcessLost) and not core.is_usable(URL, 103.0)
 
 
 def test_an_encoder_that_forgot_the_session_is_told_it_at_the_next_tick() -> None:
     core, _ = ready()
     for _ in range(100):
-        assert core.refused("a", Refused(reason="unknown", kind="register_first"), 101.0) == []
+        assert core.refused("a", Refused(reason="unknown", kind=RefusalKind.REGISTER_FIRST), 101.0) == []
     assert [one for one in core.tick(101.1) if isinstance(one, SendRegister)] == [SendRegister("a", "shm", 0, 2)]
 
 
@@ -211,7 +213,7 @@ def test_an_answer_to_nothing_changes_nothing() -> None:
     core, _ = ready()
     for _ in range(100):
         assert core.registered("a", grant(), 101.0) == []
-        assert core.refused("a", Refused(reason="no", kind="mismatch"), 101.0) == []
+        assert core.refused("a", Refused(reason="no", kind=RefusalKind.MISMATCH), 101.0) == []
     assert core.is_usable(URL, 102.0)
 
 
@@ -340,7 +342,7 @@ class Walk:
         self.now += chance.choice((0.0, 0.1, 1.0, 4.0))
         url, process = chance.choice((URL, OTHER)), chance.choice("abcd")
         refusal = Refused(
-            reason="no", kind=chance.choice(("mismatch", "data_path", "register_first")),
+            reason="no", kind=chance.choice(list(RefusalKind)),
             data_path=chance.choice(("shm", "mooncake")),
         )  # fmt: skip
         answer = grant(incarnation=chance.choice((process, process, process, "b")), epoch=chance.choice((0, 1)))
