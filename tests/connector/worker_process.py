@@ -330,7 +330,10 @@ class EncoderRole:
 
     def ended(self, room: str) -> dict[str, Any] | None:
         ended = self._ended.get(room)
-        return None if ended is None else msgspec.structs.asdict(ended)
+        if ended is None:
+            return None
+        names = ("room", "success", "reason", "code", "peer")
+        return {name: getattr(ended, name) for name in names}
 
     def gate(self, room: str, window: int, action: str, rank: int | None = None) -> None:
         self._gates.set(room, window, action, rank)
