@@ -81,7 +81,6 @@ def main() -> int:
         chosen = [step for step in chosen if step.name in asked]
     import torch
 
-
     if args.device == "cuda" and not torch.cuda.is_available():
         print("tests.gpu: torch finds no GPU here; --device cpu rehearses without one", file=sys.stderr)
         return 1
