@@ -20,12 +20,8 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from enum import Enum
-from typing import TYPE_CHECKING
 
-from sglang_mm_conn.datapath.base import Doubts
-
-if TYPE_CHECKING:
-    from sglang_mm_conn.datapath.mooncake.exposure import MooncakeReceivePath
+from sglang_mm_conn.datapath.base import Doubts, RevocablePath
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +38,7 @@ class Stage(Enum):
 class Revocation:
     """One revocation at a time; ``tick`` drives it and never blocks."""
 
-    def __init__(self, path: MooncakeReceivePath, doubts: Doubts) -> None:
+    def __init__(self, path: RevocablePath, doubts: Doubts) -> None:
         self._path = path
         self._doubts = doubts
         self.stage = Stage.IDLE
