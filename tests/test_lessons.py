@@ -260,7 +260,7 @@ SECURITY: dict[str, list[str]] = {
 ADDRESSING: dict[str, list[str]] = {
     "IPv6 addresses were split at their colons": [
         "tests/core/test_sharding.py::test_the_port_is_behind_the_last_colon_also_of_ipv6",
-        f"{STAGING}::test_a_session_id_brackets_an_ipv6_address",
+        "tests/datapath/test_mooncake_engines.py::test_a_session_id_brackets_an_ipv6_address",
         f"{BOOTSTRAP}::test_the_control_address_has_the_host_of_the_url_also_of_ipv6",
     ],
     "a look-up of what was not ready answered 500": [

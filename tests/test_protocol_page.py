@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from sglang_mm_conn.core.messages import PROTOCOL_VERSION, FromEncoder, FromLanguage, Message, Region
+from sglang_mm_conn.core.messages import PROTOCOL_VERSION, AnyMemory, FromEncoder, FromLanguage, Memory, Message
 from tests.pages import ROOT
 
 PAGE = (ROOT / "docs" / "protocol.md").read_text()
@@ -57,9 +57,13 @@ def test_a_row_has_the_direction_and_exactly_the_fields_of_its_message(row: list
     assert {answer for answer in _quoted(row[3]) if answer[0].isupper()} <= set(MESSAGES)
 
 
-def test_the_fields_of_a_region_are_named() -> None:
-    (line,) = [line for line in PAGE.splitlines() if line.startswith("A `Register` lists its memory as `Region`s")]
-    assert _quoted(line)[2:] == list(Region.__struct_fields__)
+def test_every_kind_of_memory_has_one_row_with_its_tag_and_exactly_its_fields() -> None:
+    rows = {name: row for row in _table("| memory | kind | fields |") for name in _quoted(row[0])}
+    kinds = {cls.__name__: cls for cls in Memory.__subclasses__()}
+    assert list(rows) == list(kinds) and set(get_args(AnyMemory)) == set(kinds.values())
+    for name, row in rows.items():
+        assert row[1] == kinds[name].__struct_config__.tag
+        assert _quoted(row[2]) == list(kinds[name].__struct_fields__), name
 
 
 def test_every_promise_is_there_in_order_with_what_keeps_it() -> None:

@@ -1,1 +1,1 @@
-"""The data path: how a window's bytes get into the receiver's blocks. One interface, two implementations."""
+"""Data paths: how a window's bytes get into the receiver's blocks. ``base``: the interface; ``factory``: the table."""

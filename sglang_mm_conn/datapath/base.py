@@ -133,3 +133,13 @@ class ReceivePath(Protocol):
 
     def close(self) -> None:
         """At the end of the process."""
+
+
+class RevocablePath(ReceivePath, Protocol):
+    """One whose proof is a revocation: the way into its memory can be replaced, and the old one destroyed."""
+
+    def renew(self) -> int:
+        """Make the way in of the next epoch, beside those that are there. Returns the epoch that was the newest."""
+
+    def revoke(self, epoch: int) -> None:
+        """Destroy the way in of ``epoch``. When this returns, nothing lands through it any more."""

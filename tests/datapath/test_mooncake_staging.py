@@ -1,127 +1,26 @@
-"""The Mooncake path with an engine of our own: batches, staging, doubt, and peers that come back."""
+"""The Mooncake path with an engine of our own: batches, staging, doubt."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import torch
 
-from sglang_mm_conn.core.errors import DataPathError, DataPathUnavailable, MemoryUnavailable
+from sglang_mm_conn.core.errors import DataPathError
 from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
-from sglang_mm_conn.core.messages import MooncakeMemory, ShmMemory
-from sglang_mm_conn.datapath.mooncake import engine as engines
-from sglang_mm_conn.datapath.mooncake.semaphore import FairSemaphore
 from sglang_mm_conn.datapath.mooncake.staging import Staging
 from sglang_mm_conn.datapath.mooncake.writer import (
     BATCHES,
     MAX_PIECES,
     PIECE_BYTES,
-    MooncakeLink,
-    MooncakePath,
 )
 from sglang_mm_conn.memory.device import Device, Piece
-from tests.memory.asynchronous import AsynchronousDevice, CarelessDevice
-
-SESSION = "10.0.0.1:17001"
-WRITERS = 4
-SLOTS = WRITERS * BATCHES
-# What the engine says in place of a batch's number, by what a test asks for.
-REFUSED, REFUSED_WITH_A_CODE = 1 << 20, 1 << 21
-REFUSALS = {REFUSED: 0, REFUSED_WITH_A_CODE: (1 << 64) - 101}
-
-
-class FakeEngine:
-    """Does what the real one would, in this process, as late as it may: it reads the staging memory when it is asked
-    for the status of a batch. ``codes`` are the statuses of the next batches; an exception is raised at their
-    beginning, one of ``REFUSALS`` is a batch that gets no number."""
-
-    def __init__(self) -> None:
-        self.registered: list[tuple[int, int]] = []
-        self.batches: list[list[tuple[int, int, int]]] = []
-        self.sessions: list[str] = []
-        self.codes: list[int | Exception] = []
-        self.register_code = 0
-        self.during: Callable[[], object] | None = None  # called once, while a batch is waited for
-        self.events: list[str] = []
-        self.most_pieces = 0
-        self._under_way: dict[int, int] = {}  # code by number, which counts from 1
-        self._lock = threading.Lock()
-
-    def register_memory(self, address: int, length: int) -> int:
-        self.registered.append((address, length))
-        return self.register_code
-
-    def batch_transfer_async_write(
-        self, session: str, sources: list[int], targets: list[int], lengths: list[int]
-    ) -> int:
-        with self._lock:
-            self.sessions.append(session)
-            self.batches.append(list(zip(sources, targets, lengths, strict=True)))
-            number = len(self.batches)
-            self.events.append(f"begin {number}")
-            code = self.codes.pop(0) if self.codes else 0
-            if isinstance(code, Exception):
-                raise code
-            if code in REFUSALS:
-                return REFUSALS[code]
-            self._under_way[number] = code
-            self.most_pieces = max(self.most_pieces, sum(len(self.batches[one - 1]) for one in self._under_way))
-            return number
-
-    def get_batch_transfer_status(self, numbers: list[int]) -> int:
-        [number] = numbers
-        during, self.during = self.during, None
-        if during is not None:
-            during()
-        time.sleep(0)
-        with self._lock:
-            code = self._under_way.pop(number)  # KeyError where the real one would crash
-            if code == 0:
-                for source, target, length in self.batches[number - 1]:
-                    assert any(start <= source and source + length <= start + size for start, size in self.registered)
-                    ctypes.memmove(target, source, length)
-            self.events.append(f"end {number}")
-            return code
-
-    @property
-    def under_way(self) -> int:
-        return len(self._under_way)
-
-
-class Bed:
-    """A path, its engines, and memory to write into."""
-
-    def __init__(
-        self, geometry: Geometry, staging_bytes: int = 4096, device: Device | None = None, memory_device: str = "cpu"
-    ) -> None:
-        self.geometry = geometry
-        self.engines: list[FakeEngine] = []
-        self.codes: list[int | Exception] = []
-        self.path = MooncakePath(self.make, staging_bytes, WRITERS, device, memory_device)
-        self.regions = [torch.zeros(geometry.region_bytes, dtype=torch.uint8) for _ in range(geometry.regions)]
-
-    def make(self) -> FakeEngine:
-        self.engines.append(FakeEngine())
-        self.engines[-1].codes = list(self.codes)
-        return self.engines[-1]
-
-    def open(self, incarnation: str = "1", session: str = SESSION) -> MooncakeLink:
-        memory = MooncakeMemory(target=session, addresses=[region.data_ptr() for region in self.regions])
-        return self.path.open(memory, self.geometry, incarnation)
-
-    def link(self) -> tuple[MooncakeLink, FakeEngine, Staging]:
-        link = self.open()
-        return link, self.engines[0], self.path._engines[0].staging
-
-    def received(self, blocks: list[int], nbytes: int) -> torch.Tensor:
-        whole = torch.cat(self.regions).reshape(self.geometry.blocks, -1)
-        return whole[blocks].reshape(-1)[:nbytes]
+from tests.datapath.fake_engine import REFUSED, REFUSED_WITH_A_CODE, SESSION, SLOTS, WRITERS, Bed
 
 
 def test_opening_a_link_writes_nothing_so_that_no_warm_up_lands_in_a_live_block() -> None:
@@ -390,143 +289,3 @@ def test_many_writers_to_one_peer_share_what_the_link_bears_and_none_waits_for_e
     assert len(staging._free) == SLOTS
     for place, source in zip(places, sources, strict=True):
         assert torch.equal(bed.received(place, blocks), source)
-
-
-def test_a_released_permit_goes_to_the_thread_that_has_waited_longest() -> None:
-    permits = FairSemaphore(1)
-    assert permits.acquire(wait=False)
-    order: list[int] = []
-    threads = []
-    for number in range(3):
-        threads.append(threading.Thread(target=lambda number=number: order.append(number * permits.acquire(wait=True))))
-        threads[-1].start()
-        deadline = time.monotonic() + 30
-        while len(permits._waiting) <= number:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    for number, thread in enumerate(threads):
-        permits.release()
-        assert not permits.acquire(wait=False), "a thread that releases a permit queues behind the waiting ones"
-        thread.join(30)
-        assert order == list(range(number + 1))
-    permits.release()
-    assert permits.acquire(wait=False)
-
-
-# -- engines -------------------------------------------------------------------------------------------------------
-
-
-def test_one_engine_serves_all_sessions_and_registers_its_staging_once() -> None:
-    bed = Bed(Geometry(64, 4, 1))
-    for incarnation, session in (("1", "10.0.0.1:1"), ("2", "10.0.0.2:2"), ("1", "10.0.0.1:1")):
-        bed.open(incarnation, session)
-    assert len(bed.engines) == 1
-    assert bed.engines[0].registered == [(bed.path._engines[0].staging.memory.data_ptr(), 4096)]
-
-
-def test_a_session_id_that_returns_with_another_process_gets_another_engine() -> None:
-    bed = Bed(Geometry(64, 4, 1))
-    extents = window_extents(bed.geometry, [0], 64)
-
-    def write(incarnation: str, session: str = SESSION) -> None:
-        bed.open(incarnation, session).write(torch.ones(64, dtype=torch.uint8), extents)
-
-    for incarnation in ("1", "2", "2", "3"):
-        write(incarnation)
-    write("9", "10.0.0.9:9")  # a session that no engine knows needs no new one
-    assert [len(engine.batches) for engine in bed.engines] == [2, 2, 1]
-
-
-def test_a_server_that_registered_no_memory_with_mooncake_is_refused_before_an_engine_is_made() -> None:
-    bed = Bed(Geometry(64, 4, 1))
-    for memory in (
-        ShmMemory(segment="name", nonce="nonce", writer_slot=0),
-        MooncakeMemory(target=SESSION, addresses=[4096] * 2),  # the pool has one region
-    ):
-        with pytest.raises(DataPathUnavailable, match="registered no memory"):
-            bed.path.open(memory, bed.geometry, "1")
-    assert not bed.engines
-
-
-def test_staging_that_cannot_be_registered_is_an_error_and_not_kept() -> None:
-    bed = Bed(Geometry(64, 4, 1))
-    engine = FakeEngine()
-    engine.register_code = -5
-    path = MooncakePath(make_engine=lambda: engine, staging_bytes=4096, writers=4)
-    with pytest.raises(MemoryUnavailable, match="4096 bytes returned -5"):
-        path.open(MooncakeMemory(target=SESSION, addresses=[4096]), bed.geometry, "1")
-    assert not path._engines
-
-
-class PortOnly:
-    def get_rpc_port(self) -> int:
-        return 17001
-
-
-@pytest.mark.parametrize(("host", "session"), [("10.0.0.1", "10.0.0.1:17001"), ("fe80::1", "[fe80::1]:17001")])
-def test_a_session_id_brackets_an_ipv6_address(host: str, session: str) -> None:
-    assert engines.session_id(PortOnly(), host) == session
-
-
-# -- GPU memory ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("memory_device", ["cpu", "cuda"])
-def test_the_engine_reads_staging_memory_only_when_the_copies_into_it_have_happened(memory_device: str) -> None:
-    """The engine knows no streams: what it is given must be there."""
-    source = torch.randint(1, 256, (700,), dtype=torch.uint8)
-    for device in (AsynchronousDevice(), AsynchronousDevice(0.5), CarelessDevice()):
-        bed = Bed(Geometry(64, 50, 2), 44, device, memory_device)
-        link, _, _ = bed.link()
-        link.write(source, window_extents(bed.geometry, list(range(20)), 700))
-        arrived = torch.equal(bed.received(list(range(20)), 700), source)
-        assert arrived is not isinstance(device, CarelessDevice), device
-
-
-def test_host_staging_is_pinned_until_its_engine_is_destroyed() -> None:
-    device = AsynchronousDevice()
-    bed = Bed(Geometry(64, 50, 2), device=device)
-    link, engine, staging = bed.link()
-    assert device.pinned == [staging.memory.data_ptr()]
-    engine.codes = [5]
-    with pytest.raises(DataPathError):
-        link.write(torch.ones(64, dtype=torch.uint8), window_extents(bed.geometry, [0], 64))
-    deadline = time.monotonic() + 30
-    while device.pinned:
-        assert time.monotonic() < deadline, "still pinned"
-        time.sleep(0.01)
-
-
-def test_memory_that_cannot_be_registered_does_not_stay_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = AsynchronousDevice()
-    bed = Bed(Geometry(64, 50, 2), device=device)
-    monkeypatch.setattr(FakeEngine, "register_memory", lambda self, address, length: -1)
-    with pytest.raises(MemoryUnavailable):
-        bed.link()
-    assert not device.pinned
-
-
-def test_the_build_without_cuda_is_refused_for_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.metadata, "version", lambda name: "0.3.13")
-    with pytest.raises(DataPathUnavailable, match=r"POOL_DEVICE=cuda, but mooncake-transfer-engine-non-cuda"):
-        engines.engine_factory("127.0.0.1", protocol="tcp", memory_device="cuda")
-
-
-@pytest.mark.parametrize("closed", [True, False])
-def test_staging_memory_is_unpinned_once_and_before_it_is_unmapped(closed: bool) -> None:
-    """A path that is dropped closes nothing; its memory must not go while it is pinned."""
-    pinned: list[torch.Tensor] = []
-
-    class Pinning(Device):
-        def pin(self, memory: torch.Tensor) -> Callable[[], None]:
-            pinned.append(memory)
-            return lambda: pinned.remove(memory) if len(pinned) == 1 else pytest.fail("unpinned twice")
-
-    staging = Staging(2, 64, Pinning())
-    assert len(pinned) == 1
-    if closed:
-        staging.close()
-        assert not pinned
-    del staging
-    gc.collect()
-    assert not pinned

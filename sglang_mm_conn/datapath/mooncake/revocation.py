@@ -20,9 +20,8 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from enum import Enum
-from typing import Protocol
 
-from sglang_mm_conn.datapath.base import Doubts, ReceivePath
+from sglang_mm_conn.datapath.base import Doubts, RevocablePath
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +35,10 @@ class Stage(Enum):
     DESTROYING = "destroying"
 
 
-class RenewablePath(ReceivePath, Protocol):
-    """A path whose engine can be replaced. Both calls take about a second."""
-
-    def renew(self) -> int:
-        """Make the engine of the next epoch. Returns the epoch that it replaces, whose engine stays."""
-
-    def revoke(self, epoch: int) -> None:
-        """Destroy the engine of ``epoch``: when this returns, no write through it lands any more."""
-
-
 class Revocation:
     """One revocation at a time; ``tick`` drives it and never blocks."""
 
-    def __init__(self, path: RenewablePath, doubts: Doubts) -> None:
+    def __init__(self, path: RevocablePath, doubts: Doubts) -> None:
         self._path = path
         self._doubts = doubts
         self.stage = Stage.IDLE
