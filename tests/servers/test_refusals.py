@@ -24,12 +24,12 @@ def _start_and_fail(model: Path, *flags: str, role: Role = "encoder", env: dict[
     return output
 
 
-@pytest.mark.parametrize("stock", ("zmq_to_scheduler", "mooncake"))
+@pytest.mark.parametrize("builtin", ("zmq_to_scheduler", "mooncake"))
 def test_a_contradicting_encoder_transfer_backend_is_refused_naming_both_flags(
-    stock: str, tiny_model: Callable[[str], Path]
+    builtin: str, tiny_model: Callable[[str], Path]
 ) -> None:
-    output = _start_and_fail(tiny_model("qwen2_5_vl"), "--encoder-transfer-backend", stock)
-    assert f"--encoder-transfer-backend {stock}" in output
+    output = _start_and_fail(tiny_model("qwen2_5_vl"), "--encoder-transfer-backend", builtin)
+    assert f"--encoder-transfer-backend {builtin}" in output
     assert "--disaggregation-transfer-backend conn_multimodal" in output
 
 
@@ -43,10 +43,10 @@ def test_what_is_untested_is_refused_naming_the_option(tiny_model: Callable[[str
     assert "does not support --tp-size 2 together with --dp-size 2 yet" in output and "conn_multimodal" in output
 
 
-def test_a_seam_that_does_not_match_stops_the_server_naming_the_version_that_fits(
+def test_a_hook_that_does_not_match_stops_the_server_naming_the_version_that_fits(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """An sglang that differs where we hook, made by a sitecustomize that takes one function's parameter away."""
+    """An sglang with another parameter in a hooked function: a sitecustomize replaces the function."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, importlib.abc, importlib.machinery\n"
         "NAME = 'sglang.srt.disaggregation.encoder.runtime'\n"
