@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +46,17 @@ LONG_DEADLINE = 400.0
 NATURAL_DELAY = 1.0
 RESTS_WITHIN_TICKS = 400
 
-logging.getLogger("sglang_mm_conn").setLevel(logging.CRITICAL)
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Endpoints log every room and every fault; of a million rooms nobody reads that."""
+    logger = logging.getLogger("sglang_mm_conn")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @dataclass
@@ -574,7 +585,7 @@ class Schedule:
     def run(self) -> Counter[str]:
         """Returns what happened, counted."""
         try:
-            with attribute(rooms, "secrets", _Names(self.chance)):
+            with _without_logs(), attribute(rooms, "secrets", _Names(self.chance)):
                 self._play()
         except BaseException:
             self.world.over = True
