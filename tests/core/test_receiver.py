@@ -157,7 +157,7 @@ def test_an_embedding_over_the_limit_fails_naming_the_setting() -> None:
 
 def test_resume_transfer_of_rows_that_are_not_here_is_refused() -> None:
     wire, room = at_copying()
-    with pytest.raises(ConnError, match="1024 rows named, 0 are here"):
+    with pytest.raises(ConnError, match="sent_tokens=1024, but 0 are copied out"):
         wire.rank.core.resume_transfer(wire.rank.core.rooms[room], [9], 1024, 128, wire.now)
 
 
@@ -941,7 +941,7 @@ def test_a_report_says_who_has_the_blocks_and_how_far_the_rooms_are() -> None:
 def test_check_integrity_sees_blocks_that_no_room_accounts_for() -> None:
     wire, room = at_offered()
     wire.rank.core.rooms[room].blocks.pop()
-    with pytest.raises(ConnError, match="rooms hold 7"):
+    with pytest.raises(ConnError, match="rooms and views hold 7"):
         wire.rank.core.check_integrity()
 
 
