@@ -1,4 +1,4 @@
-"""The accounts of blocks: every block is somebody's or free, and a block that is lost is noticed."""
+"""The accounts of blocks: every block is free or has an owner, and a lost block is noticed."""
 
 from __future__ import annotations
 
