@@ -1,4 +1,4 @@
-"""Owns room names. A room is one embedding part on its way to one language server; no two transfers share a name.
+"""Owns room names: a room is one embedding part on its way to one language server, and no two share a name.
 
 A room base is ``<server>-<nonce>``: the language server's incarnation (random, one process life) and a nonce drawn for
 every dispatch. A room is the base and the part suffix of sglang. So these never share a room: two servers, two requests

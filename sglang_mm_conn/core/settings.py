@@ -1,4 +1,4 @@
-"""Owns the settings of the connector. Each is declared once: environment variable, default, allowed range, meaning."""
+"""Owns the settings of the connector: environment variable, default, allowed range and meaning of each, declared once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the state machines. Each is an Enum and one table of allowed transitions.
+"""Owns the state machines: for each an Enum and one table of allowed transitions.
 
 ``Poll`` has the same numbers as sglang's ``KVPoll``. A room's poll value never goes back: a caller that saw
 Transferring twice would act twice.

@@ -1,4 +1,4 @@
-"""Owns the Announces and Faileds of unclaimed rooms, which no request expects yet."""
+"""Owns the Announce and Failed messages of unclaimed rooms, which no request expects yet."""
 
 from __future__ import annotations
 
