@@ -21,7 +21,7 @@ CORE_SENDER = "tests/core/test_sender.py"
 RECEIVER_MACHINE = "tests/core/test_receiver_machine.py::TestReceiver"
 SENDER_MACHINE = "tests/core/test_sender_machine.py::TestSender"
 JOINED = "tests/core/test_joined_machines.py::TestJoined"
-HERE = "tests/core/test_prototype_lessons.py"
+HERE = "tests/core/test_proposal_hazards.py"
 FAULTS = "tests/connector/test_faults.py"
 TRANSFER = "tests/connector/test_transfer.py"
 THREADS = "tests/connector/test_threads.py"
@@ -109,7 +109,7 @@ FIXED: dict[str, list[str]] = {
 # Still wrong at its end.
 CORRUPTION: dict[str, list[str]] = {
     "an abort freed blocks that were still written": [
-        f"{CORE_RECEIVER}::test_an_aborted_rooms_late_write_lands_in_quarantine_not_in_the_next_requests_blocks",
+        f"{CORE_RECEIVER}::test_a_late_write_of_an_aborted_room_lands_in_quarantine_not_in_reused_blocks",
         f"{CORE_RECEIVER}::test_what_is_no_proof_leaves_the_blocks_in_quarantine",
         f"{FAULTS}::test_blocks_of_a_writer_frozen_in_mid_write_are_not_reused_until_it_answers_or_is_gone",
         RECEIVER_MACHINE,
@@ -132,7 +132,7 @@ CORRUPTION: dict[str, list[str]] = {
         f"{CORE_SENDER}::test_a_second_init_does_not_overwrite_the_progress_of_the_first",
     ],
     "a resume was applied unchecked": [
-        f"{CORE_SENDER}::test_a_resume_that_does_not_fit_is_answered_with_the_confirmed_state_and_changes_nothing",
+        f"{CORE_SENDER}::test_a_resume_that_does_not_fit_gets_the_confirmed_state_and_changes_nothing",
         f"{CORE_SENDER}::test_an_early_resume_in_mid_write_is_refused_not_applied",
         SENDER_MACHINE,
     ],
@@ -145,13 +145,13 @@ CORRUPTION: dict[str, list[str]] = {
         "tests/servers/test_answers.py::test_request_ids_are_not_the_identity_of_an_embedding",
     ],
     "the status had no token count": [
-        f"{HERE}::test_progress_carries_the_count_and_the_window_so_that_a_second_partial_is_told_from_the_first",
+        f"{HERE}::test_progress_carries_window_and_count_so_two_partial_confirmations_differ",
     ],
 }
 
 HANGS: dict[str, list[str]] = {
     "who waited for blocks held blocks": [
-        f"{CORE_RECEIVER}::test_many_rooms_larger_than_the_pool_share_it_without_a_deadlock_and_none_starves",
+        f"{CORE_RECEIVER}::test_many_rooms_larger_than_the_pool_share_it_without_deadlock_or_starvation",
         "tests/servers/test_answers.py::test_eight_clients_at_once_on_a_pool_smaller_than_one_embedding",
     ],
     "a remainder larger than the pool waited for ever": [
@@ -174,7 +174,7 @@ HANGS: dict[str, list[str]] = {
         f"{LEAKS}::test_language_processes_that_come_and_go_leave_nothing_behind_in_the_encoder",
     ],
     "a second part looked like the first": [
-        f"{HERE}::test_progress_carries_the_count_and_the_window_so_that_a_second_partial_is_told_from_the_first",
+        f"{HERE}::test_progress_carries_window_and_count_so_two_partial_confirmations_differ",
     ],
     "ranks that nobody addressed blocked the rest": [
         f"{CORE_SENDER}::test_a_room_whose_other_rank_never_says_init_ends_and_says_so",

@@ -1,1 +1,1 @@
-"""Pure logic: no IO, no torch, no threads; time comes in as an argument (seconds, any monotonic origin)."""
+"""Pure logic: no IO, no torch, no threads. Callers pass the time in, as seconds of any one monotonic clock."""

@@ -1,4 +1,4 @@
-"""Adds up who has the blocks of a language rank's pool: for its log, and to prove that none is lost."""
+"""Owns the accounts of a language rank's pool: who has each block, for its log and to prove that none is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang_mm_conn.core.views import Views
 def report(
     allocator: BlockAllocator, rooms: Mapping[str, ReceiverRoom], views: Views, unclaimed: UnclaimedRooms
 ) -> dict[str, Any]:
-    """Blocks by who has them, rooms by state, announcements that no request has claimed."""
+    """The number of blocks free, held, in views and in quarantine; of rooms in each state; of unclaimed rooms."""
     return {
         "blocks": allocator.blocks,
         "free": allocator.free_count,
@@ -32,7 +32,7 @@ def report(
 def check_integrity(
     allocator: BlockAllocator, rooms: Mapping[str, ReceiverRoom], views: Views, quarantine: QuarantineTable
 ) -> None:
-    """Raise unless every block is accounted for: free, an open window's or a view's, or quarantined on record."""
+    """Raise ConnError unless each block is free, held by an open window or a view, or listed in quarantine."""
     allocator.check_integrity()
     granted = sum(len(entry.blocks) for entry in rooms.values() if entry.view)
     views.check_integrity(granted)
@@ -40,6 +40,6 @@ def check_integrity(
     quarantined = sum(len(one.blocks) for one in quarantine.values())
     if held != allocator.held_count or quarantined != allocator.quarantined_count:
         raise ConnError(
-            f"rooms hold {held} blocks, the allocator says {allocator.held_count}; "
-            f"quarantine lists {quarantined}, the allocator says {allocator.quarantined_count}"
+            f"rooms and views hold {held} blocks, the allocator counts {allocator.held_count}; "
+            f"the quarantine lists {quarantined}, the allocator counts {allocator.quarantined_count}"
         )

@@ -1,4 +1,4 @@
-"""What a core asks its surroundings to do, in this order. Cores never act themselves."""
+"""Owns the actions: requests of a core that its caller carries out, in their order. A core never acts itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,20 @@ class Send(msgspec.Struct, frozen=True):
 
 
 class CopyOut(msgspec.Struct, frozen=True):
-    """Copy the first ``tokens`` rows of window ``window`` out of ``blocks``, to row ``first_token`` of the result."""
+    """Copy the rows of a window out of its blocks into the result, or make the result a view of the blocks.
+
+    Attributes:
+        room, window: which.
+        blocks: the window's blocks, in token order.
+        first_token: the row of the result that the first row of the window becomes.
+        tokens: rows of the window.
+        row_bytes: bytes of each row.
+        total_tokens: rows of the result.
+        dtype: of the result.
+        last: whether the window completes the result.
+        checksum: of all rows, to be verified; None: not used.
+        view: whether the rows may stay in the blocks, which are contiguous then.
+    """
 
     room: str
     window: int
@@ -30,11 +43,22 @@ class CopyOut(msgspec.Struct, frozen=True):
     dtype: str
     last: bool
     checksum: int | None
-    view: bool = False  # or leave them in the blocks, which are contiguous, and make the result a view of them
+    view: bool = False
 
 
 class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
-    """Work for a transfer queue: serve the offered windows of ``room`` (the seed's name and fields)."""
+    """Work for a transfer queue: write the offered windows of a room.
+
+    It holds no bytes: EncoderEndpoint keeps them per room, as ``Source.rows`` (connector/encoder/source.py). The last
+    three fields are kept for the original interface only.
+
+    Attributes:
+        room: which.
+        queue_idx: the room's transfer queue.
+        embedding_indices: 0, 1, ... one number per block that the rows would fill. A log line counts them.
+        is_last: always True.
+        total_tokens: rows of the whole embedding.
+    """
 
     room: str
     queue_idx: int
@@ -44,7 +68,13 @@ class TransferEmbeddingChunk(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """``room`` reached its final state; ``peer`` says with whom, where it is known."""
+    """A room is finished.
+
+    Attributes:
+        room: which.
+        outcome: Success or Failed, with reason and code.
+        peer: for the log: the sessions that had offered blocks, or the language server; empty if not known.
+    """
 
     room: str
     outcome: Outcome
@@ -64,7 +94,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Release(msgspec.Struct, frozen=True):
-    """No write of ``room`` is under way or will come: its source may be freed."""
+    """No write of ``room`` is under way or will come, so the embedding may be freed."""
 
     room: str
 
@@ -72,17 +102,17 @@ class Release(msgspec.Struct, frozen=True):
 Action: TypeAlias = Send | CopyOut | TransferEmbeddingChunk | Ended | Release
 
 
-# -- what core.registration asks for -----------------------------------------------------------------------------------
+# -- actions of core.registration --------------------------------------------------------------------------------------
 
 
 class LookUp(msgspec.Struct, frozen=True):
-    """Ask ``url`` over HTTP which processes serve it; answered by ``looked_up``, ``absent`` or ``look_up_failed``."""
+    """Ask ``url`` over HTTP which processes serve it, then call ``looked_up``, ``absent`` or ``look_up_failed``."""
 
     url: str
 
 
 class Connect(msgspec.Struct, frozen=True):
-    """Open a control connection to the process ``incarnation``: the host of ``url``, port ``control_port``."""
+    """Open a control connection to process ``incarnation`` at the host of ``url``, port ``control_port``."""
 
     incarnation: str
     url: str
@@ -96,23 +126,30 @@ class Disconnect(msgspec.Struct, frozen=True):
 
 
 class SendRegister(msgspec.Struct, frozen=True):
-    """Make the Register message and send it. Making it may take seconds; ``cannot_register`` where it fails."""
+    """Build the Register message, which may take seconds, and send it. Call ``cannot_register`` if that fails.
+
+    Attributes:
+        incarnation: the process to send it to.
+        path: the data path to offer.
+        slot: the writer slot that the process must lock.
+        number: of the registration; the encoder keeps the newest.
+    """
 
     incarnation: str
     path: str
     slot: int
-    number: int  # of the registration: the encoder takes the newest
+    number: int
 
 
 class SendRetire(msgspec.Struct, frozen=True):
-    """Tell the process which epochs of ``path`` were revoked, if any was."""
+    """Send the process a Retire for the revoked epochs of ``path``, if any was revoked."""
 
     incarnation: str
     path: str
 
 
 class SendHeartbeat(msgspec.Struct, frozen=True):
-    """Tell the process that this rank lives."""
+    """Send the process a Heartbeat."""
 
     incarnation: str
 
@@ -127,14 +164,14 @@ class ProcessReady(msgspec.Struct, frozen=True):
 
 
 class ProcessLost(msgspec.Struct, frozen=True):
-    """The process serves this rank no more: its rooms fail with ``reason``."""
+    """The process no longer serves this rank, so its rooms fail with ``reason``."""
 
     incarnation: str
     reason: str
 
 
 class EncoderRefused(msgspec.Struct, frozen=True):
-    """No process of ``url`` can be used: requests that wait for it fail with ``reason``."""
+    """No process of ``url`` can be used, so requests that wait for it fail with ``reason``."""
 
     url: str
     reason: str

@@ -1,4 +1,4 @@
-"""Whether the memory and the settings that a language rank registers fit those of the encoder. Pure."""
+"""Owns the comparison of a registration with the encoder: memory and settings must fit. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sglang_mm_conn.core.sharding import session_port
 
 
 def mismatch(register: Register, settings: Settings, *, dtype: str, widest_row_bytes: int) -> str:
-    """Why ``register`` does not fit an encoder with ``settings``, naming both values; empty where it fits.
+    """Why ``register`` does not fit an encoder with ``settings``, with both values; empty if it fits.
 
     ``dtype``, ``widest_row_bytes``: of the encoder's model.
     """
@@ -36,11 +36,11 @@ def mismatch(register: Register, settings: Settings, *, dtype: str, widest_row_b
 
 
 def _contradiction(register: Register) -> str:
-    """Why ``register`` does not fit itself; empty where it does."""
+    """How ``register`` contradicts itself; empty if it does not."""
     try:
-        session_port(register.mooncake_session_id)  # the shard rule needs it
+        session_port(register.mooncake_session_id)  # the shard rule adds the ports up
     except ProtocolError as error:
         return str(error)
     if register.rank >= register.size:
-        return f"rank {register.rank} of {register.size}"
+        return f"invalid rank: {register.rank} of {register.size}"
     return ""

@@ -1,4 +1,4 @@
-"""The records of core.registration: an encoder URL and its look-ups, an encoder process and its registration. Pure."""
+"""Owns the records of core.registration: an encoder URL with its look-ups, a process with its registration. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_mm_conn.core.states import (
     StateMachine,
 )
 
-# Back-off of look-ups: seconds after the first one, the factor from one to the next, and the most.
+# Back-off of look-ups, in seconds: the first delay, the factor from one delay to the next, the longest delay.
 FIRST_DELAY_SECONDS = 0.5
 DELAY_FACTOR = 1.5
 MOST_DELAY_SECONDS = 5.0
@@ -21,17 +21,17 @@ MOST_DELAY_SECONDS = 5.0
 
 @dataclass(slots=True)
 class EncoderProcess:
-    """One encoder process; more than one URL may lead to it.
+    """One encoder process. Several URLs may lead to it.
 
     Attributes:
-        incarnation: the random id of its life.
-        slot: the writer slot that its Register names.
-        path: the data path that is offered to it.
-        last_seen: when it was last received from, in seconds.
+        incarnation: random id of the process life.
+        slot: the writer slot that this rank's Register offers it.
+        path: the data path that this rank offers it.
+        last_seen: time of the last frame from it.
         machine: the state of the registration.
-        registered_once: whether it has ever been READY: its loss is then news.
-        unanswered: Registers that it has not answered.
-        register_at: when to send the next Register; None: not by time.
+        registered_once: whether it was ever READY. Only then does the log report its loss each time.
+        unanswered: number of Registers that it has not answered.
+        register_at: time to send the next Register; None: no Register is scheduled.
     """
 
     incarnation: str
@@ -50,12 +50,12 @@ class EncoderProcess:
         return self.machine.state is RegistrationState.READY
 
     def become(self, state: RegistrationState) -> None:
-        """Change to ``state``, if it is not the present one. Raises IllegalTransition."""
+        """Change to ``state``, unless it is the current one. Raises IllegalTransition."""
         if self.machine.state is not state:
             self.machine.transition_to(state)
 
     def takes_answer(self) -> bool:
-        """Whether a Register awaits an answer; this one counts as it."""
+        """Whether a Register is unanswered. If so, this answer is counted as the answer to one."""
         if self.unanswered < 1:
             return False
         self.unanswered -= 1
@@ -67,13 +67,14 @@ class EncoderUrl:
     """One encoder URL.
 
     Attributes:
-        last_used: when a request last named it, in seconds.
-        processes: those that serve it, by incarnation.
-        machine: the state of looking it up.
-        look_up_at: no look-up begins before this.
+        url: of the encoder server.
+        last_used: time of the last request that named it.
+        processes: the processes that serve it, by incarnation.
+        machine: the state of its look-up.
+        look_up_at: no look-up begins before this time.
         delay: seconds from the next look-up to the one after it.
-        refusal: why it cannot be used; empty where it can or is not known yet.
-        logged: the last line about it, so that one cause is logged once.
+        refusal: why no request can use it; empty: it can be used, or that is not known yet.
+        logged: the last line about it, so that a cause that persists is logged once.
     """
 
     url: str
@@ -89,11 +90,11 @@ class EncoderUrl:
 
     @property
     def reachable(self) -> bool:
-        """Whether a process of it is ready. May be asked by any thread."""
+        """Whether a process that serves it is ready. Any thread may call this."""
         return any(process.ready for process in list(self.processes.values()))
 
     def look_up(self, now: float) -> list[RegistrationAction]:
-        """A look-up, if it is time for one and none is under way."""
+        """Begin a look-up if one is due and none is under way."""
         if self.machine.state is LookUpState.LOOKING_UP or now < self.look_up_at:
             return []
         self.machine.transition_to(LookUpState.LOOKING_UP)
@@ -102,7 +103,7 @@ class EncoderUrl:
         return [LookUp(self.url)]
 
     def look_up_soon(self) -> None:
-        """What the last look-up said may not hold any more."""
+        """The result of the last look-up may be outdated, so the next one is due now."""
         self.look_up_at, self.delay = 0.0, FIRST_DELAY_SECONDS
         if self.machine.state is LookUpState.RESOLVED:
             self.machine.transition_to(LookUpState.WAITING)

@@ -1,8 +1,8 @@
-"""The errors of this package; every message names what was wrong and the value that was."""
+"""Owns the errors of this package. Every message names what is wrong and the wrong value."""
 
 
 class ConnError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
 
 class SettingError(ConnError, ValueError):
@@ -10,15 +10,15 @@ class SettingError(ConnError, ValueError):
 
 
 class ProtocolError(ConnError):
-    """A peer sent something that the protocol does not allow."""
+    """A peer broke the protocol."""
 
 
 class IllegalTransition(ConnError):
-    """A state machine was asked for a transition that its table does not allow."""
+    """A transition is not in the table of its state machine."""
 
 
 class AllocatorError(ConnError):
-    """Blocks were taken, freed or quarantined by somebody who does not hold them."""
+    """A call requested blocks that are not free or named blocks of another owner, or the records are inconsistent."""
 
 
 class MemoryUnavailable(ConnError):
@@ -30,14 +30,14 @@ class DataPathUnavailable(ConnError):
 
 
 class WriterSlotTaken(DataPathUnavailable):
-    """The byte that a writer of a shared segment locks is locked: by another writer, or for good by the owner."""
+    """The writer slot of a shared segment is locked: by another encoder process, or for good by the segment's owner."""
 
 
 class DataPathError(ConnError):
     """A data call failed.
 
-    ``in_doubt`` is True where bytes may still land after the call has returned: then neither end may reuse the
-    memory on the strength of this error alone.
+    ``in_doubt`` is True if bytes may still land after the call has returned. This error is then no proof that either
+    side may reuse its memory.
     """
 
     def __init__(self, message: str, *, in_doubt: bool) -> None:
@@ -46,7 +46,7 @@ class DataPathError(ConnError):
 
 
 class TransferFailed(ConnError):
-    """A room ended in Failed. ``code`` is the HTTP status that a client should see."""
+    """A room ended in Failed. ``code`` is the HTTP status for the client."""
 
     def __init__(self, room: str, reason: str, code: int) -> None:
         super().__init__(f"transfer of room {room} failed: {reason}")

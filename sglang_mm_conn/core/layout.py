@@ -1,4 +1,4 @@
-"""Where the bytes of a window lie: blocks in allocation order, regions, merged extents."""
+"""Owns the layout of a window: which bytes of which region it occupies. Blocks are in allocation order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from sglang_mm_conn.core.errors import ProtocolError
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of a pool: ``regions`` regions of ``blocks_per_region`` blocks of ``block_bytes`` bytes."""
+    """The shape of a pool.
+
+    Attributes:
+        block_bytes: bytes of a block.
+        blocks_per_region: blocks of a region.
+        regions: regions of the pool.
+    """
 
     block_bytes: int
     blocks_per_region: int
@@ -27,7 +33,7 @@ class Geometry:
         return self.blocks_per_region * self.block_bytes
 
     def capacity(self, block_count: int, row_bytes: int) -> int:
-        """Rows of ``row_bytes`` that ``block_count`` blocks hold. Rows are packed: one may straddle two blocks."""
+        """Rows of ``row_bytes`` that ``block_count`` blocks hold. Rows are packed, so a row may lie in two blocks."""
         return block_count * self.block_bytes // row_bytes
 
     def blocks_for(self, tokens: int, row_bytes: int) -> int:
@@ -36,7 +42,14 @@ class Geometry:
 
 
 class Extent(msgspec.Struct, frozen=True):
-    """``length`` bytes at ``offset`` in region ``region``, which are bytes ``start``... of the embedding."""
+    """Contiguous bytes of an embedding in a region.
+
+    Attributes:
+        region: its number.
+        offset: the first byte in the region.
+        length: bytes.
+        start: the first byte in the embedding.
+    """
 
     region: int
     offset: int
@@ -45,22 +58,22 @@ class Extent(msgspec.Struct, frozen=True):
 
 
 def window_extents(geometry: Geometry, blocks: Sequence[int], nbytes: int, first_byte: int = 0) -> list[Extent]:
-    """The extents that a window of ``nbytes`` occupies, neighbouring blocks merged within a region. ``first_byte``:
-    where in the embedding it begins.
+    """The extents of a window of ``nbytes`` that begins at byte ``first_byte`` of the embedding.
 
-    Token order is the order of ``blocks`` (allocation order), whatever their numbers are. Raises ProtocolError where
-    a block does not exist, occurs twice, or the blocks hold less than ``nbytes``.
+    The rows follow the order of ``blocks`` (allocation order), not the order of the block numbers. Contiguous blocks
+    of one region become one extent. Raises ProtocolError if a block does not exist or occurs twice, or if the blocks
+    hold less than ``nbytes``.
     """
     if len(set(blocks)) != len(blocks):
         raise ProtocolError(f"a block occurs twice in {list(blocks)[:8]}...")
     if nbytes > len(blocks) * geometry.block_bytes:
-        raise ProtocolError(f"{nbytes} bytes do not fit {len(blocks)} blocks of {geometry.block_bytes}")
+        raise ProtocolError(f"{nbytes} bytes do not fit {len(blocks)} blocks of {geometry.block_bytes} bytes")
     if blocks and not (min(blocks) >= 0 and max(blocks) < geometry.blocks):
         wrong = next(block for block in blocks if not 0 <= block < geometry.blocks)
-        raise ProtocolError(f"block {wrong} is not one of {geometry.blocks}")
+        raise ProtocolError(f"block {wrong} does not exist in a pool of {geometry.blocks} blocks")
     extents: list[Extent] = []
     per_region, block_bytes = geometry.blocks_per_region, geometry.block_bytes
-    count = -(-nbytes // block_bytes)  # blocks that hold any of it
+    count = -(-nbytes // block_bytes)  # blocks that hold bytes of the window
     first = 0
     while first < count:
         block = blocks[first]

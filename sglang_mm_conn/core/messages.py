@@ -1,9 +1,7 @@
-"""The control messages: tagged msgspec structs, one version byte in front, length-limited. No pickle.
+"""Owns the control messages and their codec: tagged msgspec structs behind one version byte, length-limited, no pickle.
 
-Names follow the seed. Times are durations in seconds: the clocks of two hosts are never compared.
-
-A Register describes memory by one of a few structs, one for each data path; ``OtherMemory`` is for paths that this
-module does not know.
+docs/protocol.md says where the names come from. Times are durations in seconds: the clocks of two hosts are never
+compared. Each data path describes its memory in a Register by a struct of its own kind.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ MOST_REGIONS = 64
 
 
 class Memory(Struct, frozen=True, tag_field="kind", kw_only=True):
-    """Base of what a Register says of the memory: how an encoder's half of a data path finds it."""
+    """Base of the structs that describe registered memory: how the encoder's half of a data path opens it."""
 
     @property
     def path(self) -> str:
@@ -39,7 +37,7 @@ class Memory(Struct, frozen=True, tag_field="kind", kw_only=True):
 
 
 class ShmMemory(Memory, frozen=True, kw_only=True, tag="shm"):
-    """A shared segment: its name, proof that it is this one, and the byte that the writer locks."""
+    """A shared segment: its name, a nonce that proves it is this segment, and the byte that the encoder must lock."""
 
     segment: Name
     nonce: Annotated[str, Meta(max_length=64)]
@@ -47,8 +45,8 @@ class ShmMemory(Memory, frozen=True, kw_only=True, tag="shm"):
 
 
 class MooncakeMemory(Memory, frozen=True, kw_only=True, tag="mooncake"):
-    """Memory registered with an engine: the engine to write through (host:port), and where each region begins in the
-    language rank's process."""
+    """Memory registered with a Mooncake engine: the engine to write through (host:port), and the address at which
+    each region begins in the language rank's process."""
 
     target: Name
     addresses: Annotated[
@@ -57,7 +55,7 @@ class MooncakeMemory(Memory, frozen=True, kw_only=True, tag="mooncake"):
 
 
 class OtherMemory(Memory, frozen=True, kw_only=True, tag="other"):
-    """Memory of a path that this module does not know: its name, and bytes that only its two halves understand."""
+    """Memory of a data path unknown to this module: the path's name, and bytes that only its two halves understand."""
 
     data_path: Name
     content: Annotated[bytes, Meta(max_length=1 << 16)]
@@ -74,22 +72,35 @@ class Message(Struct, frozen=True, tag_field="t", kw_only=True):
     """Base of all control messages."""
 
 
-# language server -> encoder
-
-
 class Register(Message, frozen=True, kw_only=True, tag="register"):
-    """A language rank presents one session and the memory it may be written to through it.
+    """Language rank -> encoder: registers one session and the pool that the encoder may write through it.
 
-    A session keeps its id for life. The way into its memory may be replaced (Mooncake: the engine): each way has an
-    epoch, and a window is written only by the way of the epoch it was offered for.
+    A session keeps its id for life, but its engine may be replaced. Each engine has an epoch, and a window is only
+    ever written through the engine epoch that it was offered for.
+
+    Attributes:
+        mooncake_session_id: host:port, names the session.
+        number: counts registrations. A lower one that arrives later, from a broken connection, is dropped.
+        epoch: the engine epoch that new windows are offered for.
+        oldest_epoch: lower epochs were revoked (their Retire may have been lost).
+        incarnation: of the rank's process.
+        server: incarnation of the language server; the prefix of its rooms.
+        rank, size: which of how many receiving ranks.
+        block_size: rows of the widest row in a block.
+        block_bytes: bytes of a block.
+        blocks_per_region, regions: the shape of the pool.
+        memory: how to reach the pool over the session's data path.
+        row_bytes, dtype: bytes of the model's widest row, and the type of its values.
+        checksum: whether embeddings carry one.
+        max_frame_bytes, max_metadata_bytes: size limits.
     """
 
     mooncake_session_id: Name
-    number: Count = 0  # of this registration: one that arrives late, from a broken connection, is known by it
+    number: Count = 0
     epoch: Count
-    oldest_epoch: Count = 0  # epochs below it were revoked (a Retire may have been lost)
-    incarnation: Name  # of this rank's process
-    server: Name  # incarnation of its server: the prefix of its rooms
+    oldest_epoch: Count = 0
+    incarnation: Name
+    server: Name
     rank: Count
     size: Positive
     block_size: Positive
@@ -97,7 +108,7 @@ class Register(Message, frozen=True, kw_only=True, tag="register"):
     blocks_per_region: Positive
     regions: Annotated[int, Meta(ge=1, le=MOST_REGIONS)]
     memory: AnyMemory
-    row_bytes: Positive  # of the model's widest row
+    row_bytes: Positive
     dtype: Name
     checksum: bool
     max_frame_bytes: Positive
@@ -105,7 +116,7 @@ class Register(Message, frozen=True, kw_only=True, tag="register"):
 
     @property
     def data_path(self) -> str:
-        """The name of the path that the memory is reached over."""
+        """The name of the session's data path."""
         return self.memory.path
 
     @property
@@ -114,7 +125,17 @@ class Register(Message, frozen=True, kw_only=True, tag="register"):
 
 
 class Init(Message, frozen=True, kw_only=True, tag="init"):
-    """Window 0 of a room: blocks for ``allocated_tokens`` rows."""
+    """Language rank -> encoder: offers blocks for window 0 of a room.
+
+    Attributes:
+        room: which.
+        mooncake_session_id: whose blocks.
+        epoch: the engine epoch that the window may be written through.
+        dst_embedding_indices: the numbers of the blocks, in token order.
+        allocated_tokens: rows that the blocks are offered for.
+        required_dst_info_num: ranks that must send an Init before the room is complete.
+        deadline: seconds left. The encoder's deadline is never the later one.
+    """
 
     room: Name
     mooncake_session_id: Name
@@ -122,11 +143,21 @@ class Init(Message, frozen=True, kw_only=True, tag="init"):
     dst_embedding_indices: Blocks
     allocated_tokens: Positive
     required_dst_info_num: Positive
-    deadline: Seconds  # what is left of it; the encoder's is never later
+    deadline: Seconds
 
 
 class Resume(Message, frozen=True, kw_only=True, tag="resume"):
-    """Window ``window`` > 0: blocks for ``allocated_tokens`` further rows after ``sent_tokens`` confirmed ones."""
+    """Language rank -> encoder: offers blocks for the next window of a room.
+
+    Attributes:
+        room: which.
+        mooncake_session_id: whose blocks.
+        epoch: the engine epoch that the window may be written through.
+        window: its number, from 1.
+        dst_embedding_indices: the numbers of the blocks, in token order.
+        sent_tokens, allocated_tokens: rows confirmed before, and rows that the blocks are offered for now.
+        deadline: seconds left.
+    """
 
     room: Name
     mooncake_session_id: Name
@@ -139,7 +170,12 @@ class Resume(Message, frozen=True, kw_only=True, tag="resume"):
 
 
 class Abort(Message, frozen=True, kw_only=True, tag="abort"):
-    """The session gives the room up; asks for Drained."""
+    """Language rank -> encoder: the rank gives the room up. Answered by Drained.
+
+    Attributes:
+        room, mooncake_session_id: which session gives up which room.
+        reason: why.
+    """
 
     room: Name
     mooncake_session_id: Name
@@ -147,39 +183,57 @@ class Abort(Message, frozen=True, kw_only=True, tag="abort"):
 
 
 class Retire(Message, frozen=True, kw_only=True, tag="retire"):
-    """The language rank revoked the session's ``epoch``: the encoder may forget it."""
+    """Language rank -> encoder: the rank revoked engine epochs; the encoder closes its links to them.
+
+    Attributes:
+        mooncake_session_id: whose epochs.
+        epoch: this one and all before it.
+    """
 
     mooncake_session_id: Name
     epoch: Count
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
-    """Both directions: the sender lives."""
+    """Both directions: the sender's process is alive.
+
+    Attributes:
+        incarnation: of that process.
+    """
 
     incarnation: Name
 
 
-# encoder -> language server
-
-
 class Registered(Message, frozen=True, kw_only=True, tag="registered"):
-    """The session's memory was checked and can be written."""
+    """Encoder -> language rank: the session's memory is checked and attached.
+
+    Attributes:
+        mooncake_session_id: the session that may be offered now.
+        epoch: the engine epoch of the Register that this answers.
+        incarnation: of the encoder process.
+    """
 
     mooncake_session_id: Name
     epoch: Count
-    incarnation: Name  # of the encoder's process
+    incarnation: Name
 
 
 class RefusalKind(str, Enum):
-    """Why a session is not registered, and so what the language rank does about it."""
+    """Why a session is not registered. The language rank reacts to each kind differently."""
 
-    MISMATCH = "mismatch"  # the two sides do not fit: asked again after a while
-    DATA_PATH = "data_path"  # only the path named is impossible: another is tried
-    REGISTER_FIRST = "register_first"  # the encoder does not know this peer (any more), or is busy: registered again
+    MISMATCH = "mismatch"  # the two sides do not fit; the rank registers again every few seconds
+    DATA_PATH = "data_path"  # only the named data path is impossible; the rank registers over another one at once
+    REGISTER_FIRST = "register_first"  # the peer is not (or no longer) registered, or the encoder is busy: next tick
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
-    """The session is not (or no longer) registered, and why."""
+    """Encoder -> language rank: the session is not (or no longer) registered.
+
+    Attributes:
+        reason: why, as text.
+        kind: why, as one of three kinds.
+        data_path: the one that is impossible, if ``kind`` is DATA_PATH.
+    """
 
     reason: Text
     kind: RefusalKind
@@ -187,7 +241,14 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
 
 
 class Announce(Message, frozen=True, kw_only=True, tag="announce"):
-    """The size of a room is known; the embedding may not be computed yet."""
+    """Encoder -> language rank: the size of a room is known. The embedding may not be computed yet.
+
+    Attributes:
+        room: which.
+        total_tokens: its rows.
+        row_bytes: bytes of each row.
+        dtype: of its values.
+    """
 
     room: Name
     total_tokens: Positive
@@ -196,33 +257,56 @@ class Announce(Message, frozen=True, kw_only=True, tag="announce"):
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
-    """Window ``window`` landed; ``sent_tokens`` rows are confirmed in all and rows remain.
+    """Encoder -> language rank: confirms a window after which rows remain.
 
-    Also the truthful answer to a Resume or Init that was refused (``refused`` says why, ``refused_window`` which) or
-    repeated.
+    Also the answer, with the confirmed state, to an Init or Resume that was refused or repeated.
+
+    Attributes:
+        room: which.
+        window: the last confirmed one; -1: none.
+        sent_tokens: rows confirmed in all.
+        metadata: of the part, with window 0.
+        refused: why an offer was refused; empty: none was.
+        refused_window: which offer.
     """
 
     room: Name
-    window: int  # -1: nothing is confirmed yet
+    window: int
     sent_tokens: Count
-    metadata: bytes = b""  # with window 0
+    metadata: bytes = b""
     refused: Text = ""
     refused_window: Count = 0
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):
-    """The last window landed: all ``total_tokens`` rows are confirmed."""
+    """Encoder -> language rank: confirms the last window.
+
+    Attributes:
+        room: which.
+        window: the last one.
+        total_tokens: all rows; all are confirmed.
+        elapsed: seconds from the hand-over of the embedding to the confirmation of its last row.
+        metadata: of the part, if this is window 0.
+        checksum: of all rows, if both sides use it.
+    """
 
     room: Name
     window: Count
     total_tokens: Positive
-    elapsed: Seconds = 0.0  # since the embedding was there
-    metadata: bytes = b""  # with window 0
+    elapsed: Seconds = 0.0
+    metadata: bytes = b""
     checksum: int | None = None
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
-    """The room failed on the encoder. ``drained``: no write into its blocks is under way or will come."""
+    """Encoder -> language rank: the room failed.
+
+    Attributes:
+        room: which.
+        reason: why.
+        code: HTTP status.
+        drained: whether no write into this session's blocks is under way or will come.
+    """
 
     room: Name
     reason: Text
@@ -231,7 +315,11 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Drained(Message, frozen=True, kw_only=True, tag="drained"):
-    """Answer to Abort: no write into the room's blocks is under way or will come."""
+    """Encoder -> language rank: no write into this session's blocks of the room is under way or will come.
+
+    Attributes:
+        room: which.
+    """
 
     room: Name
 
@@ -246,7 +334,7 @@ _VERSION = bytes([PROTOCOL_VERSION])
 
 
 def as_text(value: str, limit: int = 1000) -> str:
-    """``value`` as it can travel: shortened, without the lone surrogates that a client's JSON can put in an error."""
+    """``value`` cut to ``limit`` characters, without lone surrogates: a client's JSON can put them into an error."""
     return value[:limit].encode("utf-8", "replace").decode()
 
 
@@ -261,12 +349,12 @@ def _body(frame: bytes, limit: int) -> memoryview:
     if not frame:
         raise ProtocolError("empty frame")
     if frame[0] != PROTOCOL_VERSION:
-        raise ProtocolError(f"peer speaks protocol version {frame[0]}, this side {PROTOCOL_VERSION}")
+        raise ProtocolError(f"the peer has protocol version {frame[0]}, this side {PROTOCOL_VERSION}")
     return memoryview(frame)[1:]
 
 
 def decode_from_language(frame: bytes, limit: int) -> FromLanguage:
-    """Parse what an encoder received. Raises ProtocolError for anything that is not one valid message."""
+    """Parse a frame that an encoder received. Raises ProtocolError unless it is exactly one valid message."""
     try:
         return _FROM_LANGUAGE.decode(_body(frame, limit))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -274,7 +362,7 @@ def decode_from_language(frame: bytes, limit: int) -> FromLanguage:
 
 
 def decode_from_encoder(frame: bytes, limit: int) -> FromEncoder:
-    """Parse what a language server received. Raises ProtocolError for anything that is not one valid message."""
+    """Parse a frame that a language rank received. Raises ProtocolError unless it is exactly one valid message."""
     try:
         return _FROM_ENCODER.decode(_body(frame, limit))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

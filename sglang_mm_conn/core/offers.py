@@ -1,4 +1,4 @@
-"""Owns the queue of rooms that wait for blocks, and what each is offered."""
+"""Owns the queue of rooms that wait for blocks, and the size of each offer."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from sglang_mm_conn.core.outcomes import FailureCode, Outcome
 from sglang_mm_conn.core.receiver_room import ReceiverRoom
 from sglang_mm_conn.core.states import ReceiverState
 
-# The encoder is told a deadline that lies this much before ours, so that the journey of the message and the answer
-# cannot make the encoder's the later one.
+# An offer shortens the deadline that it carries by the share, but by no more than the seconds. The encoder counts from
+# when the offer arrives, so without the margin its deadline could be later than this side's.
 DEADLINE_MARGIN_SECONDS = 1.0
 DEADLINE_MARGIN_SHARE = 0.1
-# Keeps one offer far below the smallest limit of a control frame; what remains follows by resume.
+# Keeps an offer far below the smallest allowed limit of a control frame. A resume offers the rest.
 MAX_OFFER_BLOCKS = 65536
 
 
 class Offers:
-    """First come, first served; the head takes what is free, so nobody starves."""
+    """First come, first served. The first room takes whatever is free, so no room starves."""
 
     def __init__(
         self, allocator: BlockAllocator, geometry: Geometry, *, first_offer: int | None, max_embedding_bytes: int
     ) -> None:
-        """``first_offer``: most rows of a room's first window; None: as many as there are."""
+        """``first_offer``: most rows of a room's window 0; None: no limit."""
         self._allocator = allocator
         self._geometry = geometry
         self._first_offer = first_offer
         self._max_embedding_bytes = max_embedding_bytes
-        self.waiting: deque[ReceiverRoom] = deque()  # rooms that ended meanwhile are skipped
+        self.waiting: deque[ReceiverRoom] = deque()  # ``take`` skips rooms that are finished
 
     def too_large(self, message: Announce) -> Outcome | None:
-        """How the room ends because no offer can hold its embedding; None where offers can."""
+        """The outcome of a room that is too large for any offer; None: offers can hold it."""
         if message.row_bytes > self._geometry.block_bytes:
             reason = f"a row of {message.row_bytes} bytes does not fit a block of {self._geometry.block_bytes} bytes"
             return Outcome(reason, FailureCode.INTERNAL)
@@ -48,12 +48,14 @@ class Offers:
         return bool(self.waiting) and any(entry.state is ReceiverState.QUEUED for entry in self.waiting)
 
     def sweep(self) -> None:
-        """Forget the rooms that ended while they waited."""
+        """Remove rooms that finished while they waited."""
         self.waiting = deque(entry for entry in self.waiting if entry.state is ReceiverState.QUEUED)
 
     def take(self) -> tuple[ReceiverRoom, list[int], int] | None:
-        """Whoever has waited longest, with the blocks of its next window and the rows to offer them for. None where
-        nobody waits or no block is free."""
+        """The room that has waited longest, the blocks allocated for its next window, and the rows to offer.
+
+        None if no room waits or no block is free.
+        """
         while self.waiting and self._allocator.free_count:
             entry = self.waiting.popleft()
             if entry.machine.state is not ReceiverState.QUEUED:
@@ -68,19 +70,23 @@ class Offers:
         return None
 
     def check(self, entry: ReceiverRoom, blocks: list[int], sent_tokens: int, allocated_tokens: int) -> None:
-        """Raise ConnError where this cannot be the room's next window."""
+        """Raise ConnError unless this can be the room's next window."""
         if sent_tokens != entry.sent_tokens:
-            raise ConnError(f"room {entry.room}: {sent_tokens} rows named, {entry.sent_tokens} are here")
+            raise ConnError(f"room {entry.room}: sent_tokens={sent_tokens}, but {entry.sent_tokens} are copied out")
         owner = (entry.room, entry.window + 1)
         if not self._allocator.holds(owner, blocks):
-            raise ConnError(f"blocks {blocks[:8]}... are not held by (room, window) {owner}")
+            raise ConnError(f"room {owner[0]} does not hold blocks {blocks[:8]}... for window {owner[1]}")
         most = self._geometry.capacity(len(blocks), entry.row_bytes)
-        if not 1 <= allocated_tokens <= min(most, entry.total_tokens - sent_tokens):
-            raise ConnError(f"room {entry.room}: allocated_tokens={allocated_tokens}, but the blocks hold {most} rows")
+        remaining = entry.total_tokens - sent_tokens
+        if not 1 <= allocated_tokens <= min(most, remaining):
+            raise ConnError(
+                f"room {entry.room}: allocated_tokens={allocated_tokens}, but the blocks hold {most} rows "
+                f"and {remaining} rows remain"
+            )
 
 
 def offer_message(entry: ReceiverRoom, now: float) -> Send:
-    """The current window as it is offered: Init for window 0, Resume for any later one."""
+    """The offer of the current window: Init for window 0, Resume for any later one."""
     assert entry.peer is not None
     left = entry.deadline - now
     left = max(0.0, left - min(DEADLINE_MARGIN_SECONDS, left * DEADLINE_MARGIN_SHARE))

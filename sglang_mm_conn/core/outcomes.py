@@ -1,4 +1,4 @@
-"""How things end: a room, one data call; and the codes that a client of sglang sees for failures."""
+"""Owns outcomes: of a room, of one data call, and the HTTP statuses of failures."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import msgspec
 
 
 class FailureCode(IntEnum):
-    """HTTP statuses of failed rooms. An encode that failed may bring another one."""
+    """HTTP statuses of failed rooms. A failed encode may set another one."""
 
     UNKNOWN_ROOM = 404  # the encoder does not know the room
     TIMED_OUT = 408  # the language side's deadline has passed
-    GONE = 410  # it ended with a code that is none of a failure
-    ABORTED = 499  # the request gave it up: its client is gone, or its prompt was rejected (the code is nginx's)
-    INTERNAL = 500  # this side failed
+    GONE = 410  # the room is finished, and its code is not one of a failure
+    ABORTED = 499  # the request was aborted: its client disconnected, or its prompt was rejected (nginx uses this code)
+    INTERNAL = 500  # an error on this side
     PEER_FAILED = 502  # the other side was lost or broke the protocol, or a data call to it failed
-    PEER_TIMED_OUT = 504  # the encoder's deadline has passed: language ranks did not answer
+    PEER_TIMED_OUT = 504  # the encoder's deadline has passed because language ranks did not answer
 
 
 def known_http_status(code: int) -> int:
-    """``code``, or the general one of its kind where Python's HTTPStatus does not know it (499, say)."""
+    """``code`` if Python's HTTPStatus knows it (it does not know 499, for example), otherwise 400 or 502."""
     if code in HTTPStatus._value2member_map_:
         return code
     return int(HTTPStatus.BAD_REQUEST if 400 <= code < 500 else HTTPStatus.BAD_GATEWAY)
@@ -31,8 +31,8 @@ class Outcome(msgspec.Struct, frozen=True):
     """How a room ended.
 
     Attributes:
-        reason: Why it failed; empty where it succeeded.
-        code: An HTTP status: 200, or a FailureCode (an encode that failed may have brought another one).
+        reason: why it failed; empty if it succeeded.
+        code: HTTP status: 200, a FailureCode, or the status that a failed encode has set.
     """
 
     reason: str
@@ -47,15 +47,20 @@ SUCCEEDED = Outcome("", int(HTTPStatus.OK))
 
 
 class WriteStatus(Enum):
-    """What is known of a window's bytes when its data call has returned."""
+    """What is known about a window's bytes when its data call has returned."""
 
-    LANDED = "landed"  # all of them are in place
-    FAILED = "failed"  # not all are, and none will land any more
-    IN_DOUBT = "in doubt"  # bytes may still land: nothing may be reused on the strength of this
+    LANDED = "landed"  # every byte is in place
+    FAILED = "failed"  # some bytes are missing, and none will land any more
+    IN_DOUBT = "in doubt"  # bytes may still land, so this is no proof that memory may be reused
 
 
 class WriteResult(msgspec.Struct, frozen=True):
-    """How a data call ended; ``reason`` says why it did not land everything."""
+    """How a data call ended.
+
+    Attributes:
+        status: what is known about the bytes.
+        reason: why not every byte has landed; empty if every byte has.
+    """
 
     status: WriteStatus
     reason: str = ""

@@ -1,7 +1,7 @@
 """Owns the quarantine: blocks of failed rooms that an encoder may still write, until a proof frees them.
 
-The proofs: Progress or Done of exactly that window, Drained, Failed with ``drained``, the end of the writing process
-(over a path with an exclusive lock), the revocation of the epoch that the window was offered for.
+The proofs: Progress or Done of exactly that window; Drained; Failed with ``drained``; the end of the writing process
+(only if the data path has an exclusive lock); the revocation of the engine epoch that the window was offered for.
 """
 
 from __future__ import annotations
@@ -13,24 +13,33 @@ from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.messages import Done, Drained, Failed, Progress
 from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage
 
-# How often an Abort that was not answered is said again.
+# An Abort that was not answered is repeated after this.
 ABORT_AGAIN_SECONDS = 5.0
 
 
 @dataclass(slots=True)
 class Quarantine:
-    """Blocks of a failed room that its encoder may still write."""
+    """Blocks of a failed room that its encoder may still write.
 
-    owner: tuple[str, int]  # room, window
-    peer: Peer  # with the epoch that the window was offered for
+    Attributes:
+        owner: room and window.
+        peer: the encoder process, with the engine epoch that the window was offered for.
+        blocks: the window's blocks.
+        confirmed_tokens: rows in all that a confirmation of this window has to name.
+        since: time at which the room failed.
+        ask_again_at: time to repeat the Abort.
+    """
+
+    owner: tuple[str, int]
+    peer: Peer
     blocks: tuple[int, ...]
-    confirmed_tokens: int  # rows in all, once this window has landed
+    confirmed_tokens: int
     since: float
     ask_again_at: float
 
 
 class QuarantineTable(Mapping[str, Quarantine]):
-    """By room, what is in quarantine. Whoever frees blocks serves the rooms that wait for some."""
+    """The quarantines by room. A caller that frees blocks must then serve the rooms that wait for blocks."""
 
     def __init__(self, allocator: BlockAllocator) -> None:
         self._allocator = allocator
@@ -46,22 +55,22 @@ class QuarantineTable(Mapping[str, Quarantine]):
         return len(self._held)
 
     def put(self, entry: ReceiverRoom, now: float) -> None:
-        """Take the blocks of the window that ``entry`` has offered."""
+        """Put the blocks of the window that ``entry`` has offered into quarantine."""
         assert entry.peer is not None
         owner = (entry.room, entry.window)
         self._allocator.quarantine(owner, entry.blocks)
-        # The peer may have been given a newer epoch since; this window can only land through its own.
+        # The peer may have registered a newer epoch since, but it writes this window through the offered epoch only.
         peer = replace(entry.peer, epoch=entry.epoch)
         confirmed = entry.sent_tokens + entry.allocated_tokens
         self._held[entry.room] = Quarantine(owner, peer, tuple(entry.blocks), confirmed, now, now + ABORT_AGAIN_SECONDS)
 
     def waits_for(self, peer: Peer, room: str) -> bool:
-        """Whether a message of ``peer`` about ``room`` may prove something: not one of another session or epoch."""
+        """Whether a message of ``peer`` about ``room`` may be a proof: only if session and epoch are the same, too."""
         held = self._held.get(room)
         return held is not None and held.peer == peer
 
     def on_message(self, message: RoomMessage) -> bool:
-        """A message of the peer that the room's blocks wait for. Returns whether it frees them."""
+        """Handle a message for which ``waits_for`` is true. Returns whether it is a proof and freed the blocks."""
         held = self._held[message.room]
         if isinstance(message, Drained):
             proven = True
@@ -73,13 +82,13 @@ class QuarantineTable(Mapping[str, Quarantine]):
 
     @staticmethod
     def _says_landed(held: Quarantine, message: Progress | Done) -> bool:
-        """Whether exactly the window in quarantine is confirmed, and by a message that does not contradict itself."""
+        """Whether ``message`` confirms exactly the window in quarantine, with the right number of rows."""
         if isinstance(message, Done):
             return (message.window, message.total_tokens) == (held.owner[1], held.confirmed_tokens)
         return not message.refused and (message.window, message.sent_tokens) == (held.owner[1], held.confirmed_tokens)
 
     def release(self, room: str) -> bool:
-        """No write into the blocks of ``room`` is to come. Returns whether blocks are free again."""
+        """Free the blocks of ``room``: no write into them will come. Returns whether there were any."""
         held = self._held.pop(room, None)
         if held is None:
             return False
@@ -87,11 +96,14 @@ class QuarantineTable(Mapping[str, Quarantine]):
         return True
 
     def writer_gone(self, incarnation: str) -> bool:
-        """The process does not exist any more. Without an exclusive lock its writes may still land."""
+        """The process has ended. This frees its blocks only over a path with an exclusive lock.
+
+        Without such a lock its writes may still land. Returns whether blocks are free again.
+        """
         return self._release_where(lambda peer: peer.incarnation == incarnation and peer.exclusive_lock)
 
     def epoch_revoked(self, mooncake_session_id: str, epoch: int) -> bool:
-        """Nothing lands through the epochs up to ``epoch`` any more. Returns whether blocks are free again."""
+        """No write through an epoch up to ``epoch`` lands any more. Returns whether blocks are free again."""
         return self._release_where(lambda peer: peer.writes_through(mooncake_session_id, epoch))
 
     def _release_where(self, proven: Callable[[Peer], bool]) -> bool:
@@ -101,20 +113,20 @@ class QuarantineTable(Mapping[str, Quarantine]):
         return bool(rooms)
 
     def peers(self) -> set[Peer]:
-        """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
+        """The peers that may still write quarantined blocks, each with the epoch that it may write through."""
         return {held.peer for held in self._held.values()}
 
     def in_doubt_since(self, mooncake_session_id: str) -> float | None:
-        """When the session's oldest quarantine began; None where there is none."""
+        """Time at which the session's oldest quarantine began; None if it has none."""
         held_for_it = (held for held in self._held.values() if held.peer.mooncake_session_id == mooncake_session_id)
         return min((held.since for held in held_for_it), default=None)
 
     def of_process(self, incarnation: str) -> list[tuple[Peer, str]]:
-        """Whom to ask, and about which room, now that this process is connected again."""
+        """(peer, room) of every quarantine of this process: for each an Abort has to be repeated."""
         return [(held.peer, room) for room, held in self._held.items() if held.peer.incarnation == incarnation]
 
     def to_ask_again(self, now: float, registered: Container[str]) -> list[tuple[Peer, str]]:
-        """Whom to ask, and about which room, because the last Abort was not answered; each one's time starts anew."""
+        """(peer, room) of every quarantine whose Abort has to be repeated now. Schedules the next repetition."""
         due = []
         for room, held in self._held.items():
             if now >= held.ask_again_at and held.peer.incarnation in registered:

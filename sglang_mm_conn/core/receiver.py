@@ -1,22 +1,18 @@
 """Owns the language side's rooms: their messages, transitions and deadlines. Pure; returns actions.
 
-Who owns a block, at each moment:
+The owner of a block:
 
-- *free*: nobody, the allocator may hand it out;
-- from the offer (Init, Resume) on: **the encoder**, which may write it at any moment;
-- from the encoder's Progress or Done for exactly that window on: **this side**, which copies the rows out and frees it
-  (those messages are sent after the data call returned 0, and one window is written once);
-- an embedding that came in one window, in contiguous blocks, may stay there as a **view**: its blocks are the
-  result's, and after it the request's, until nothing refers to them any more (``view_released``). Views hold
-  ``view_blocks`` blocks together at most, and none are made while a room waits, so the others always go round
-  (core.views);
-- a room that fails while it is offered: **quarantine** (core.quarantine), until one of the proofs that no write is to
-  come: Progress or Done of that window, Drained, Failed with ``drained``, or the proof of the data path
-  (datapath.base): that the writing process is gone, over a path with an exclusive lock, or that the epoch it was
-  offered for was revoked.
+- free: the allocator.
+- offered (Init or Resume was sent): **the encoder**. It may write the block at any moment.
+- confirmed (Progress or Done of exactly this window has arrived): **this side**. It copies the rows out and frees the
+  block. The encoder confirms a window after its data call has returned 0, and writes it once.
+- left as a **view** (the embedding came in one window of contiguous blocks): the result, later the request, until
+  nothing refers to the block any more (``view_released``). All views together hold at most ``view_blocks`` blocks, and
+  none is made while a room waits, so the other blocks keep circulating (core.views).
+- offered when its room failed: **quarantine**, until a proof that no write will come (core.quarantine, datapath.base).
 
-A room that waits for blocks (core.offers) holds none: the rows it has were copied out first. So waiting can never be
-circular.
+A room that waits for blocks (core.offers) holds none, because its rows were copied out first. So rooms never wait for
+one another in a circle.
 """
 
 from __future__ import annotations
@@ -39,12 +35,12 @@ from sglang_mm_conn.core.tombstones import Tombstones
 from sglang_mm_conn.core.unclaimed import UnclaimedRooms
 from sglang_mm_conn.core.views import Views
 
-# An encode may outlive its room by its own timeout; a tombstone must outlive the encode.
+# Longer than any encode: an encode may run on after its room has failed, and a late Announce must find the tombstone.
 TOMBSTONE_SECONDS = 3600.0
 
 
 class ReceiverCore:
-    """All rooms of one language rank. Not thread-safe: its surroundings hold one lock around every call."""
+    """All rooms of one language rank. Not thread-safe: the caller holds one lock around every call."""
 
     def __init__(
         self,
@@ -67,32 +63,32 @@ class ReceiverCore:
         self.unclaimed = UnclaimedRooms(claim_timeout)
         self.offers = Offers(allocator, geometry, first_offer=first_offer, max_embedding_bytes=max_embedding_bytes)
         self._peers: dict[str, Peer] = {}
-        self._next_deadline = math.inf  # no room that has not ended has an earlier one
+        self._next_deadline = math.inf  # no unfinished room has an earlier one
 
-    # -- what the request asks for -------------------------------------------------------------------------------
+    # -- calls for a request -------------------------------------------------------------------------------------
 
     def expect(
         self, room: str, encoder: str, deadline: float, now: float, required_dst_info_num: int = 1
     ) -> list[Action]:
-        """A request waits for ``room`` from ``encoder``. Raises ConnError where the room was expected before."""
+        """A request waits for ``room`` from ``encoder``. Raises ConnError if the room was expected before."""
         outcome = self.tombstones.get(room)
         if room in self.rooms or (outcome is not None and outcome.succeeded):
             raise ConnError(f"room {room} was expected before")
         entry = ReceiverRoom(room, encoder, deadline, now, required_dst_info_num)
         self.rooms[room] = entry
         self._next_deadline = min(self._next_deadline, deadline)
-        if outcome is not None:  # it failed, or was given up, before the request came
+        if outcome is not None:  # it failed, or its claim timeout passed, before the request came
             return self._fail(entry, outcome.reason, outcome.code, now)
         unclaimed = self.unclaimed.take(room)
         return [] if unclaimed is None else self.on_message(unclaimed.peer.incarnation, unclaimed.message, now)
 
     def abort(self, room: str, reason: str, code: int, now: float) -> list[Action]:
-        """The request gives ``room`` up. Changes nothing where the room has ended or is unknown."""
+        """The request gives ``room`` up. Changes nothing if the room is finished or unknown."""
         entry = self.rooms.get(room)
         return [] if entry is None else self._fail(entry, reason, code, now)
 
     def forget(self, room: str) -> None:
-        """Drop the record of an ended room (its tombstone stays) as soon as nothing reads its blocks."""
+        """Drop the record of a finished room (its tombstone stays) as soon as no copier reads its blocks."""
         entry = self.rooms.get(room)
         if entry is not None and entry.machine.final:
             entry.forgotten = True
@@ -102,25 +98,24 @@ class ReceiverCore:
     # -- peers ---------------------------------------------------------------------------------------------------
 
     def peer_ready(self, peer: Peer, now: float) -> list[Action]:
-        """``peer`` answered Registered: for the first time, or after a lost connection, when both resynchronize."""
+        """``peer`` answered Registered. After a lost connection, this resynchronizes its rooms."""
         self._peers[peer.incarnation] = peer
         actions: list[Action] = []
         for entry in list(self.rooms.values()):
             if entry.peer is None or entry.peer.incarnation != peer.incarnation:
                 continue
             if entry.peer.mooncake_session_id != peer.mooncake_session_id:
-                actions += self._fail(
-                    entry, "the session to the encoder changed in mid-transfer", FailureCode.PEER_FAILED, now
-                )
+                reason = "the session to the encoder changed during the transfer"
+                actions += self._fail(entry, reason, FailureCode.PEER_FAILED, now)
             else:
                 entry.peer = peer
                 actions += self._offer_again(entry, now)
         for asked, room in self.quarantine.of_process(peer.incarnation):
-            actions.append(abort_message(asked, room, "asked again after a lost connection"))
+            actions.append(abort_message(asked, room, "repeated after a lost connection"))
         return actions
 
     def peer_lost(self, incarnation: str, reason: str, now: float) -> list[Action]:
-        """The encoder process is gone or silent: its rooms fail. Offered blocks stay in quarantine."""
+        """The encoder process has ended or is silent, so its rooms fail. Their offered blocks go into quarantine."""
         self._peers.pop(incarnation, None)
         self.unclaimed.drop_process(incarnation)
         lost = [
@@ -133,26 +128,26 @@ class ReceiverCore:
         ]
 
     def encoder_failed(self, encoder: str, reason: str, code: int, now: float) -> list[Action]:
-        """No process of ``encoder`` can be used: rooms that it has not announced fail."""
+        """No process of ``encoder`` can be used, so the rooms that it has not announced fail."""
         hopeless = [
             entry for entry in self.rooms.values() if entry.encoder == encoder and entry.state is ReceiverState.EXPECTED
         ]
         return [action for entry in hopeless for action in self._fail(entry, reason, code, now)]
 
     def writer_gone(self, incarnation: str, now: float) -> list[Action]:
-        """It is proven that the process ``incarnation`` does not exist any more (its lock is free)."""
+        """It is proven that the process ``incarnation`` has ended: its lock is free."""
         return self._serve_waiting(now) if self.quarantine.writer_gone(incarnation) else []
 
     def quarantined_peers(self) -> set[Peer]:
-        """Peers that quarantined blocks wait for, each with the epoch that it may still write through."""
+        """The peers that may still write quarantined blocks, each with the epoch that it may write through."""
         return self.quarantine.peers()
 
     def in_doubt_since(self, mooncake_session_id: str) -> float | None:
-        """When the session's oldest quarantine began; None where there is none."""
+        """Time at which the session's oldest quarantine began; None if it has none."""
         return self.quarantine.in_doubt_since(mooncake_session_id)
 
     def is_in_use(self, mooncake_session_id: str, epoch: int) -> bool:
-        """Whether a healthy window is offered, or a peer may still be offered one, for an epoch up to ``epoch``."""
+        """Whether a window of an unfailed room is or may yet be offered for an epoch up to ``epoch``."""
         return any(peer.writes_through(mooncake_session_id, epoch) for peer in self._peers.values()) or any(
             entry.state is ReceiverState.OFFERED
             and entry.peer is not None
@@ -162,15 +157,15 @@ class ReceiverCore:
         )
 
     def epoch_revoked(self, mooncake_session_id: str, epoch: int, now: float) -> list[Action]:
-        """The epochs up to ``epoch`` were revoked for certain: nothing lands through them any more."""
+        """It is proven that the epochs up to ``epoch`` are revoked: no write through them lands any more."""
         return self._serve_waiting(now) if self.quarantine.epoch_revoked(mooncake_session_id, epoch) else []
 
     # -- messages ------------------------------------------------------------------------------------------------
 
     def on_message(self, incarnation: str, message: RoomMessage, now: float) -> list[Action]:
-        """A message about a room. Late, early, repeated and contradictory ones are harmless.
+        """Handle a message about a room. Late, early, repeated and contradictory ones do no harm.
 
-        Raises ProtocolError where ``incarnation`` is not registered.
+        Raises ProtocolError if ``incarnation`` is not registered.
         """
         peer = self._peers.get(incarnation)
         if peer is None:
@@ -179,7 +174,7 @@ class ReceiverCore:
         if entry is None or entry.machine.final:
             return self._on_ended(peer, message, now)
         if entry.peer is not None and entry.peer.incarnation != incarnation:
-            # Two processes claim one room; only the one that was answered first is served. Its Drained is not answered.
+            # Two processes announce one room. The first one keeps it; an Abort answers Announces of the other, only.
             if not isinstance(message, Announce):
                 return []
             return [abort_message(peer, message.room, "the room is served by another encoder process")]
@@ -189,10 +184,10 @@ class ReceiverCore:
             return self._on_failed(entry, peer, message, now)
         if entry.peer is None:
             if isinstance(message, Drained):
-                return []  # the answer to an Abort of ours that no longer matters
+                return []  # the late answer to an Abort from before the room was expected
             return self._fail(entry, f"{type(message).__name__} before Announce", FailureCode.PEER_FAILED, now)
         if isinstance(message, Drained):
-            return self._fail(entry, "the encoder gave the room up without being asked", FailureCode.PEER_FAILED, now)
+            return self._fail(entry, "the encoder sent Drained without an Abort", FailureCode.PEER_FAILED, now)
         return self._on_progress(entry, message, now)
 
     def _on_announce(self, entry: ReceiverRoom, peer: Peer, message: Announce, now: float) -> list[Action]:
@@ -200,7 +195,7 @@ class ReceiverCore:
             if not entry.same_size(message):
                 return self._fail(entry, "announced twice with different sizes", FailureCode.PEER_FAILED, now)
             return self._offer_again(entry, now)
-        entry.peer = peer  # only the encoder that was sent the room's name can know it
+        entry.peer = peer  # not checked: only the encoder that was sent the room's name can announce it
         too_large = self.offers.too_large(message)
         if too_large is not None:
             return self._fail(entry, too_large.reason, too_large.code, now)
@@ -219,12 +214,12 @@ class ReceiverCore:
     def _on_progress(self, entry: ReceiverRoom, message: Progress | Done, now: float) -> list[Action]:
         if isinstance(message, Progress) and message.refused:
             if message.refused_window != entry.window or entry.state is not ReceiverState.OFFERED:
-                return []  # about an offer that was said twice and confirmed since
+                return []  # it refuses a repeated offer that was confirmed since
             return self._fail(entry, f"the encoder refused the offer: {message.refused}", FailureCode.PEER_FAILED, now)
         if message.window < entry.window or (
             message.window == entry.window and entry.machine.state in (ReceiverState.COPYING, ReceiverState.QUEUED)
         ):
-            return []  # the answer to a repeated offer, or a repeated confirmation: it changes nothing
+            return []  # the answer to a repeated offer, or a repeated confirmation
         contradiction = entry.contradiction(message)
         if contradiction:
             return self._fail(entry, contradiction, FailureCode.PEER_FAILED, now)
@@ -234,33 +229,34 @@ class ReceiverCore:
         return [entry.copy_out(message.checksum if isinstance(message, Done) else None)]
 
     def _on_ended(self, peer: Peer, message: RoomMessage, now: float) -> list[Action]:
-        """About a room that nobody waits for: ended, or not claimed yet."""
+        """Handle a message about a room that is finished or that no request has claimed."""
         room = message.room
         if self.quarantine.waits_for(peer, room):
             return self._serve_waiting(now) if self.quarantine.on_message(message) else []
         if room in self.tombstones or room in self.rooms:
             outcome = self.tombstones.get(room)
             arrived = outcome is not None and outcome.succeeded
-            # One that arrived is announced again to a rank that registers anew; the other ranks still need it.
+            # The encoder announces open rooms again to a rank that registers again. If this room has arrived here,
+            # other ranks may still need it, so there is no Abort.
             if isinstance(message, Announce) and not arrived:
-                return [abort_message(peer, room, "nobody waits for this room any more")]
+                return [abort_message(peer, room, "no request waits for this room any more")]
             return []
         if isinstance(message, Announce | Failed):
             kept = self.unclaimed.put(peer, message, now)
             if not kept and isinstance(message, Announce):
-                return [abort_message(peer, room, "too many rooms are announced that no request has claimed")]
+                return [abort_message(peer, room, "too many unclaimed rooms")]
         return []
 
-    # -- the rows were copied out ---------------------------------------------------------------------------------
+    # -- copied out -----------------------------------------------------------------------------------------------
 
     def on_copied(self, room: str, window: int, error: str, now: float, *, view: bool = False) -> list[Action]:
-        """The copier is done with the blocks of ``window``; ``error`` is empty where every row is in place.
+        """A copier has finished with the blocks of ``window``. ``error`` is empty if every row is in place.
 
-        ``view``: it made a view of them, also where there is an error; they are free after ``view_released``.
+        ``view``: it made a view of them, even if there is an error. ``view_released`` frees them later.
         """
         entry = self.rooms[room]
         if window != entry.window or not entry.blocks:
-            raise ConnError(f"room {room}: window {window} was copied, but {entry.window} is current")
+            raise ConnError(f"room {room}: a copier reported window {window}, but the current one is {entry.window}")
         if view:
             self.views.put(entry)
         else:
@@ -288,14 +284,14 @@ class ReceiverCore:
         return actions + self._serve_waiting(now)
 
     def view_released(self, room: str, now: float) -> list[Action]:
-        """Nothing refers to the view of ``room`` any more, and nothing ever will."""
+        """Nothing refers to the view of ``room`` any more, and nothing can again."""
         self.views.release(room)
         return self._serve_waiting(now)
 
     # -- time ----------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
-        """Enforce deadlines, release announcements nobody claimed, forget old tombstones."""
+        """Enforce deadlines, abort rooms unclaimed for too long, repeat Aborts, forget old tombstones."""
         actions: list[Action] = []
         if now >= self._next_deadline:
             for entry in list(self.rooms.values()):
@@ -309,7 +305,7 @@ class ReceiverCore:
             if isinstance(item.message, Announce):
                 actions.append(abort_message(item.peer, room, outcome.reason))
         for peer, room in self.quarantine.to_ask_again(now, self._peers):
-            actions.append(abort_message(peer, room, "asked again: its blocks are in quarantine"))
+            actions.append(abort_message(peer, room, "repeated: the room's blocks are in quarantine"))
         self.tombstones.sweep(now)
         self.offers.sweep()
         return actions
@@ -317,7 +313,7 @@ class ReceiverCore:
     # -- offers --------------------------------------------------------------------------------------------------
 
     def _serve_waiting(self, now: float) -> list[Action]:
-        """Blocks are free, or a room waits anew: offer what there is."""
+        """Offer free blocks to the rooms that wait. Called when blocks become free or a room begins to wait."""
         actions: list[Action] = []
         while self.offers.waiting and (taken := self.offers.take()) is not None:
             entry, blocks, tokens = taken
@@ -338,10 +334,10 @@ class ReceiverCore:
         return offer_message(entry, now)
 
     def _offer_again(self, entry: ReceiverRoom, now: float) -> list[Action]:
-        """Repeat the current offer (the encoder answers a repeated one with the confirmed state)."""
+        """Repeat the open offer, if any. The encoder answers a repeated offer with the confirmed state."""
         return [offer_message(entry, now)] if entry.state is ReceiverState.OFFERED else []
 
-    # -- the end -------------------------------------------------------------------------------------------------
+    # -- failure -------------------------------------------------------------------------------------------------
 
     def _fail(
         self, entry: ReceiverRoom, reason: str, code: int, now: float, *, notify_peer: bool = True
@@ -357,16 +353,16 @@ class ReceiverCore:
         if offered:
             self.quarantine.put(entry, now)
             entry.blocks = []
-        # Blocks of a window that is being copied are freed by on_copied: the copier still reads them.
+        # Blocks of a window that is being copied stay with the copier, which still reads them; on_copied frees them.
         if notify_peer and entry.peer is not None and not entry.last:
             actions.append(abort_message(entry.peer, entry.room, reason))
         actions.append(Ended(entry.room, entry.outcome))
         return actions
 
     def report(self) -> dict[str, Any]:
-        """Blocks by who has them, rooms by state, announcements that no request has claimed."""
+        """The number of blocks free, held, in views and in quarantine; of rooms in each state; of unclaimed rooms."""
         return accounts.report(self.allocator, self.rooms, self.views, self.unclaimed)
 
     def check_integrity(self) -> None:
-        """Raise unless every block is accounted for: free, an open window's or a view's, or quarantined on record."""
+        """Raise ConnError unless each block is free, held by an open window or a view, or listed in quarantine."""
         accounts.check_integrity(self.allocator, self.rooms, self.views, self.quarantine)

@@ -1,4 +1,4 @@
-"""Owns the records of the language side: an encoder process as it is known here, and one room."""
+"""Owns the records of the language side: one encoder process, and one room."""
 
 from __future__ import annotations
 
@@ -14,23 +14,53 @@ RoomMessage = Announce | Progress | Done | Failed | Drained
 
 @dataclass(frozen=True)
 class Peer:
-    """One encoder process as this side knows it: its incarnation, our session to it, and the engine epoch it was
-    given."""
+    """One registered encoder process.
+
+    Attributes:
+        incarnation: of the process.
+        mooncake_session_id: the session of this rank that it is registered with.
+        data_path: its name, for logs.
+        exclusive_lock: whether the process locks its writer slot, so that a free lock proves its end.
+        epoch: the engine epoch that it is registered for.
+    """
 
     incarnation: str
     mooncake_session_id: str
-    data_path: str  # its name, for logs
-    exclusive_lock: bool  # whether the end of the process is proved by the lock on its writer slot
+    data_path: str
+    exclusive_lock: bool
     epoch: int = 0
 
     def writes_through(self, mooncake_session_id: str, epoch: int) -> bool:
-        """Whether it writes through an epoch of this session up to ``epoch``."""
+        """Whether the process writes through an epoch of this session that is at most ``epoch``."""
         return self.mooncake_session_id == mooncake_session_id and self.epoch <= epoch
 
 
 @dataclass(slots=True)
 class ReceiverRoom:
-    """One room. ``sent_tokens`` rows are confirmed *and* copied out."""
+    """One room of the language side. Times are in seconds.
+
+    Attributes:
+        room: its name.
+        encoder: URL of the encoder server.
+        deadline: time at which the room fails.
+        started: time at which a request began to wait for it.
+        required_dst_info_num: ranks that must send Init before the encoder writes.
+        machine: its state.
+        peer: the encoder process that announced it.
+        total_tokens: rows of the embedding; ``row_bytes`` and ``dtype`` are of a row.
+        window: number of the current window; -1: none was offered.
+        epoch: the engine epoch that the current window was offered for.
+        blocks: the blocks of the current window.
+        allocated_tokens: rows of the current window.
+        sent_tokens: rows that are confirmed *and* copied out.
+        metadata: of the part.
+        elapsed: transfer time, from the hand-over of the embedding until its last row is copied out.
+        last: whether the current window is confirmed and is the last one.
+        view: whether the result may be a view of the blocks.
+        outcome: how the room failed; None: it did not.
+        ended: time at which it finished.
+        forgotten: whether the record goes once the copier has finished.
+    """
 
     room: str
     encoder: str
@@ -45,14 +75,14 @@ class ReceiverRoom:
     row_bytes: int = 0
     dtype: str = ""
     window: int = -1
-    epoch: int = 0  # engine epoch that the current window was offered for
+    epoch: int = 0
     blocks: list[int] = field(default_factory=list)
     allocated_tokens: int = 0
     sent_tokens: int = 0
     metadata: bytes = b""
-    elapsed: float = 0.0  # transfer time in seconds: from the embedding being there until its last row was copied
+    elapsed: float = 0.0
     last: bool = False
-    view: bool = False  # the blocks may stay the result's
+    view: bool = False
     outcome: Outcome | None = None
     ended: float = 0.0
     forgotten: bool = False
@@ -66,7 +96,7 @@ class ReceiverRoom:
         return max(0, self.window)
 
     def poll(self) -> Poll:
-        """Monotonic: Failed and Success are final, a resume does not lead back from Transferring."""
+        """The state for sglang. It never goes back: a resume stays Transferring, Failed and Success are final."""
         if self.state is ReceiverState.FAILED:
             return Poll.Failed
         if self.state is ReceiverState.SUCCESS:
@@ -83,7 +113,7 @@ class ReceiverRoom:
         )  # fmt: skip
 
     def contradiction(self, message: Progress | Done) -> str:
-        """How ``message`` differs from the open offer; empty where it confirms exactly that window."""
+        """How ``message`` differs from the open offer; empty if it confirms exactly this window."""
         confirmed = self.sent_tokens + self.allocated_tokens
         claimed = message.total_tokens if isinstance(message, Done) else message.sent_tokens
         if (
@@ -105,15 +135,15 @@ class ReceiverRoom:
         )
 
     def confirm(self, message: Progress | Done, now: float) -> None:
-        """Note what ``message`` says about the current window, which it confirms."""
+        """Keep the contents of ``message``, which confirms the current window."""
         if self.window == 0:
             self.metadata = message.metadata
         if isinstance(message, Done):
             self.last = True
-            self.elapsed = message.elapsed - now  # completed when the rows have been copied
+            self.elapsed = message.elapsed - now  # on_copied adds the time at which the rows are copied out
 
     def copy_out(self, checksum: int | None) -> CopyOut:
-        """The copy of the current window's rows out of its blocks."""
+        """The action that copies the current window's rows out of its blocks."""
         return CopyOut(
             room=self.room,
             window=self.window,

@@ -1,15 +1,15 @@
-"""The encoders that a language rank knows: when to look them up, register, ask again, and give them up. Pure.
+"""Owns a language rank's registrations: when to look an encoder up, register with it, retry, and drop it. Pure.
 
-An encoder is a URL that requests name; a look-up over HTTP says which processes serve it. This rank connects to each
-process and registers its session there. One process may be reached by several URLs.
+A request names an encoder by its URL. A look-up over HTTP finds the processes that serve the URL. This rank connects to
+each process and registers a session there. Several URLs may lead to one process.
 
-The tables of states are in core.states. What extends a state:
+core.states has the tables of states. These fields extend a state:
 
-- ``EncoderProcess.unanswered`` counts Registers that the process has not answered. An answer to none of them changes
-  nothing, however often it is sent. READY with unanswered ones is a registration that is being renewed for a newer
-  engine epoch: rooms go on meanwhile.
-- ``EncoderProcess.register_at``: when to send the next Register; None while an answer is awaited.
-- ``EncoderUrl.refusal``: why no request can use the URL now; every new request that names it fails with it.
+- ``EncoderProcess.unanswered`` counts Registers that the process has not answered. An answer without such a Register
+  changes nothing, however often it arrives. READY with an unanswered Register means that the registration is renewed
+  for a newer engine epoch, while rooms continue.
+- ``EncoderProcess.register_at`` is the time to send the next Register, None while an answer is awaited.
+- ``EncoderUrl.refusal`` is why no request can use the URL now. Every new request that names the URL fails with it.
 
 ``Registrations`` never acts itself. It returns actions; connector.language.encoder_directory carries them out in order.
 """
@@ -40,25 +40,25 @@ from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import RefusalKind, Refused, Registered
 from sglang_mm_conn.core.states import LookUpState, RegistrationState
 
-# A process that refused for good, as things are, is asked again after this.
+# The rank registers again this long after a process refused it, or after a Register could not be built.
 RETRY_SECONDS = 5.0
-# An unreachable encoder that no request has named for this long is forgotten.
+# An unreachable encoder is forgotten when no request has named it for this long.
 FORGET_SECONDS = 600.0
 
 
 class OfferedPath(Protocol):
-    """A data path as this rank offers it; every answer is immediate."""
+    """A data path that this rank offers. No call blocks."""
 
     @property
     def session_id(self) -> str:
         """The id of the session over this path."""
 
     def is_current(self, epoch: int) -> bool:
-        """Whether ``epoch`` is the one to offer now."""
+        """Whether ``epoch`` is the newest engine epoch."""
 
 
 class OfferedSessions(Protocol):
-    """What this rank offers; every answer is immediate."""
+    """The data paths that this rank offers. No call blocks."""
 
     @property
     def paths(self) -> Mapping[str, OfferedPath]:
@@ -69,14 +69,14 @@ class OfferedSessions(Protocol):
         """The data path to offer a new process first."""
 
     def other_path(self, refused: str) -> str | None:
-        """The data path to offer after ``refused`` was refused; None where there is none."""
+        """The data path to offer after ``refused`` was refused; None if there is no other."""
 
 
 class Registrations:
-    """All encoders of one language rank. Not thread-safe, but for ``is_usable``: the control thread alone uses it."""
+    """All encoders of one language rank. Only the control thread uses it, except for ``is_usable``."""
 
     def __init__(self, sessions: OfferedSessions, *, peer_timeout: float, heartbeat: float) -> None:
-        """``peer_timeout``: a process that is silent for so many seconds is lost. ``heartbeat``: seconds."""
+        """``peer_timeout``: a process that is silent for this many seconds is lost. ``heartbeat``: its interval, s."""
         self.encoders: dict[str, EncoderUrl] = {}
         self.processes: dict[str, EncoderProcess] = {}
         self.slots: dict[str, int] = {}  # writer slots by incarnation, also of lost processes that may still write
@@ -87,14 +87,14 @@ class Registrations:
         self._numbers = itertools.count(1)  # of registrations
         self._next_slot = itertools.count()
 
-    # -- what requests ask for -----------------------------------------------------------------------------------
+    # -- calls for requests --------------------------------------------------------------------------------------
 
     def is_usable(self, url: str, now: float) -> bool:
-        """Whether a request may use ``url`` without further ado (any thread)."""
+        """Whether a request may use ``url`` without a call of ``use``. Any thread may call this."""
         encoder = self.encoders.get(url)
         if encoder is None or encoder.refusal or not encoder.reachable:
             return False
-        # Where it is lost at this very moment, its loss fails the rooms and starts the look-up that ``use`` would.
+        # The control thread may lose it concurrently. It then fails the rooms and starts the look-up, as ``use`` would.
         encoder.last_used = now
         return True
 
@@ -110,10 +110,10 @@ class Registrations:
             actions += encoder.look_up(now)
         return actions
 
-    # -- looking up ----------------------------------------------------------------------------------------------
+    # -- look-ups ------------------------------------------------------------------------------------------------
 
     def looked_up(self, url: str, workers: Mapping[str, int], now: float) -> list[RegistrationAction]:
-        """``url`` answered: its processes and their control ports, by incarnation."""
+        """The look-up of ``url`` has succeeded. ``workers``: control ports of its processes, by incarnation."""
         encoder = self.encoders.get(url)
         if encoder is None:
             return []
@@ -132,7 +132,7 @@ class Registrations:
         return actions
 
     def absent(self, url: str, reason: str, *, connection_refused: bool) -> list[RegistrationAction]:
-        """Nothing answers at ``url``; with ``connection_refused`` no process listens there."""
+        """Nothing answered at ``url``. ``connection_refused``: because no process listens there."""
         encoder = self.encoders.get(url)
         if encoder is None:
             return []
@@ -144,7 +144,7 @@ class Registrations:
         return actions
 
     def look_up_failed(self, url: str, reason: str, *, refuse: bool) -> list[RegistrationAction]:
-        """What answers at ``url`` is not an encoder that fits (``refuse``), or the look-up itself failed."""
+        """The look-up failed. ``refuse``: the server at ``url`` answered, but is no encoder that fits."""
         encoder = self.encoders.get(url)
         if encoder is None:
             return []
@@ -164,7 +164,7 @@ class Registrations:
         return self._register(process)
 
     def disconnected(self, incarnation: str, now: float) -> list[RegistrationAction]:
-        """The connection broke: the process is gone, or only the connection. A look-up tells which."""
+        """The control connection is lost. A look-up finds out whether the process has ended, too."""
         process = self.processes.get(incarnation)
         if process is None:
             return []
@@ -182,7 +182,7 @@ class Registrations:
             process.last_seen = now
 
     def registered(self, incarnation: str, message: Registered, now: float) -> list[RegistrationAction]:
-        """Raises ProtocolError where the session is not this rank's."""
+        """The process answered Registered. Raises ProtocolError if it names a session of another rank."""
         process = self.processes.get(incarnation)
         if process is None or not process.takes_answer():
             return []
@@ -192,7 +192,7 @@ class Registrations:
         if message.mooncake_session_id != path.session_id:
             raise ProtocolError(f"registered session {message.mooncake_session_id}, which is not this rank's")
         if not path.is_current(message.epoch):
-            # The epoch was replaced while this process was not yet among those to be told.
+            # A newer epoch came before this process was READY, so ``register_again`` left it out.
             process.register_at = now
             return []
         actions: list[RegistrationAction] = []
@@ -203,7 +203,7 @@ class Registrations:
             actions.append(Log(INFO, text))
         process.become(RegistrationState.READY)
         process.registered_once = True
-        # It may not have been among those that were told of a revocation.
+        # An epoch may have been revoked before the process was READY, so ``retired`` left it out.
         actions.append(SendRetire(incarnation, process.path))
         actions.append(ProcessReady(incarnation, message.mooncake_session_id, process.path, message.epoch))
         return actions
@@ -212,13 +212,13 @@ class Registrations:
         """The process refused the session, or does not know it (any more)."""
         process = self.processes.get(incarnation)
         if process is None or (message.kind is RefusalKind.DATA_PATH and message.data_path != process.path):
-            return []  # it was offered twice, and the path that this answers has been given up
+            return []  # the path was offered twice; after the first refusal this rank offers another one
         if not process.takes_answer() and message.kind is not RefusalKind.REGISTER_FIRST:
             return []
         was_ready = process.ready
         if message.kind is RefusalKind.REGISTER_FIRST:
             process.become(RegistrationState.REGISTERING)
-            process.register_at = now  # at the next tick: an encoder that is busy is not asked in a loop
+            process.register_at = now  # the next tick sends it: no busy loop if the encoder is busy
             return []
         other = self._sessions.other_path(process.path) if message.kind is RefusalKind.DATA_PATH else None
         if other is not None:
@@ -231,7 +231,7 @@ class Registrations:
         return lost + self.cannot_register(incarnation, reason, now)
 
     def cannot_register(self, incarnation: str, reason: str, now: float) -> list[RegistrationAction]:
-        """Registration is impossible for now; it is tried again after RETRY_SECONDS."""
+        """Registration is impossible for now. It is retried after RETRY_SECONDS."""
         process = self.processes.get(incarnation)
         if process is None:
             return []
@@ -243,11 +243,11 @@ class Registrations:
         return actions
 
     def register_again(self, path: str) -> list[RegistrationAction]:
-        """Offer the session anew to every registered process that writes over ``path``: it has a newer epoch."""
+        """``path`` has a newer engine epoch: register again with every READY process that writes over ``path``."""
         return [action for process in self._ready_over(path) for action in self._register(process)]
 
     def retired(self, path: str) -> list[RegistrationAction]:
-        """An epoch of ``path`` was revoked: tell every registered process that writes over it."""
+        """An epoch of ``path`` was revoked: send a Retire to every READY process that writes over ``path``."""
         return [SendRetire(process.incarnation, path) for process in self._ready_over(path)]
 
     def _ready_over(self, path: str) -> Iterator[EncoderProcess]:
@@ -269,7 +269,7 @@ class Registrations:
         encoders = self._encoders_of(process)
         for encoder in encoders:
             del encoder.processes[incarnation]
-            encoder.refusal = ""  # what comes next may fit
+            encoder.refusal = ""  # the next process may fit
             encoder.look_up_soon()
         actions: list[RegistrationAction] = [Disconnect(incarnation)]
         text = f"encoder {', '.join(encoder.url for encoder in encoders)} (process {incarnation}) lost: {reason}"
@@ -283,15 +283,17 @@ class Registrations:
     # -- writer slots --------------------------------------------------------------------------------------------
 
     def replace_slot(self, incarnation: str) -> None:
-        """The process can never write with its slot again: if it lives, its next Register names another one."""
+        """The process can never write with its slot again. If it is alive, its next Register has another slot."""
         self.slots.pop(incarnation, None)
         process = self.processes.get(incarnation)
         if process is not None:
             process.slot = self.slots[incarnation] = self._new_slot()
 
     def unused_slots(self, keep: set[str]) -> list[tuple[str, int]]:
-        """(incarnation, slot) of processes that are neither known nor in ``keep``: to be dropped once nobody can write
-        with the slot."""
+        """(incarnation, slot) of lost processes that are not in ``keep``.
+
+        The caller drops a slot when it has proven that no process can write with it.
+        """
         return [
             (incarnation, slot)
             for incarnation, slot in self.slots.items()
@@ -304,7 +306,7 @@ class Registrations:
     # -- time ----------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[RegistrationAction]:
-        """Give up silent processes, register and look up what is due, forget encoders, send heartbeats."""
+        """Drop silent processes, send Registers and look-ups that are due, forget old encoders, send heartbeats."""
         actions: list[RegistrationAction] = []
         for process in list(self.processes.values()):
             if now - process.last_seen > self._peer_timeout:

@@ -1,4 +1,4 @@
-"""Owns what sessions are told: the messages about a room, and what is remembered to answer late ones."""
+"""Owns the messages that an encoder sends about its rooms, and the records from which it answers late ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, Trans
 from sglang_mm_conn.core.states import WindowState
 from sglang_mm_conn.core.tombstones import Tombstones
 
-# Completion messages (and failures) kept, in case the connection was lost with one of them on its way.
+# Limits of the completions (and, by number, of the failures) that are kept, to be repeated if a connection lost one.
 DONE_LIMIT = 1024
 DONE_SECONDS = 60.0
 
@@ -28,7 +28,7 @@ def announcement(entry: SenderRoom, session: RegisteredSession) -> Send:
 def status_reply(
     entry: SenderRoom, info: TransferEmbeddingInfo, session: RegisteredSession, refused: str, refused_window: int = 0
 ) -> Send:
-    """What is confirmed for (room, session): the answer to completion, to a repeated and to a refused offer."""
+    """The confirmed state of (room, session). Confirms a window, and answers a repeated or refused offer."""
     state = info.machine.state
     if state is WindowState.DONE and not refused:
         return Send(
@@ -58,25 +58,25 @@ def status_reply(
 
 def failed_message(room: str, outcome: Outcome, *, drained: bool) -> Failed:
     code = outcome.code if 400 <= outcome.code <= 599 else FailureCode.GONE
-    return Failed(room=room, reason=as_text(outcome.reason) or "the room has ended", code=code, drained=drained)
+    return Failed(room=room, reason=as_text(outcome.reason) or "the room is finished", code=code, drained=drained)
 
 
 class Replies:
-    """Completions, failures and doubts of rooms whose record may be gone."""
+    """Completions, failures and writes in doubt of rooms whose record may be dropped."""
 
     def __init__(self, tombstones: Tombstones) -> None:
         self._tombstones = tombstones
-        # (room, session) -> until, answer: to be repeated after a lost connection
+        # (room, session) -> when to forget it, the Done to repeat after a lost connection
         self._done: OrderedDict[tuple[str, str], tuple[float, Message]] = OrderedDict()
-        self._failures: OrderedDict[str, None] = OrderedDict()  # rooms; said to every session that registers
-        # (room, session) -> epoch through which bytes may still land. Forgotten only when that epoch is revoked: one
-        # forgotten earlier would be called drained.
+        self._failures: OrderedDict[str, None] = OrderedDict()  # rooms; repeated to every session that registers
+        # (room, session) -> epoch through which bytes may still land. Kept until that epoch is revoked: without its
+        # entry here, the room would count as drained while bytes may still land in its blocks.
         self._in_doubt: dict[tuple[str, str], int] = {}
 
-    # -- what is remembered ---------------------------------------------------------------------------------------
+    # -- records --------------------------------------------------------------------------------------------------
 
     def done(self, room: str, session_id: str, answer: Message, now: float) -> None:
-        """All rows are confirmed; ``answer`` may be lost on its way."""
+        """All rows are confirmed. Keep ``answer``, since the connection may lose it."""
         self._done[room, session_id] = (now + DONE_SECONDS, answer)
         while len(self._done) > DONE_LIMIT:
             self._done.popitem(last=False)
@@ -94,24 +94,24 @@ class Replies:
         return (room, session_id) in self._in_doubt
 
     def epoch_retired(self, session_id: str, epoch: int) -> None:
-        """Nothing lands through the epochs up to ``epoch`` any more."""
+        """No write through an epoch up to ``epoch`` lands any more."""
         for key in [key for key, one in self._in_doubt.items() if key[1] == session_id and one <= epoch]:
             del self._in_doubt[key]
 
     def sweep(self, now: float) -> None:
-        """Forget the completions whose time is over."""
+        """Forget expired completions."""
         while self._done and next(iter(self._done.values()))[0] <= now:
             self._done.popitem(last=False)
 
-    # -- what is said about rooms that have ended -----------------------------------------------------------------
+    # -- messages about finished rooms ----------------------------------------------------------------------------
 
     def to_offer_of_ended(self, room: str, session: RegisteredSession, entry: SenderRoom | None) -> Send:
-        """The answer to an offer for a room that has ended, or that was never here."""
+        """The answer to an offer for a room that is finished or unknown."""
         done = self._done.get((room, session.mooncake_session_id))
         return Send(session.peer, self._outcome(room, session, entry) if done is None else done[1])
 
     def failures_for(self, session: RegisteredSession, rooms: Mapping[str, SenderRoom]) -> list[Action]:
-        """To a session that registers: the last failures of its server, as far as their outcome is known."""
+        """The last failures of the server, as far as their outcome is known, for a session that registers."""
         return [
             Send(session.peer, self._outcome(room, session, rooms.get(room)))
             for room in self._failures

@@ -1,8 +1,8 @@
-"""Room names: one embedding part on its way to one language server, never to be confused with another.
+"""Owns room names: a room is one embedding part on its way to one language server, and no two share a name.
 
-A room base is ``<server>-<nonce>``: the language server's incarnation (random, one process life) and a nonce drawn at
-every dispatch. A room is the base with sglang's own part suffix. So two servers, a client-chosen request id used
-twice, a retry while the old encode still runs, and a restart never share a room.
+A room base is ``<server>-<nonce>``: the language server's incarnation (random, one process life) and a nonce drawn for
+every dispatch. A room is the base and the part suffix of sglang. So these never share a room: two servers, two requests
+with the same client-chosen id, a retry and the old encode that still runs, a server before and after a restart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROOM = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}(_local_part_[0-9]{1,6})?")
 
 
 def new_id() -> str:
-    """A random id of 64 bits as 16 hex digits; serves as incarnation and as nonce."""
+    """A random id of 64 bits as 16 hex digits, used as incarnation and as nonce."""
     return secrets.token_hex(8)
 
 
@@ -29,7 +29,7 @@ def new_room_base(server: str) -> str:
 
 
 def server_of(room: str) -> str:
-    """The language server's incarnation in a room name. Raises ProtocolError where ``room`` is none of ours."""
+    """The language server's incarnation in a room name. Raises ProtocolError if ``room`` is no room name."""
     match = _ROOM.fullmatch(room)
     if match is None:
         raise ProtocolError(f"{room!r} is not a room name")

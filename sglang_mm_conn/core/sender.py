@@ -1,11 +1,11 @@
 """Owns the encoder side's rooms: their messages, transitions, windows and deadlines. Pure; returns actions.
 
-One room serves one or more language ranks, each through its session. Progress is kept per (room, session): a resume
-of one session never touches another's blocks. What may be written, and when:
+A room goes to one or more language ranks, each with a session. Progress is kept per (room, session), so a resume of
+one session never touches another's blocks. The rules of writing:
 
-- a window is written at most once, between ``begin_write`` and ``on_written``;
-- a failed or aborted room begins no further write; one that is under way goes on until its data call returns, and
-  only then is Drained said. After a data call that leaves the matter in doubt, Drained is never said.
+- A window is written at most once, between ``begin_write`` and ``on_written``.
+- A failed or aborted room begins no further write. A write that is under way continues until its data call returns;
+  only then is Drained sent. After a data call in doubt, Drained is never sent.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sglang_mm_conn.core.states import SenderState, WindowState
 from sglang_mm_conn.core.tombstones import Tombstones
 from sglang_mm_conn.core.write_slots import WriteSlots
 
-# A tombstone must outlive the requests and encodes that may still name its room.
+# Longer than any request or encode that may still name the room.
 TOMBSTONE_SECONDS = 3600.0
 
 
 class SenderCore:
-    """All rooms of one encoder process. Not thread-safe: its surroundings hold one lock around every call."""
+    """All rooms of one encoder process. Not thread-safe: the caller holds one lock around every call."""
 
     def __init__(self, *, queues: int, send_timeout: float, claim_timeout: float) -> None:
         self.rooms: dict[str, SenderRoom] = {}
@@ -39,7 +39,7 @@ class SenderCore:
         self.tombstones = Tombstones()
         self.replies = Replies(self.tombstones)
         self.write_slots = WriteSlots()
-        self._next_check = math.inf  # no room that has not ended is due before
+        self._next_check = math.inf  # no unfinished room is due earlier
         self._queues = queues
         self._send_timeout = send_timeout
         self._claim_timeout = claim_timeout
@@ -47,7 +47,7 @@ class SenderCore:
     # -- sessions ------------------------------------------------------------------------------------------------
 
     def register(self, session: RegisteredSession, now: float) -> list[Action]:
-        """A session's memory was checked and attached. Announces to it the rooms of its server."""
+        """A session's memory is checked and attached. Announces the rooms of its server to it."""
         actions: list[Action] = []
         old = self.sessions.get(session.mooncake_session_id)
         if old is not None and old.incarnation != session.incarnation:
@@ -57,13 +57,13 @@ class SenderCore:
             if entry.server != session.server or entry.machine.final:
                 continue
             entry.unheard_since = None
-            # Also where it has said Init: an Abort may have been lost with the connection, this is what it answers.
+            # Even if it has sent Init: the connection may have lost an Abort, and the Announce makes it repeat that.
             actions.append(announcement(entry, session))
-        # They may have failed before this rank was here, or on a connection that was lost.
+        # Rooms may have failed before this rank registered, and a lost connection may have lost a Failed.
         return actions + self.replies.failures_for(session, self.rooms)
 
     def retire(self, mooncake_session_id: str, epoch: int) -> None:
-        """The language rank revoked the epochs up to ``epoch``: no window is taken for them any more."""
+        """The language rank revoked the epochs up to ``epoch``. Later offers for them are refused."""
         self.replies.epoch_retired(mooncake_session_id, epoch)
         session = self.sessions.get(mooncake_session_id)
         if session is not None:
@@ -71,7 +71,7 @@ class SenderCore:
             self.sessions[mooncake_session_id] = replace(session, epochs=kept or (max(session.epochs),))
 
     def session_lost(self, mooncake_session_id: str, reason: str, now: float) -> list[Action]:
-        """The language rank is gone or silent: its rooms fail."""
+        """The language rank has ended or is silent, so the rooms for which it offered blocks fail."""
         if self.sessions.pop(mooncake_session_id, None) is None:
             return []
         actions: list[Action] = []
@@ -83,12 +83,12 @@ class SenderCore:
                 self._next_check = min(self._next_check, self._due(entry))
         return actions
 
-    # -- what the encode asks for --------------------------------------------------------------------------------
+    # -- calls of the encode -------------------------------------------------------------------------------------
 
     def announce(self, room: str, total_tokens: int, row_bytes: int, dtype: str, now: float) -> list[Action]:
-        """The size of ``room`` is known. Raises ConnError where it was announced before with another size."""
+        """The size of ``room`` is known. Raises ConnError if it was announced before with another size."""
         if total_tokens < 1 or row_bytes < 1:
-            raise ConnError(f"room {room}: an embedding of {total_tokens} rows of {row_bytes} bytes cannot be sent")
+            raise ConnError(f"room {room}: invalid size of {total_tokens} rows of {row_bytes} bytes")
         known = self.rooms.get(room)
         if known is not None:
             if (known.total_tokens, known.row_bytes, known.dtype) != (total_tokens, row_bytes, dtype):
@@ -108,24 +108,24 @@ class SenderCore:
     def add_source(
         self, room: str, src_embedding_indices: Sequence[int], metadata: bytes, checksum: int | None, now: float
     ) -> list[Action]:
-        """The embedding of ``room`` is there. Queues it as soon as the room is complete."""
+        """The embedding of ``room`` is ready. The room is queued as soon as it is complete."""
         entry = self.rooms.get(room)
         if entry is None or entry.machine.final:
             return []
         if entry.source is not None:
-            raise ConnError(f"room {room} has a source already")
+            raise ConnError(f"room {room} already has a source")
         entry.source, entry.metadata, entry.checksum = tuple(src_embedding_indices), metadata, checksum
         entry.source_at = now
         return self._advance(entry)
 
     def fail(self, room: str, reason: str, code: int, now: float) -> list[Action]:
-        """The encode failed, before or after its size was announced."""
+        """The encode failed, before or after the room was announced."""
         entry = self.rooms.get(room)
         if entry is not None:
             return self._fail(entry, reason, code, now)
         if room in self.tombstones:
             return []
-        server_of(room)  # raises before anything is remembered
+        server_of(room)  # raises before a tombstone is kept
         outcome = Outcome(reason, code)
         self.tombstones.put(room, outcome, now + TOMBSTONE_SECONDS)
         self.replies.failed(room)
@@ -138,7 +138,7 @@ class SenderCore:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def on_message(self, peer: str, message: Init | Resume | Abort, now: float) -> list[Action]:
-        """A message about a room. Raises ProtocolError where ``peer`` does not speak for the session it names."""
+        """Handle a message about a room. Raises ProtocolError unless ``peer`` registered the session that it names."""
         session = self.sessions.get(message.mooncake_session_id)
         if session is None or session.peer != peer:
             raise ProtocolError(f"session {message.mooncake_session_id} is not registered by this peer")
@@ -177,17 +177,17 @@ class SenderCore:
         info = entry.transfer_infos.get(session.mooncake_session_id)
         if info is None:
             refused = Progress(
-                room=entry.room, window=-1, sent_tokens=0, refused="no Init before", refused_window=message.window
+                room=entry.room, window=-1, sent_tokens=0, refused="Resume before Init", refused_window=message.window
             )
             return [Send(session.peer, refused)]
         if message.window == info.window and info.same_offer(message):
-            return [status_reply(entry, info, session, "")]  # repeated: it changes nothing
+            return [status_reply(entry, info, session, "")]  # repeated: nothing changes
         if info.state is not WindowState.PARTIAL:
             refusal = f"window {info.window} is {info.state.value}"
         elif message.window != info.window + 1:
-            refusal = f"window {message.window} named, {info.window + 1} is next"
+            refusal = f"window {message.window}, but window {info.window + 1} is next"
         elif message.sent_tokens != info.sent_tokens:
-            refusal = f"sent_tokens={message.sent_tokens} named, {info.sent_tokens} are confirmed"
+            refusal = f"sent_tokens={message.sent_tokens}, but {info.sent_tokens} rows are confirmed"
         else:
             refusal = entry.offer_problem(session, message, entry.total_tokens - info.sent_tokens)
         if refusal:
@@ -197,23 +197,23 @@ class SenderCore:
         info.epoch = message.epoch
         info.dst_embedding_indices = list(message.dst_embedding_indices)
         info.allocated_tokens = message.allocated_tokens
-        # The seed's bug: without new work for the same queue the transfer would hang for ever.
+        # Without new work for the same queue the transfer would hang for ever.
         return [entry.chunk()]
 
     def _on_abort(self, session: RegisteredSession, message: Abort, now: float) -> list[Action]:
-        if session.server != server_of(message.room):  # also before it is announced: an abort would end it at once
-            raise ProtocolError(f"session of server {session.server} aborts room {message.room}")
+        if session.server != server_of(message.room):  # unknown rooms too: this would fail them when announced
+            raise ProtocolError(f"session of server {session.server} aborts room {message.room} of another server")
         entry = self.rooms.get(message.room)
         if entry is None:
             if self.replies.is_in_doubt(message.room, session.mooncake_session_id):
                 return []
             if message.room not in self.tombstones:
-                # The encode may still be on its way here: it ends as soon as it announces.
+                # The encode may not have announced the room yet. It fails when it does.
                 self.tombstones.put(message.room, Outcome(message.reason, FailureCode.ABORTED), now + TOMBSTONE_SECONDS)
             return [Send(session.peer, Drained(room=message.room))]
         info = entry.transfer_infos.get(session.mooncake_session_id)
         actions: list[Action] = []
-        # Where a write is under way, Drained follows when the data call has returned.
+        # If a write is under way, on_written sends Drained when the data call has returned.
         if info is None or info.drained:
             if info is not None and not info.machine.final:
                 info.machine.transition_to(WindowState.CLOSED)
@@ -225,10 +225,10 @@ class SenderCore:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def begin_write(self, room: str) -> WindowWrite | None:
-        """What the caller shall write now; None where another thread serves the room or nothing is offered.
+        """The write that the caller makes next; None if another thread serves the room or no window can be written.
 
-        The caller reports the write with ``on_written`` and calls ``begin_write`` again, until it answers None: so
-        the windows of one room are written in order, and one offered in the meantime is not forgotten.
+        The caller reports the write with ``on_written`` and calls ``begin_write`` again until it returns None. So the
+        windows of a room are written in order, and a window that is offered in the meantime is written, too.
         """
         entry = self.rooms.get(room)
         if entry is None or entry.busy or entry.state is not SenderState.TRANSFERRING:
@@ -247,7 +247,7 @@ class SenderCore:
         return None
 
     def on_written(self, write: WindowWrite, result: WriteResult, now: float) -> list[Action]:
-        """The data call of ``write`` returned with ``result``."""
+        """The data call of ``write`` has returned with ``result``."""
         entry = self.rooms[write.room]
         entry.busy = False
         session = self._current(write.session)
@@ -258,13 +258,8 @@ class SenderCore:
             info.machine.transition_to(WindowState.IN_DOUBT if in_doubt else WindowState.CLOSED)
             if in_doubt:
                 self.replies.doubt(entry.room, session.mooncake_session_id, write.epoch)
-            others = self._fail(
-                entry,
-                f"{result.reason} (to {session.mooncake_session_id})",
-                FailureCode.PEER_FAILED,
-                now,
-                except_session=session,
-            )
+            reason = f"{result.reason} (to {session.mooncake_session_id})"
+            others = self._fail(entry, reason, FailureCode.PEER_FAILED, now, except_session=session)
             assert entry.outcome is not None
             actions = [Send(session.peer, failed_message(entry.room, entry.outcome, drained=not in_doubt)), *others]
         elif entry.machine.final:
@@ -289,21 +284,21 @@ class SenderCore:
         return actions + self._next_deferred(session_id)
 
     def _next_deferred(self, session_id: str) -> list[Action]:
-        """The session is free for another write: the longest waiting room's chunk is queued again."""
+        """The session can take another write. Queue the chunk of the room that has waited longest for it."""
         entry = self.write_slots.next_room(session_id, self.rooms)
         return [] if entry is None else [entry.chunk()]
 
     # -- time ----------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
-        """Enforce deadlines, forget old tombstones."""
+        """Enforce deadlines, wake rooms that wait for an idle session, forget old tombstones and completions."""
         actions: list[Action] = []
         if now >= self._next_check:
             for entry in list(self.rooms.values()):
                 if not entry.machine.final and now >= entry.deadline:
                     actions += self._fail(entry, entry.unfinished(now), FailureCode.PEER_TIMED_OUT, now)
                 elif now >= self._due(entry):
-                    reason = f"language server {entry.server} has not been here for {self._claim_timeout:g} s"
+                    reason = f"language server {entry.server} has not been connected for {self._claim_timeout:g} s"
                     actions += self._fail(entry, reason, FailureCode.PEER_TIMED_OUT, now)
             open_rooms = (entry for entry in self.rooms.values() if not entry.machine.final)
             self._next_check = min(map(self._due, open_rooms), default=math.inf)
@@ -314,7 +309,7 @@ class SenderCore:
         return actions
 
     def _due(self, entry: SenderRoom) -> float:
-        """When ``entry`` has to end, as things are."""
+        """Time at which ``entry`` fails unless it finishes or its language server connects."""
         if entry.unheard_since is None:
             return entry.deadline
         return min(entry.deadline, entry.unheard_since + self._claim_timeout)
@@ -325,7 +320,7 @@ class SenderCore:
         return [session for session in self.sessions.values() if session.server == server]
 
     def _current(self, session: RegisteredSession) -> RegisteredSession:
-        """``session`` as it speaks now: its connection may have been replaced while a write was under way."""
+        """The newest registration of ``session``: its connection may have changed while a write was under way."""
         current = self.sessions.get(session.mooncake_session_id)
         return session if current is None or current.incarnation != session.incarnation else current
 
@@ -353,7 +348,7 @@ class SenderCore:
                 continue
             info = entry.transfer_infos.get(session.mooncake_session_id)
             drained = info is None or info.drained
-            # One whose write is under way hears Drained when its data call returns.
+            # If a write is under way, on_written sends Drained when the data call has returned.
             actions.append(Send(session.peer, failed_message(entry.room, entry.outcome, drained=drained)))
         for info in entry.transfer_infos.values():
             if info.state in (WindowState.OFFERED, WindowState.PARTIAL):
@@ -363,7 +358,7 @@ class SenderCore:
         return actions + self._drop_if_over(entry, now)
 
     def _drop_if_over(self, entry: SenderRoom, now: float) -> list[Action]:
-        """Replace an ended room by its tombstone, and release its source, once no write of it is under way."""
+        """If the room is finished and none of its writes is under way, leave only its tombstone and free its source."""
         infos = entry.transfer_infos.values()
         if not entry.machine.final or any(info.state is WindowState.WRITING for info in infos):
             return []

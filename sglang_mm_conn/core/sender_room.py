@@ -1,4 +1,4 @@
-"""Owns the records of the encoder side: a registered session, one room, its progress per session, one data call."""
+"""Owns the records of the encoder side: a registered session, a room, its progress per session, a data call."""
 
 from __future__ import annotations
 
@@ -23,23 +23,48 @@ from sglang_mm_conn.core.states import (
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredSession:
-    """One language rank's session, as registered: who speaks for it and the shape of its memory."""
+    """The registered session of a language rank.
+
+    Attributes:
+        mooncake_session_id: host:port, names the session.
+        peer: the control connection over which it was registered.
+        incarnation: of the rank's process.
+        server: incarnation of the language server.
+        rank, size: which of how many receiving ranks.
+        geometry: the shape of its pool.
+        epochs: registered engine epochs that are not revoked.
+        number: of the registration.
+        most_writes: limit of concurrent writes, so that a session that hangs does not hold every worker.
+    """
 
     mooncake_session_id: str
-    peer: str  # control peer that registered it
+    peer: str
     incarnation: str
     server: str
     rank: int
     size: int
     geometry: Geometry
-    epochs: tuple[int, ...] = (0,)  # not revoked
-    number: int = 0  # of the registration
-    most_writes: int = 1 << 30  # at the same time: a destination that hangs must not hold every worker
+    epochs: tuple[int, ...] = (0,)
+    number: int = 0
+    most_writes: int = 1 << 30
 
 
 @dataclass(slots=True)
 class TransferEmbeddingInfo:
-    """Progress of one (room, session): its current window, and what is confirmed (the seed's name and fields)."""
+    """Progress of one (room, session). docs/protocol.md says where the names come from.
+
+    Attributes:
+        room, mooncake_session_id: which.
+        required_dst_info_num: for the original interface only; SenderRoom has the value that counts.
+        dst_embedding_indices: the blocks of the current window, in token order.
+        allocated_tokens: rows of the current window.
+        sent_tokens: rows confirmed so far.
+        window: number of the current window.
+        epoch: the engine epoch that the current window was offered for.
+        src_embedding_indices: for the original interface only: 0, 1, ... one number per block of rows.
+        total_tokens: for the original interface only; SenderRoom has the value that counts.
+        machine: state of the current window.
+    """
 
     room: str
     mooncake_session_id: str
@@ -61,7 +86,7 @@ class TransferEmbeddingInfo:
 
     @property
     def drained(self) -> bool:
-        """No write into its blocks is under way, or in doubt. Where the room has ended, none is to come either."""
+        """No write into the session's blocks is under way or in doubt. If the room is finished, none will come."""
         return self.machine.state not in (WindowState.WRITING, WindowState.IN_DOUBT)
 
     def same_offer(self, message: Init | Resume) -> bool:
@@ -73,7 +98,15 @@ class TransferEmbeddingInfo:
 
 
 class WindowWrite(msgspec.Struct, frozen=True):
-    """One data call: rows ``first_token``... of the source into ``blocks`` of ``session``."""
+    """One data call: write the rows of a window into the blocks of a session.
+
+    Attributes:
+        room, session, window: which.
+        epoch: the engine epoch to write through.
+        blocks: where to, in token order.
+        first_token: the first row of the embedding to write.
+        tokens: how many rows to write.
+    """
 
     room: str
     session: RegisteredSession
@@ -86,7 +119,27 @@ class WindowWrite(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class SenderRoom:
-    """One room over all its sessions (``transfer_infos`` by session id)."""
+    """One room of the encoder side, with all its sessions. Times are in seconds.
+
+    Attributes:
+        room: its name.
+        server: incarnation of its language server.
+        total_tokens: rows of the embedding; ``row_bytes`` and ``dtype`` are of a row.
+        deadline: time at which the room fails.
+        started: time at which it was announced.
+        machine: its state.
+        transfer_infos: progress by session id.
+        required_dst_info_num: ranks that must send Init; 0: not known yet.
+        queue_idx: its transfer queue; None: not complete yet.
+        source_at: time at which the embedding was handed over.
+        elapsed: seconds from then until its last row was confirmed.
+        source: numbers for the original interface, see TransferEmbeddingChunk; None: the embedding is not ready.
+        metadata: of the part.
+        checksum: of all rows; None: not used.
+        unheard_since: time since which no session of its server is registered; None: one is.
+        busy: whether a thread serves this room. One thread at a time does, so its windows are written in order.
+        outcome: how it ended; None: it is not finished.
+    """
 
     room: str
     server: str
@@ -101,13 +154,13 @@ class SenderRoom:
     transfer_infos: dict[str, TransferEmbeddingInfo] = field(default_factory=dict)
     required_dst_info_num: int = 0
     queue_idx: int | None = None
-    source_at: float = 0.0  # when the embedding was there
-    elapsed: float = 0.0  # from then until its last row was confirmed
-    source: tuple[int, ...] | None = None  # source blocks; None: the embedding is not there yet
+    source_at: float = 0.0
+    elapsed: float = 0.0
+    source: tuple[int, ...] | None = None
     metadata: bytes = b""
     checksum: int | None = None
-    unheard_since: float | None = None  # no session of its server is registered since then
-    busy: bool = False  # a thread serves this room; windows of one room are written in order
+    unheard_since: float | None = None
+    busy: bool = False
     outcome: Outcome | None = None
 
     @property
@@ -125,12 +178,12 @@ class SenderRoom:
 
     @property
     def offers(self) -> list[tuple[str, TransferEmbeddingInfo]]:
-        """By session id, what is offered and not being written yet."""
+        """(session id, progress) of every session whose window is offered and not yet being written."""
         return [item for item in self.transfer_infos.items() if item[1].state is WindowState.OFFERED]
 
     @property
     def offered_bytes(self) -> int:
-        """Of all language ranks together."""
+        """Bytes of the offered windows of all language ranks together."""
         return sum(info.allocated_tokens for _, info in self.offers) * self.row_bytes
 
     @property
@@ -139,11 +192,11 @@ class SenderRoom:
 
     @property
     def complete(self) -> bool:
-        """Every rank has said Init."""
+        """Whether every rank has sent Init."""
         return 0 < self.required_dst_info_num == len(self.transfer_infos)
 
     def chunk(self) -> TransferEmbeddingChunk:
-        """Work for the room's queue: write what is offered."""
+        """Work for the room's queue: write the offered windows."""
         assert self.queue_idx is not None and self.source is not None
         return TransferEmbeddingChunk(
             room=self.room,
@@ -154,11 +207,11 @@ class SenderRoom:
         )
 
     def unfinished(self, now: float) -> str:
-        ranks = f"{len(self.transfer_infos)} of {self.required_dst_info_num or 'unknown'} ranks said Init"
+        ranks = f"{len(self.transfer_infos)} of {self.required_dst_info_num or 'unknown'} ranks sent Init"
         return f"not finished after {now - self.started:.1f} s ({ranks})"
 
     def init_problem(self, session: RegisteredSession, message: Init) -> str:
-        """Why the session's first Init cannot be taken; empty where it can."""
+        """Why the session's first Init is refused; empty if it is accepted."""
         if problem := self.offer_problem(session, message, self.total_tokens):
             return problem
         named = message.required_dst_info_num
@@ -167,15 +220,15 @@ class SenderRoom:
         if named != session.size:
             return f"required_dst_info_num={named}, but the server has {session.size} ranks"
         if self.transfer_infos and named != self.required_dst_info_num:
-            return f"required_dst_info_num={named}, {self.required_dst_info_num} before"
+            return f"required_dst_info_num={named}, but another rank sent {self.required_dst_info_num}"
         if self.complete:
-            return f"all {self.required_dst_info_num} ranks have said Init"
+            return f"all {self.required_dst_info_num} ranks have sent Init"
         return ""
 
     def offer_problem(self, session: RegisteredSession, message: Init | Resume, remaining: int) -> str:
-        """Why the offer cannot be taken; empty where it can. Nothing is written on an unchecked index or length."""
+        """Why the offer is refused; empty if it is accepted. No block number or length is used unchecked."""
         if message.epoch not in session.epochs:
-            return f"epoch {message.epoch} is over, {max(session.epochs)} is the newest"
+            return f"epoch {message.epoch} is not registered, {max(session.epochs)} is the newest"
         if message.allocated_tokens > remaining:
             return f"allocated_tokens={message.allocated_tokens}, but {remaining} rows remain"
         try:

@@ -1,4 +1,4 @@
-"""Every setting of the connector, declared once: environment variable, default, allowed range, meaning."""
+"""Owns the settings: environment variable, default, allowed range and meaning of each, declared once."""
 
 from __future__ import annotations
 
@@ -64,71 +64,71 @@ def _setting(env: str, default: Any, kind: tuple[Callable[[str], Any], str], hel
 
 @dataclass(frozen=True)
 class Settings:
-    """What both ends read at start. Unset means the default; ``None`` means "decide at start and say so"."""
+    """The settings that both sides read at start. ``None``: the side decides at start and logs the value."""
 
     blocks: int | None = _setting(
         "SGLANG_EMBEDDING_CACHE_BUFFER_SIZE",
         None,
         _integer(1, 1 << 24),
-        "blocks in the language server's pool; unset: as many as fit 256 MiB and half of what /dev/shm has free",
+        "blocks in the language server's pool; unset: as many as fit into 256 MiB and into half of the free /dev/shm",
     )
     block_size: int = _setting(
         "SGLANG_EMBEDDING_CACHE_BLOCK_SIZE",
         128,
         _integer(1, 1 << 20),
-        "tokens of the model's widest row in one block; must be the same on encoder and language server",
+        "size of a block in rows (of the model's widest row); must be the same on encoder and language server",
     )
     first_offer: int | None = _setting(
         "SGLANG_EMBEDDING_DEFAULT_ALLOCATE_BUFFER_SIZE",
         None,
         _integer(1, 1 << 30),
-        "most tokens offered at first, the rest follows by resume; unset: what is needed and free",
+        "most rows offered in window 0; resumes offer the rest; unset: as many as are needed and free blocks hold",
     )
     queues: int = _setting(
         "SGLANG_DISAGGREGATION_QUEUE_SIZE",
         4,
         _integer(1, 256),
-        "transfer queues of an encoder; a room's queue is the port sum of its sessions modulo this",
+        "transfer queues of an encoder; a room's queue is the sum of the ports of its sessions, modulo this number",
     )
     workers: int = _setting(
         "SGLANG_DISAGGREGATION_THREAD_POOL_SIZE",
         16,
         _integer(1, 1024),
-        "transfer workers of an encoder, shared out over its queues (at least one each); one language rank gets at "
-        "most half of a queue's at a time",
+        "transfer workers of an encoder, divided among its queues (at least one each); one language rank gets at "
+        "most half as many as one queue has (at least one)",
     )
     data_path: str = _setting(
         "SGLANG_MM_CONN_DATA_PATH",
         "auto",
         _choice(*DATA_PATHS),
-        "auto: shared memory where both ends can prove it is one host, Mooncake otherwise; "
-        "a forced path that cannot be had is an error",
+        "auto: shared memory if encoder and language server can prove that they run on one host, otherwise Mooncake; "
+        "shm, mooncake: this path, or an error if it is unavailable",
     )
     pool_device: str = _setting(
         "SGLANG_MM_CONN_POOL_DEVICE",
         "cpu",
         _choice(*DEVICES),
-        "memory that the engine reads and writes: a language server's pool, an encoder's staging memory; "
-        "cuda: on the GPU, reached over Mooncake only (its CUDA build), on one host too",
+        "device of the memory that data paths read and write: a language server's pool, an encoder's staging memory; "
+        "cuda: on the GPU, which only Mooncake (its CUDA build) can reach, even on one host",
     )
     embedding_device: str | None = _setting(
         "SGLANG_MM_CONN_EMBEDDING_DEVICE",
         None,
         _choice(*DEVICES),
-        "where embeddings are: cuda leaves them on the encoder's GPU until they are sent, and puts them on the "
-        "language server's as they arrive, in memory that sglang does not count; unset: as SGLANG_MM_CONN_POOL_DEVICE",
+        "device of embeddings; cuda: they stay on the encoder's GPU until they are sent, and are copied out to the "
+        "language server's GPU, into memory that sglang does not count; unset: same as SGLANG_MM_CONN_POOL_DEVICE",
     )
     key_file: str | None = _setting(
         "SGLANG_MM_CONN_KEY_FILE",
         None,
         _text(),
-        "file with the deployment's secret (python -m sglang_mm_conn keygen FILE), the same on every server",
+        "file with the deployment's secret, the same on every server (python -m sglang_mm_conn keygen FILE makes it)",
     )
     insecure: bool = _setting(
         "SGLANG_MM_CONN_INSECURE",
         False,
         _flag(),
-        "1: serve beyond loopback without a key; anybody who reaches the ports can then read and forge embeddings",
+        "1: serve beyond loopback without a key; then anybody who reaches the ports can read and forge embeddings",
     )
     regions: int = _setting(
         "SGLANG_MM_CONN_REGIONS",
@@ -140,14 +140,14 @@ class Settings:
         "SGLANG_MM_CONN_HOST",
         None,
         _text(),
-        "address under which this process is reached by Mooncake; unset: --host, or what sglang finds where that is "
+        "address at which Mooncake reaches this process; unset: --host, or the address that sglang finds if --host is "
         "loopback or a wildcard",
     )
     mooncake_protocol: str = _setting(
         "SGLANG_MM_CONN_MOONCAKE_PROTOCOL",
         "rdma",
         _choice("rdma", "tcp"),
-        "what the Mooncake engine is asked for; without an RDMA device it falls back to TCP by itself",
+        "protocol of the Mooncake engine; without an RDMA device, Mooncake itself falls back from rdma to tcp",
     )
     mooncake_device: str = _setting(
         "SGLANG_MM_CONN_MOONCAKE_DEVICE",
@@ -159,29 +159,30 @@ class Settings:
         "SGLANG_MM_CONN_STAGING_BYTES",
         64 << 20,
         _integer(1 << 20, 1 << 36),
-        "registered memory of an encoder through which rows leave over Mooncake, made when it is first needed",
+        "bytes of an encoder's staging memory, the registered memory through which Mooncake sends rows; allocated at "
+        "first use",
     )
     view_percent: int = _setting(
         "SGLANG_MM_CONN_VIEW_PERCENT",
         50,
         _integer(0, 90),
-        "share of the pool that finished embeddings may occupy while their requests live, instead of being copied out "
-        "of it; 0: all are copied out",
+        "percentage of the pool's blocks that embeddings may keep as views until their requests end; other embeddings "
+        "are copied out; 0: no views",
     )
     result_cache_bytes: int = _setting(
         "SGLANG_MM_CONN_RESULT_CACHE_BYTES",
         512 << 20,
         _integer(0, 1 << 44),
-        "memory of finished embeddings that a language server keeps to use again (fresh memory is several times slower "
-        "to fill); 0: none",
+        "bytes of the buffer cache: memory of earlier results that a language server reuses (fresh memory is several "
+        "times slower to fill); 0: no cache",
     )
     heap_kept_bytes: int = _setting(
         "SGLANG_MM_CONN_HEAP_KEPT_BYTES",
         256 << 20,
         _integer(0, (1 << 31) - 1),
-        "freed memory that may stay at the end of the heap of each encoder and scheduler process for the next request; "
-        "more goes to the kernel as a whole, and comes back page by page; tensors of 32 MiB and more are elsewhere; "
-        "0, or a choice of the user's (MALLOC_TRIM_THRESHOLD_ and the like): as glibc has it",
+        "malloc trim threshold of each encoder and scheduler process: freed bytes that stay on the heap for reuse; if "
+        "more are free, glibc returns all of them to the kernel, and getting memory back costs a page fault per page; "
+        "does not apply to tensors of 32 MiB and more; 0, or a MALLOC_* variable set by the user: glibc's behaviour",
     )
     copiers: int = _setting(
         "SGLANG_MM_CONN_MOVERS",
@@ -193,25 +194,25 @@ class Settings:
         "SGLANG_MM_CONN_HEARTBEAT_SECONDS",
         1.0,
         _seconds(0.05, 60),
-        "how often each side of a control connection says that it lives",
+        "interval of the heartbeats that each side of a control connection sends",
     )
     peer_timeout: float = _setting(
         "SGLANG_MM_CONN_PEER_TIMEOUT_SECONDS",
         10.0,
         _seconds(0.2, 3600),
-        "silence after which a peer counts as lost",
+        "a peer that sends nothing for so long is lost",
     )
     claim_timeout: float = _setting(
         "SGLANG_MM_CONN_CLAIM_TIMEOUT_SECONDS",
         30.0,
         _seconds(0.2, 3600),
-        "how long an announced room may wait for a request that claims it, before its encode is released",
+        "how long an announced room may stay unclaimed before its encode is released",
     )
     doubt_patience: float = _setting(
         "SGLANG_MM_CONN_DOUBT_SECONDS",
         5.0,
         _seconds(0.1, 3600),
-        "how long blocks of a failed Mooncake write stay in doubt before the engine is replaced to free them",
+        "how long blocks of a failed Mooncake write stay in quarantine before the engine is replaced to free them",
     )
     max_embedding_bytes: int = _setting(
         "SGLANG_MM_CONN_MAX_EMBEDDING_BYTES",
@@ -235,12 +236,13 @@ class Settings:
         "SGLANG_MM_CONN_CHECKSUM",
         False,
         _flag(),
-        "1: the encoder sends a checksum of every embedding and the language server verifies it (both sides)",
+        "1: the encoder sends a checksum of every embedding and the language server verifies it; must be the same on "
+        "both sides",
     )
 
     @property
     def shared_pool(self) -> bool:
-        """Whether the pool is shared memory: GPU memory cannot be, and is reached through Mooncake from everywhere."""
+        """Whether the pool is shared memory. A pool on a GPU never is; only Mooncake can reach it."""
         return self.data_path != "mooncake" and self.pool_device == "cpu"
 
     @property
@@ -253,12 +255,12 @@ class Settings:
 
     @property
     def all_workers(self) -> int:
-        """Transfer workers of an encoder: data calls that can be under way at the same time."""
+        """Transfer workers of an encoder, which is the limit of concurrent data calls of the workers."""
         return self.queues * self.workers_per_queue
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings from ``environ``. Raises SettingError naming the variable, its value and the range."""
+        """Read the settings from ``environ``. Raises SettingError with the variable, its value and the range."""
         values: dict[str, Any] = {}
         for item in fields(cls):
             text = environ.get(item.metadata["env"], "").strip()

@@ -1,4 +1,4 @@
-"""The shard rule: which transfer queue serves a room."""
+"""Owns the shard rule, which picks the transfer queue of a room, and the form of session ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def session_at(host: str, port: int) -> str:
 def session_port(mooncake_session_id: str) -> int:
     """The port of a session id ``host:port`` (the host may be an IPv6 address, bracketed or not).
 
-    Raises ProtocolError where there is no port from 1 to 65535 after the last colon.
+    Raises ProtocolError unless a port from 1 to 65535 follows the last colon.
     """
     host, colon, text = mooncake_session_id.rpartition(":")
     if not colon or not host or not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 65535:
@@ -24,9 +24,9 @@ def session_port(mooncake_session_id: str) -> int:
 
 
 def port_sum_queue_index(mooncake_session_ids: Iterable[str], queues: int) -> int:
-    """Port-sum queue index (seed): the sum of the ports of the room's sessions, modulo the number of queues.
+    """Port-sum queue index (P6): the sum of the ports of the room's sessions, modulo the number of queues.
 
-    Computed once, when a room is complete, and stored with it: the sum changes when a session joins, so computing it
-    again for a resume could put one room on two queues at once.
+    The sender core computes it once, when the room is complete, and stores it with the room. The sum changes when a
+    session joins, so a resume that computed it again could put one room on two queues concurrently.
     """
     return sum(session_port(session) for session in mooncake_session_ids) % queues

@@ -1,7 +1,7 @@
-"""The state machines of a room, each an Enum and one table of allowed transitions.
+"""Owns the state machines: for each an Enum and one table of allowed transitions.
 
-The numbers of ``Poll`` are those of sglang's ``KVPoll``. A room's poll value never goes back (an earlier prototype
-reset it on resume, and its caller acted twice).
+``Poll`` has the same numbers as sglang's ``KVPoll``. A room's poll value never goes back: a caller that saw
+Transferring twice would act twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sglang_mm_conn.core.errors import IllegalTransition
 
 
 class Poll(IntEnum):
-    """What ``poll()`` answers on both sides."""
+    """The values that ``poll()`` returns on both sides."""
 
     Failed = 0
     Bootstrapping = 1
@@ -23,7 +23,7 @@ class Poll(IntEnum):
 
 
 class _State(Enum):
-    """Each member is equal to itself alone; Enum's own hash is that of its name, in Python, and ten times slower."""
+    """Hashes members by identity, which is how they compare. Enum hashes their names in Python, ten times slower."""
 
     __hash__ = object.__hash__
 
@@ -35,7 +35,7 @@ class ReceiverState(_State):
     QUEUED = "queued"  # announced; waits for blocks and holds none. Left by: blocks are free, an offer is sent
     OFFERED = "offered"  # the encoder may write its blocks at any moment. Left by: Progress or Done of this window
     COPYING = "copying"  # the window is confirmed; its rows are copied out of the blocks. Left by: copied out
-    SUCCESS = "success"  # every row is there
+    SUCCESS = "success"  # every row is in the result
     FAILED = "failed"  # from any state: an error of either side, an abort, the deadline, a lost encoder
 
 
@@ -53,8 +53,8 @@ class SenderState(_State):
     """A room on the encoder side, over all its sessions."""
 
     ANNOUNCED = "announced"  # an Init is missing. Left by: the last required Init
-    READY = "ready"  # every Init is there, the embedding is not. Left by: the embedding
-    TRANSFERRING = "transferring"  # complete, its queue is fixed. Left by: the last session's last window
+    READY = "ready"  # every rank has sent Init; the embedding is not computed yet. Left by: the embedding
+    TRANSFERRING = "transferring"  # complete; its queue is chosen. Left by: the last window of the last session
     SUCCESS = "success"  # every session has every row
     FAILED = "failed"  # from any state: a failed write, an Abort, the deadline, a lost language rank
 
@@ -71,12 +71,12 @@ SENDER_TRANSITIONS: dict[SenderState, frozenset[SenderState]] = {
 class WindowState(_State):
     """The current window of one (room, session) on the encoder side."""
 
-    OFFERED = "offered"  # blocks are known, nothing is written. Left by: a data call begins
-    WRITING = "writing"  # a data call is under way. Left by: it returned
+    OFFERED = "offered"  # blocks are offered, no byte is written. Left by: a data call begins
+    WRITING = "writing"  # a data call is under way. Left by: the data call returns
     PARTIAL = "partial"  # confirmed, rows remain. Left by: Resume
     DONE = "done"  # every row is confirmed
-    CLOSED = "closed"  # ended without success; no write is under way or will come
-    IN_DOUBT = "in_doubt"  # ended by a data call after which bytes may still land
+    CLOSED = "closed"  # failed; no write is under way or will come
+    IN_DOUBT = "in_doubt"  # a data call failed, and its bytes may still land
 
 
 WINDOW_TRANSITIONS: dict[WindowState, frozenset[WindowState]] = {
@@ -90,11 +90,11 @@ WINDOW_TRANSITIONS: dict[WindowState, frozenset[WindowState]] = {
 
 
 class LookUpState(_State):
-    """An encoder URL on the language side: which processes serve it is asked over HTTP."""
+    """An encoder URL on the language side. A look-up over HTTP finds the processes that serve it."""
 
-    WAITING = "waiting"  # for the time of the next look-up
+    WAITING = "waiting"  # no look-up is under way; the next one begins at its time
     LOOKING_UP = "looking_up"  # a look-up is under way; its answer leads to RESOLVED, its failure to WAITING
-    RESOLVED = "resolved"  # nothing happened since a look-up named the processes; a lost one leads to WAITING
+    RESOLVED = "resolved"  # the processes are known; the loss of one leads to WAITING
 
 
 LOOK_UP_TRANSITIONS: dict[LookUpState, frozenset[LookUpState]] = {
@@ -105,13 +105,13 @@ LOOK_UP_TRANSITIONS: dict[LookUpState, frozenset[LookUpState]] = {
 
 
 class RegistrationState(_State):
-    """This rank's session at one encoder process, on the language side."""
+    """The registration of this rank's session with one encoder process, on the language side."""
 
-    CONNECTING = "connecting"  # no control connection; connected leads to REGISTERING
-    REGISTERING = "registering"  # Registered leads to READY; a refusal that may pass is answered by another Register
-    READY = "ready"  # registered: it gets heartbeats and serves rooms; may be asked again for a newer epoch
-    REFUSED = "refused"  # the two sides do not fit, or no Register could be made; asked again after a while
-    LOST = "lost"  # gone or silent; what comes back is another process
+    CONNECTING = "connecting"  # no control connection; a connection leads to REGISTERING
+    REGISTERING = "registering"  # Registered leads to READY; after a temporary refusal the rank registers again
+    READY = "ready"  # registered: it serves rooms and gets heartbeats; stays READY while a newer epoch is registered
+    REFUSED = "refused"  # the two sides do not fit, or no Register could be built; the rank registers again every 5 s
+    LOST = "lost"  # the process has ended or is silent; its record is dropped, a look-up makes a new one
 
 
 REGISTRATION_TRANSITIONS: dict[RegistrationState, frozenset[RegistrationState]] = {
@@ -145,7 +145,7 @@ class StateMachine(Generic[State]):
         self._allowed = transitions[start]
 
     def transition_to(self, target: State) -> None:
-        """Change to ``target``. Raises IllegalTransition, and then nothing has changed."""
+        """Change to ``target``. Raises IllegalTransition, and changes nothing, if the table does not allow it."""
         if target not in self._allowed:
             raise IllegalTransition(f"{type(target).__name__}: {self.state.value} -> {target.value} is not allowed")
         self.state = target
@@ -153,5 +153,5 @@ class StateMachine(Generic[State]):
 
     @property
     def final(self) -> bool:
-        """True where no transition is left."""
+        """Whether no transition leaves this state."""
         return not self._allowed

@@ -1,4 +1,4 @@
-"""A bounded memory of rooms that ended, so that late messages about them are answered and change nothing."""
+"""Owns the tombstones: a bounded record of finished rooms, so that late messages get an answer and change nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import OrderedDict
 
 from sglang_mm_conn.core.outcomes import Outcome
 
-# Of a reason that a tombstone keeps: a peer may say as much as 4096 characters, and there are many tombstones.
+# A tombstone keeps this much of a reason. A peer may send 4096 characters, and there are many tombstones.
 _REASON_CHARACTERS = 200
 
 
 class Tombstones:
-    """Keeps the outcome on each ended room until its time, at most ``limit`` of them (oldest go first)."""
+    """Keeps the outcome of each finished room until it expires, at most ``limit`` of them (the oldest go first)."""
 
     def __init__(self, limit: int = 65536) -> None:
         self._limit = limit
@@ -24,7 +24,7 @@ class Tombstones:
         return room in self._stones
 
     def put(self, room: str, outcome: Outcome, until: float) -> None:
-        """Remember ``outcome`` until time ``until``; replaces an older outcome on the same room."""
+        """Keep ``outcome`` until time ``until``. Replaces an older outcome of the same room."""
         if len(outcome.reason) > _REASON_CHARACTERS:
             outcome = Outcome(outcome.reason[:_REASON_CHARACTERS], outcome.code)
         self._stones[room] = (until, outcome)
@@ -37,7 +37,7 @@ class Tombstones:
         return None if stone is None else stone[1]
 
     def sweep(self, now: float) -> None:
-        """Forget what has expired, oldest first. One with a late expiry delays younger ones, the limit bounds them."""
+        """Forget expired ones, oldest first. One that expires late delays younger ones; ``limit`` bounds them."""
         while self._stones:
             room, (until, _) = next(iter(self._stones.items()))
             if until > now:

@@ -1,4 +1,4 @@
-"""Owns the announcements and failures of rooms that no request has claimed yet."""
+"""Owns the Announce and Failed messages of unclaimed rooms, which no request expects yet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from sglang_mm_conn.core.messages import Announce, Failed, as_text
 from sglang_mm_conn.core.outcomes import FailureCode, Outcome
 from sglang_mm_conn.core.receiver_room import Peer
 
-# Of one encoder process: one that announces nonsense leaves room for the others.
+# The limit per encoder process. A process that announces nonsense leaves capacity for the others.
 UNCLAIMED_LIMIT = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Unclaimed:
-    """An announcement (or failure) of a room that no request has claimed yet."""
+    """The last message about an unclaimed room.
+
+    Attributes:
+        peer: the encoder process that sent it.
+        message: Announce or Failed.
+        until: time at which the room can no longer be claimed.
+    """
 
     peer: Peer
     message: Announce | Failed
@@ -24,12 +30,12 @@ class Unclaimed:
 
 
 class UnclaimedRooms(Mapping[str, Unclaimed]):
-    """By room, the last message about it; oldest first."""
+    """The unclaimed rooms by name, the oldest first."""
 
     def __init__(self, claim_timeout: float) -> None:
         self._claim_timeout = claim_timeout
-        self._rooms: dict[str, Unclaimed] = {}  # in the order of their time
-        self._count: Counter[str] = Counter()  # by encoder process
+        self._rooms: dict[str, Unclaimed] = {}  # in the order of ``until``
+        self._count: Counter[str] = Counter()  # rooms by encoder process
 
     def __getitem__(self, room: str) -> Unclaimed:
         return self._rooms[room]
@@ -41,7 +47,7 @@ class UnclaimedRooms(Mapping[str, Unclaimed]):
         return len(self._rooms)
 
     def put(self, peer: Peer, message: Announce | Failed, now: float) -> bool:
-        """Keep ``message`` in place of an older one. Returns False where its process has too many already."""
+        """Keep ``message`` instead of an older one. Returns False if its process already has too many rooms here."""
         room = message.room
         self.take(room)  # the new one goes to the end
         if self._count[peer.incarnation] >= UNCLAIMED_LIMIT:
@@ -53,7 +59,7 @@ class UnclaimedRooms(Mapping[str, Unclaimed]):
         return True
 
     def take(self, room: str) -> Unclaimed | None:
-        """A request claims ``room``, or nobody will: what is kept of it leaves the table."""
+        """Remove and return the message about ``room``: a request claims it, or none can any more."""
         item = self._rooms.pop(room, None)
         if item is not None:
             self._count[item.peer.incarnation] -= 1
@@ -66,7 +72,7 @@ class UnclaimedRooms(Mapping[str, Unclaimed]):
             self.take(room)
 
     def take_expired(self, now: float) -> list[tuple[Unclaimed, Outcome]]:
-        """What nobody claimed in time, each with the outcome for a request that still comes."""
+        """Remove the rooms that no request claimed in time. Returns each with its outcome for a later request."""
         expired = []
         while self._rooms and now >= (item := next(iter(self._rooms.values()))).until:  # the oldest is the first
             message = item.message

@@ -1,4 +1,4 @@
-"""Owns the blocks that finished embeddings keep as views, and how many blocks views may hold together."""
+"""Owns the views, embeddings that stay in their blocks, and the limit of blocks that all views together hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sglang_mm_conn.core.receiver_room import ReceiverRoom
 
 
 class Views:
-    """The views by room. Blocks count from the moment that a copy may make a view of them."""
+    """The views by room. Blocks count toward the limit as soon as a copier may make a view of them."""
 
     def __init__(self, allocator: BlockAllocator, *, most_blocks: int, least_bytes: int) -> None:
         """``least_bytes``: smaller embeddings are copied out."""
@@ -18,7 +18,7 @@ class Views:
         self._most_blocks = most_blocks
         self._least_bytes = least_bytes
         self._views: dict[str, tuple[tuple[str, int], Sequence[int]]] = {}  # room -> owner, blocks
-        self._counted = 0  # blocks of views, and of copies that may make one
+        self._counted = 0  # blocks of views, and of windows that a copier may make a view of
 
     def __contains__(self, room: str) -> bool:
         return room in self._views
@@ -32,9 +32,9 @@ class Views:
         return sum(len(blocks) for _, blocks in self._views.values())
 
     def grant(self, entry: ReceiverRoom) -> bool:
-        """Whether an embedding that came in one window may stay in its blocks; counts them where it may.
+        """Whether an embedding that came in one window may stay in its blocks. If so, its blocks count.
 
-        To be asked only while no room waits for blocks: these come back when the request is over, not before.
+        Call it only while no room waits for blocks, because a view holds its blocks until its request has ended.
         """
         count, first = len(entry.blocks), entry.blocks[0]
         if (
@@ -47,24 +47,25 @@ class Views:
         return True
 
     def renounce(self, blocks: Sequence[int]) -> None:
-        """The copy was granted a view and made none."""
+        """The copier was allowed to make a view and made none."""
         self._counted -= len(blocks)
 
     def put(self, entry: ReceiverRoom) -> None:
-        """The copy made a view: the blocks stay its window's. Raises ConnError where none was granted."""
+        """The copier made a view, which keeps the window's blocks. Raises ConnError if none was granted."""
         if not entry.view:
-            raise ConnError(f"room {entry.room}: nobody allowed a view of its blocks")
+            raise ConnError(f"room {entry.room}: no view of its blocks was granted")
         self._views[entry.room] = (entry.room, entry.window), entry.blocks
 
     def release(self, room: str) -> None:
-        """Nothing refers to the view any more: its blocks are free again."""
+        """Free the blocks of the view: nothing refers to it any more."""
         owner, blocks = self._views.pop(room)
         self._allocator.release(owner, blocks)
         self._counted -= len(blocks)
 
     def check_integrity(self, granted: int) -> None:
-        """Raise unless the count is right; ``granted`` blocks are in copies that may make a view."""
+        """Raise ConnError unless the count is right. ``granted``: blocks that a copier may make a view of."""
         if self._counted != self.blocks + granted or self._counted > self._most_blocks:
             raise ConnError(
-                f"{self._counted} blocks counted as views, but {self.blocks} are and {granted} may become one"
+                f"{self._counted} blocks counted as views, but {self.blocks} are in views and {granted} may become one "
+                f"(limit {self._most_blocks})"
             )

@@ -1,4 +1,4 @@
-"""Owns the turns to write to a session: how many data calls are under way, and which rooms wait for one to end."""
+"""Owns the limit of concurrent data calls per session, and the rooms that wait until one returns."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sglang_mm_conn.core.states import SenderState, WindowState
 
 
 class WriteSlots:
-    """By session id. A destination that hangs must not hold every worker, so each has a limit."""
+    """Writes and waiting rooms by session id. Each session has a limit, so one that hangs never holds every worker."""
 
     def __init__(self) -> None:
-        self.writes: Counter[str] = Counter()  # under way; no session without any
-        self.deferred: dict[str, deque[str]] = {}  # rooms that wait for their turn
+        self.writes: Counter[str] = Counter()  # data calls under way; sessions without any have no entry
+        self.deferred: dict[str, deque[str]] = {}  # rooms that wait, longest first
 
     def take(self, session: RegisteredSession, room: str) -> bool:
-        """Whether a write to ``session`` may begin now; where not, ``room`` waits for its turn there."""
+        """Whether a write to ``session`` may begin now. If not, ``room`` waits for one to return."""
         session_id = session.mooncake_session_id
         if self.writes[session_id] >= session.most_writes:
             self.deferred.setdefault(session_id, deque()).append(room)
@@ -26,13 +26,13 @@ class WriteSlots:
         return True
 
     def give_back(self, session_id: str) -> None:
-        """A write has ended."""
+        """A write has returned."""
         self.writes[session_id] -= 1
         if not self.writes[session_id]:
             del self.writes[session_id]
 
     def next_room(self, session_id: str, rooms: Mapping[str, SenderRoom]) -> SenderRoom | None:
-        """The room that has waited longest and still has something to write there; its wait is over."""
+        """Remove and return the room that has waited longest and still has a window to write; None if there is none."""
         waiting = self.deferred.get(session_id)
         if waiting is None:
             return None
@@ -46,9 +46,10 @@ class WriteSlots:
         return None
 
     def idle(self, sessions: Mapping[str, RegisteredSession]) -> list[str]:
-        """Sessions that rooms wait for although they are free, or gone.
+        """Sessions that rooms wait for although the session has capacity, or is lost.
 
-        Normally the end of a write passes the turn on; a room that was aborted in its turn wrote nothing.
+        Usually the end of a write queues the next room. But if that room was aborted in the meantime, it wrote nothing,
+        so no end of a write follows and the rooms behind it still wait.
         """
         return [
             session_id

@@ -1,8 +1,8 @@
-"""One encoder core and the receiver cores of one language server, joined by hand, with memory that is checked.
+"""Joins one encoder core and the receiver cores of one language server, and checks their memory.
 
-Nothing here runs by itself: a test delivers messages, starts and ends writes and copies, drops connections. Frames
-travel through the real codec and in order; those of a dropped connection are lost. Every byte that a write puts into
-a block, and every byte that a copy takes out, is put and taken under an assertion on who owns that block.
+Nothing happens by itself: a test delivers messages, starts and ends writes and copies, drops connections. Frames pass
+the real codec in order, and a dropped connection loses its frames. Each write into a block and each copy out of one
+asserts that its window owns the block.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class Rank:
         return self.session.mooncake_session_id
 
     def owner(self, block: int) -> object:
-        """Who holds ``block``, in quarantine or not; None where it is free."""
+        """The owner of ``block``, in quarantine or not; None if it is free."""
         allocator = self.core.allocator
         return allocator._held.get(block, allocator._quarantined.get(block))
 
 
 class Wire:
-    """The encoder, the ranks, and what is between them."""
+    """The encoder, the ranks, and the messages between them."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Wire:
         self.sizes[room] = (tokens, row_bytes)
         ended_before = room in self.encoder.tombstones
         actions = self.encoder.announce(room, tokens, row_bytes, "float32", self.now)
-        if ended_before:  # whoever announces it now is told, too
+        if ended_before:  # the caller of announce gets the outcome at once
             (ended,) = actions
             assert isinstance(ended, Ended) and not ended.success
             self.encoder_ended[room] = ended
@@ -187,7 +187,7 @@ class Wire:
         self.perform_encoder(self.encoder.add_source(room, range(3), metadata_of(room), None, self.now))
 
     def start(self, tokens: int, *, timeout: float = 60.0, row_bytes: int | None = None) -> str:
-        """A new room that all ranks expect and whose embedding is there; nothing is delivered yet."""
+        """A new room that all ranks expect and whose embedding is ready; nothing is delivered yet."""
         room = self.room()
         self.expect(room, timeout=timeout)
         self.announce(room, tokens, row_bytes)
@@ -267,7 +267,7 @@ class Wire:
         return message
 
     def inject_to_encoder(self, message: Init | Resume | Abort, rank: Rank | None = None) -> list[Message]:
-        """Deliver ``message`` out of turn; returns what the encoder answers (which also goes onto the wire)."""
+        """Deliver ``message`` before all others. Returns the encoder's answers, which also go onto the wire."""
         actions = self.encoder.on_message((rank or self.rank).peer, message, self.now)
         self.perform_encoder(actions)
         return sends(actions)
@@ -300,7 +300,7 @@ class Wire:
         self.perform_encoder(self.encoder.register(rank.session, self.now))
 
     def silent(self, rank: Rank) -> None:
-        """Both sides give the other up, as after a long silence."""
+        """Each side treats the other as lost, as after a long silence."""
         self.drop(rank)
         self.perform_encoder(self.encoder.session_lost(rank.session_id, "silent", self.now))
         self.perform_rank(rank, rank.core.peer_lost(self.incarnation, "silent", self.now))
@@ -341,7 +341,7 @@ class Wire:
         return write
 
     def end_write(self, write: WindowWrite, error: str = "", *, in_doubt: bool = False) -> None:
-        """The data call returns, the rest landed (or will, where the matter is in doubt); the worker looks again."""
+        """The data call returns. Its other half has landed; in doubt it may land later. The worker continues."""
         self.writing.remove(write)
         if in_doubt:
             self.late.append(write)
@@ -351,7 +351,7 @@ class Wire:
         self._begin(write.room)
 
     def land(self, write: WindowWrite, *, first: bool = True, second: bool = True) -> None:
-        """Bytes of ``write`` land. The heart of P2: only in blocks that are still this window's."""
+        """Bytes of ``write`` land. P2: only in blocks that the window still owns."""
         rank = next(rank for rank in self.ranks if rank.session_id == write.session.mooncake_session_id)
         tokens, row_bytes = self.sizes[write.room]
         start, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
@@ -392,7 +392,7 @@ class Wire:
         return progress
 
     def work(self) -> bool:
-        """All writes that can be made, and all copies."""
+        """Make all writes and copies that are possible."""
         progress = False
         while self.writing or self.begin_write():
             self.end_write(self.writing[0])
@@ -420,7 +420,7 @@ class Wire:
         raise AssertionError("the two sides do not come to rest")
 
     def check(self) -> None:
-        """What holds after every step: accounts are right, and no poll value ever goes back."""
+        """Holds after every step: accounts are right, and no poll value goes back."""
         for rank in self.ranks:
             rank.core.check_integrity()
             for room, entry in rank.core.rooms.items():
@@ -443,7 +443,7 @@ class Wire:
         )
 
     def assert_baseline(self) -> None:
-        """Nothing is left of any room but tombstones: every block is free."""
+        """Every room is finished and has left a tombstone only, and every block is free."""
         assert not self.encoder.rooms
         for rank in self.ranks:
             assert not rank.core.quarantine and not rank.core.unclaimed

@@ -1,4 +1,4 @@
-"""The accounts of blocks: every block is somebody's or free, and a block that is lost is noticed."""
+"""The accounts of blocks: every block is free or has an owner, and a lost block is noticed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_report_names_who_has_the_blocks() -> None:
 def test_a_block_that_nobody_has_on_record_is_noticed() -> None:
     accounts = Accounts()
     accounts.rooms["a"].blocks.pop()
-    with pytest.raises(ConnError, match="rooms hold 2 blocks, the allocator says 3"):
+    with pytest.raises(ConnError, match="rooms and views hold 2 blocks, the allocator counts 3"):
         accounts.check()
 
 
@@ -56,5 +56,5 @@ def test_a_quarantine_without_a_record_is_noticed() -> None:
     accounts = Accounts()
     accounts.allocator.quarantine(("a", 0), accounts.rooms["a"].blocks)
     accounts.rooms["a"].blocks = []
-    with pytest.raises(ConnError, match="quarantine lists 1, the allocator says 3"):
+    with pytest.raises(ConnError, match="quarantine lists 1, the allocator counts 3"):
         accounts.check()

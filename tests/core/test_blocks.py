@@ -1,4 +1,4 @@
-"""The allocator: no block is ever in two hands, and none is lost."""
+"""The allocator: no block ever has two owners, and none is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_shortest_run_that_is_long_enough_is_taken_so_that_long_ones_stay() 
     assert allocator.allocate("three", 3) == [8, 9, 10]
     assert allocator.allocate("four", 4) == [0, 1, 2, 3]
     allocator.release("four", [3, 2, 1, 0])
-    # Where no run is long enough: few pieces, the longest first.
+    # No run is long enough: the longest first, so that there are few of them.
     assert allocator.allocate("six", 6) == [0, 1, 2, 3, 12, 13]
     allocator.check_integrity()
 

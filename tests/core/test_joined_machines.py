@@ -1,7 +1,7 @@
-"""Both cores joined, driven in any order: what must hold after every step, and what must be left at the end.
+"""Both cores joined and driven in any order, with the properties after every step and at the end.
 
-The harness asserts, whatever the order: accounts are right, poll values never go back, no byte lands in a block that
-is not the window's own, no row is copied out of somebody's block, Success means the right bytes, a room ends once.
+In every order the harness asserts: accounts are right; poll values never go back; bytes land only in blocks that their
+window owns; rows are copied out only of such blocks; Success means the right bytes; a room ends once.
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ class JoinedMachine(RuleBasedStateMachine):
     @rule(index=Index)
     def expect(self, index: int) -> None:
         rank, room = self.to_expect.pop(index % len(self.to_expect))
-        given_up = room in rank.core.tombstones  # nobody claimed it in time, or its encode failed
+        given_up = room in rank.core.tombstones  # no request claimed it in time, or its encode failed
         self.wire.expect(room, rank)
         if given_up:
-            assert not rank.ended[room].success, "the late request hears of it at once"
+            assert not rank.ended[room].success, "the late request fails at once"
 
     # -- messages, writes, copies: one at a time ------------------------------------------------------------------
 
     def possible(self) -> list[Callable[[], object]]:
-        """Every single event that can happen next."""
+        """Every event that can happen next."""
         wire = self.wire
         events: list[Callable[[], object]] = []
         for rank in wire.ranks:
@@ -110,7 +110,7 @@ class JoinedMachine(RuleBasedStateMachine):
             if events := self.possible():
                 events[choice % len(events)]()
 
-    # Thrice the same: what goes on is drawn as often as what goes wrong.
+    # Three times the same, so that progress is drawn as often as faults.
     go_on_1 = rule(choices=Choices)(go_on)
     go_on_2 = rule(choices=Choices)(lambda self, choices: self.go_on(choices))
     go_on_3 = rule(choices=Choices)(lambda self, choices: self.go_on(choices))
@@ -171,7 +171,7 @@ class JoinedMachine(RuleBasedStateMachine):
                 assert not entry.blocks or entry.state.value != "queued"
 
     def teardown(self) -> None:
-        """The world heals; everything comes to rest, every room has ended, and nothing is left but the doubtful."""
+        """All faults end. Then every room finishes, and nothing is left but writes in doubt."""
         if not hasattr(self, "wire"):
             return
         wire = self.wire
@@ -199,7 +199,7 @@ class JoinedMachine(RuleBasedStateMachine):
             if wire.path == "shm":
                 assert not rank.core.quarantine
             for room, held in rank.core.quarantine.items():
-                # A process that is gone can prove nothing over Mooncake; a living one held back only what is in doubt.
+                # Over Mooncake the end of a process proves nothing. A living process left out only windows in doubt.
                 assert held.peer.incarnation != wire.incarnation or (room, rank.session_id) in doubtful
         for late in wire.late:
             wire.land(late)
@@ -214,7 +214,7 @@ TestJoined = JoinedMachine.TestCase
 @pytest.mark.parametrize("path", ["shm", "mooncake"])
 @pytest.mark.parametrize("seed", range(25))
 def test_long_walks_in_which_most_goes_well(path: str, seed: int) -> None:
-    """The same rules over hundreds of steps: rooms overlap, wait for blocks, and meet what others left behind."""
+    """The same rules over hundreds of steps: rooms overlap, wait for blocks, and meet the remains of other rooms."""
     chance = random.Random(f"{path} {seed}")
     walk = JoinedMachine()
     walk.begin(path, chance.randint(1, 2), chance.randint(1, 4), chance.choice([None, 1, 6, 100]))

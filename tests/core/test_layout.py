@@ -1,4 +1,4 @@
-"""Where the bytes of a window lie."""
+"""Which bytes of which region a window occupies."""
 
 from __future__ import annotations
 

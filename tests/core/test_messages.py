@@ -1,4 +1,4 @@
-"""The codec: what a frame says arrives, and nothing but a valid message or ProtocolError comes out of bytes."""
+"""The codec: a message arrives as it was sent, and any bytes decode to a valid message or raise ProtocolError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Offers: first come, first served, what there is, and never a later deadline."""
+"""Offers: first come, first served, as many blocks as are free, and never a later deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quarantined blocks: which proofs free them, and who is asked for one."""
+"""Quarantined blocks: which proofs free them, and which processes get another Abort."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_proves_nothing_frees_nothing(message: RoomMessage) -> None:
     assert list(quarantine) == ["0"] and allocator.quarantined_count == 1
 
 
-def test_only_the_process_session_and_epoch_that_was_offered_the_blocks_can_prove_anything() -> None:
+def test_a_proof_needs_the_process_session_and_epoch_that_were_offered_the_blocks() -> None:
     quarantine, _ = table(MOONCAKE, epoch=1)  # given epoch 2 after the offer
     assert not quarantine.waits_for(MOONCAKE, "0")
     assert quarantine.waits_for(Peer("e2", "10.0.0.1:17002", "mooncake", False, epoch=1), "0")
@@ -90,7 +90,7 @@ def test_peers_and_the_oldest_doubt_of_a_session_are_known() -> None:
     assert table(SHM)[0].in_doubt_since(MOONCAKE.mooncake_session_id) is None
 
 
-def test_each_registered_process_is_asked_again_when_its_time_has_come_and_not_more_often() -> None:
+def test_an_unanswered_abort_is_repeated_to_a_registered_process_when_due_only() -> None:
     quarantine, _ = table(SHM, MOONCAKE)
     assert quarantine.to_ask_again(ABORT_AGAIN_SECONDS - 0.1, {"e1", "e2"}) == []
     assert quarantine.to_ask_again(ABORT_AGAIN_SECONDS + 1, {"e1"}) == [(SHM, "0")]

@@ -157,7 +157,7 @@ def test_an_embedding_over_the_limit_fails_naming_the_setting() -> None:
 
 def test_resume_transfer_of_rows_that_are_not_here_is_refused() -> None:
     wire, room = at_copying()
-    with pytest.raises(ConnError, match="1024 rows named, 0 are here"):
+    with pytest.raises(ConnError, match="sent_tokens=1024, but 0 are copied out"):
         wire.rank.core.resume_transfer(wire.rank.core.rooms[room], [9], 1024, 128, wire.now)
 
 
@@ -199,11 +199,11 @@ def test_an_announcement_that_no_request_claims_releases_its_encode_soon() -> No
     wire.settle()
     assert wire.encoder_ended[room].code == 499 and "no request claimed" in wire.encoder_ended[room].reason
     wire.assert_baseline()
-    wire.expect(room)  # the request comes after all: it hears at once that its encode was released
+    wire.expect(room)  # the late request fails at once: its encode was released
     assert wire.rank.ended[room].code == 408 and "no request claimed" in wire.rank.ended[room].reason
 
 
-def test_a_room_that_arrived_is_not_aborted_for_the_other_ranks_when_it_is_announced_again() -> None:
+def test_an_arrived_room_that_is_announced_again_is_not_aborted_for_other_ranks() -> None:
     wire = Wire(ranks=2)
     room = wire.start(100)
     first, second = wire.ranks
@@ -273,7 +273,7 @@ def test_unclaimed_announcements_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert len(wire.rank.core.unclaimed) == 3
 
 
-def test_an_encoder_that_announces_nonsense_leaves_room_for_the_announcements_of_another(
+def test_an_encoder_that_announces_nonsense_leaves_capacity_for_another_encoder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(unclaimed, "UNCLAIMED_LIMIT", 3)
@@ -286,10 +286,10 @@ def test_an_encoder_that_announces_nonsense_leaves_room_for_the_announcements_of
         return core.on_message(incarnation, Announce(room=room, total_tokens=1, row_bytes=4, dtype="float32"), 0.0)
 
     said = [announce("mad") for _ in range(5)]
-    assert [len(actions) for actions in said] == [0, 0, 0, 1, 1], "what is too much is aborted"
+    assert [len(actions) for actions in said] == [0, 0, 0, 1, 1], "rooms above the limit are aborted"
     assert not announce("sane") and len(core.unclaimed) == 4
     core.tick(1e6)
-    assert not core.unclaimed and not announce("mad") and not announce("sane"), "what has gone counts no more"
+    assert not core.unclaimed and not announce("mad") and not announce("sane"), "removed rooms no longer count"
 
 
 def test_an_encoder_that_cannot_be_used_fails_only_what_waits_for_it() -> None:
@@ -452,7 +452,7 @@ def second_process(wire: Wire) -> Peer:
     return peer
 
 
-def test_a_second_process_that_claims_the_room_is_turned_away_once_without_an_endless_exchange() -> None:
+def test_a_second_process_that_announces_a_room_gets_one_abort_and_no_endless_loop() -> None:
     wire, room = at_offered()
     peer = second_process(wire)
     before = state(wire, room)
@@ -536,7 +536,7 @@ def test_a_proof_of_another_process_is_none(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROOFS)
 def test_what_a_process_says_about_another_session_is_no_proof(name: str) -> None:
-    # The encoder knows nothing of the room on the new session, and says so, while it still writes through the old.
+    # The encoder answers for the new session, where it does not know the room. It still writes through the old one.
     wire, room = at_offered()
     peer = Peer(wire.incarnation, "10.0.0.1:17999", "mooncake", exclusive_lock=False)
     wire.perform_rank(wire.rank, wire.rank.core.peer_ready(peer, wire.now))
@@ -609,7 +609,7 @@ def test_a_room_that_ends_in_any_state_frees_what_is_proven_and_nothing_else(at:
     wire.assert_baseline()
 
 
-def test_an_aborted_rooms_late_write_lands_in_quarantine_not_in_the_next_requests_blocks() -> None:
+def test_a_late_write_of_an_aborted_room_lands_in_quarantine_not_in_reused_blocks() -> None:
     wire = Wire(blocks=8)
     room = wire.start(1024)
     wire.deliver()
@@ -624,7 +624,7 @@ def test_an_aborted_rooms_late_write_lands_in_quarantine_not_in_the_next_request
     assert wire.succeeded(following) and not wire.rank.ended[room].success
 
 
-def test_a_room_that_is_forgotten_in_mid_copy_keeps_its_blocks_until_the_mover_is_done() -> None:
+def test_a_room_forgotten_during_its_copy_keeps_its_blocks_until_the_copier_ends() -> None:
     wire, room = at_copying()
     wire.abort(room)
     wire.rank.core.forget(room)
@@ -683,7 +683,7 @@ def test_whoever_waits_for_blocks_holds_none_and_the_longest_wait_is_served_firs
     wire.assert_baseline()
 
 
-def test_many_rooms_larger_than_the_pool_share_it_without_a_deadlock_and_none_starves() -> None:
+def test_many_rooms_larger_than_the_pool_share_it_without_deadlock_or_starvation() -> None:
     wire = Wire(blocks=3, block_rows=4)
     rooms = [wire.start(tokens) for tokens in (50, 1, 33, 120, 2, 64)]
     wire.settle()
@@ -798,7 +798,7 @@ def test_a_connection_lost_after_any_step_loses_nothing(at: int, ranks: int) -> 
 
     wire.settle(until=after)
     wire.drop(lost)
-    wire.work()  # goes on while the connection is down
+    wire.work()  # continues while the connection is down
     wire.reconnect(lost)
     wire.settle()
     assert wire.succeeded(room)
@@ -823,7 +823,7 @@ def test_each_kind_of_lost_message_is_made_good(kind: str) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 1])
-def test_a_write_under_way_while_the_connection_is_replaced_is_confirmed_on_the_new_one(window: int) -> None:
+def test_a_write_under_way_is_confirmed_on_the_connection_that_replaced_the_old_one(window: int) -> None:
     wire = Wire(first_offer=1024)
     room = wire.start(2000)
     wire.deliver()
@@ -836,7 +836,7 @@ def test_a_write_under_way_while_the_connection_is_replaced_is_confirmed_on_the_
     assert write is not None and write.window == window
     wire.drop()
     wire.reconnect()
-    wire.deliver()  # the truth so far: nothing new is confirmed
+    wire.deliver()  # the confirmed state: nothing new
     wire.end_write(write)
     wire.settle()
     assert wire.succeeded(room)
@@ -941,7 +941,7 @@ def test_a_report_says_who_has_the_blocks_and_how_far_the_rooms_are() -> None:
 def test_check_integrity_sees_blocks_that_no_room_accounts_for() -> None:
     wire, room = at_offered()
     wire.rank.core.rooms[room].blocks.pop()
-    with pytest.raises(ConnError, match="rooms hold 7"):
+    with pytest.raises(ConnError, match="rooms and views hold 7"):
         wire.rank.core.check_integrity()
 
 
@@ -973,7 +973,7 @@ def test_blocks_in_doubt_are_free_when_their_epoch_is_revoked_and_not_before() -
     core.check_integrity()
 
 
-def test_an_epoch_is_in_use_as_long_as_a_peer_may_be_offered_it_or_a_healthy_window_is_open() -> None:
+def test_an_epoch_is_in_use_while_a_peer_may_get_it_or_a_healthy_window_is_open() -> None:
     wire = Wire(path="mooncake", first_offer=1024)
     room = wire.start(2000)
     wire.deliver()

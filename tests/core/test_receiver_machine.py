@@ -1,13 +1,14 @@
-"""The receiver's rooms alone, against a small model of encoders on a network that loses, repeats and reorders.
+"""The receiver core alone, against a small model of encoders on a network that loses, repeats and reorders.
 
-The joined machines drive both real cores; here the other side is a model, so it can do what the real encoder never
-would (lie, be slow for ever, serve a room of another), and so one core cannot make up for a fault of the other. The
-model knows the *truth*: for each offer, whether its encoder may still write it. The core knows only what it was told.
+The joined machines drive both real cores. Here the other side is a model, so it can do things that the real encoder
+never does (lie, be slow for ever, serve a room of another encoder), and one core cannot hide a fault of the other. The
+model knows for each offer whether its encoder may still write it. The core knows only the messages that it received.
 
-Seen to fail when, in the core: quarantine was skipped on failure; any confirmation counted as proof for any window;
-the claimed count was not compared; another process' word was a proof; the queue was served from its tail; blocks that
-became free served nobody; an unasked Drained freed them; a revoked epoch freed those of a newer one, or was called
-unused with a healthy window in it; an offer was not repeated to who had lost it; a waiting room had no deadline.
+Each of these faults in the core made a test fail: quarantine was skipped on failure; any confirmation was a proof for
+any window; the row count was not compared; the message of another process was a proof; the queue was served from its
+tail; free blocks were not offered to waiting rooms; a Drained without an Abort freed blocks; a revoked epoch freed
+blocks of a newer one, or counted as unused while it had a healthy window; an offer was not repeated after its
+connection was lost; a waiting room had no deadline.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Patience = st.sampled_from([5.0, 40.0])
 
 @dataclass
 class Offer:
-    """Blocks that were given away for one window."""
+    """Blocks that were offered for one window."""
 
     room: str
     window: int
@@ -78,11 +79,11 @@ class Encoder:
     rooms: dict[str, Served] = field(default_factory=dict)
     inbox: list[Message] = field(default_factory=list)
     outbox: list[Message] = field(default_factory=list)
-    said: list[Message] = field(default_factory=list)  # ever, on any connection; each stays true
+    said: list[Message] = field(default_factory=list)  # all messages on all connections; each stays true
 
 
 class ReceiverMachine(RuleBasedStateMachine):
-    """One rank; at a time one encoder that writes over shared memory and one over Mooncake."""
+    """One rank, and at a time one encoder over shared memory and one over Mooncake."""
 
     @initialize(
         blocks=st.integers(1, 6), first_offer=st.sampled_from([None, 1, 5]), view_blocks=st.integers(0, 5),
@@ -106,7 +107,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.waiting: list[str] = []
         self.offers: list[Offer] = []
         self.copies: list[tuple[CopyOut, Offer]] = []
-        self.unproven: list[Encoder] = []  # dead, and the core was not told that it is
+        self.unproven: list[Encoder] = []  # dead; the core has no proof of it yet
         self.epoch = 0
         self.destroyed = -1
         self.names = 0
@@ -115,10 +116,10 @@ class ReceiverMachine(RuleBasedStateMachine):
             self.encoders.append(self.new_encoder(path))
             self.connect(self.encoders[-1])
 
-    # -- the truth -----------------------------------------------------------------------------------------------
+    # -- what can land -------------------------------------------------------------------------------------------
 
     def may_write(self, offer: Offer) -> bool:
-        """Whether bytes of ``offer`` can land now or later, whatever anybody has been told."""
+        """Whether bytes of ``offer`` can land now or later, whatever messages were sent."""
         encoder = offer.encoder
         if offer.confirmed or (encoder.path == "mooncake" and offer.epoch <= self.destroyed):
             return False
@@ -128,7 +129,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         return encoder.alive or (encoder.path == "mooncake" and offer.taken)
 
     def cells(self, offer: Offer) -> list[int]:
-        """Where each byte of the window lies: rows are packed, blocks in the order given."""
+        """The place of each byte of the window. Rows are packed, blocks are in the given order."""
         return [
             offer.blocks[byte // BLOCK_BYTES] * BLOCK_BYTES + byte % BLOCK_BYTES
             for byte in range(offer.tokens * self.sizes[offer.room][1])
@@ -143,13 +144,13 @@ class ReceiverMachine(RuleBasedStateMachine):
         for cell, byte in written[: int(len(written) * share)]:
             self.memory[cell] = byte
 
-    # -- what the core asks for ----------------------------------------------------------------------------------
+    # -- actions of the core -------------------------------------------------------------------------------------
 
     def perform(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Send):
                 encoder = next((one for one in self.encoders if one.incarnation == action.peer), None)
-                assert encoder is not None, "said to a process that is gone"
+                assert encoder is not None, "sent to a lost process"
                 if isinstance(action.message, Init | Resume):
                     self.see_offer(encoder, action.message)
                 if encoder.connected:
@@ -180,7 +181,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         offer = Offer(
             room, window, encoder, message.epoch, message.dst_embedding_indices, first, message.allocated_tokens
         )
-        assert room in self.deadlines and room not in self.ended, "an offer for a room that nobody waits for"
+        assert room in self.deadlines and room not in self.ended, "an offer for a room that no request waits for"
         assert 0 <= message.deadline <= max(0.0, self.deadlines[room] - self.now), "the encoder's deadline is later"
         earlier = [one for one in self.offers if one.room == room]
         if earlier and earlier[-1].window == window:
@@ -238,7 +239,7 @@ class ReceiverMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sizes) < 10)
     @rule(rows=st.integers(1, 20), row=st.sampled_from([4, 5]), encoder=st.integers(0, 1), seconds=Patience)
     def start(self, rows: int, row: int, encoder: int, seconds: float) -> None:
-        """A request whose room is announced at once, and heard."""
+        """A request whose Announce is sent and received at once."""
         self.dispatch(rows, row)
         self.expect(len(self.sizes) - 1, seconds)
         one = self.encoders[encoder]
@@ -291,7 +292,7 @@ class ReceiverMachine(RuleBasedStateMachine):
             self.say_announce(encoder, room)
 
     def hear(self, encoder: Encoder, message: Message) -> None:
-        """An encoder that takes a message, true to the protocol."""
+        """An encoder handles a message as the protocol requires."""
         if isinstance(message, Abort):
             served = encoder.rooms.setdefault(message.room, Served())
             if not served.in_doubt:
@@ -327,7 +328,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.perform(self.core.on_message(encoder.incarnation, message, self.now))  # type: ignore[arg-type]
 
     def events(self) -> list[Callable[[], object]]:
-        """Every single thing that can go on next, in no order: the network keeps none."""
+        """Every event that can happen next. The network keeps no order."""
         found: list[Callable[[], object]] = []
         for encoder in self.encoders:
             for message in encoder.inbox:
@@ -362,7 +363,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.perform(self.core.on_copied(copy.room, copy.window, error, self.now, view=view))
 
     def drop_view(self, index: int) -> None:
-        """The last tensor on a view is gone; until now its bytes were nobody else's."""
+        """The last tensor over a view is released. Until now no other window was written to its blocks."""
         offer = self.views.pop(index)
         assert [self.memory[cell] for cell in self.cells(offer)] == self.content(offer), "a view was overwritten"
         self.perform(self.core.view_released(offer.room, self.now))
@@ -374,7 +375,7 @@ class ReceiverMachine(RuleBasedStateMachine):
                 self.nothing_is_written_or_read_in_a_block_of_another()
 
     Choices = st.lists(st.integers(0, 63), min_size=1, max_size=12)
-    # Thrice the same: what goes on is drawn as often as what goes wrong.
+    # Three times the same, so that progress is drawn as often as faults.
     go_on_1 = rule(choices=Choices)(go_on)
     go_on_2 = rule(choices=Choices)(lambda self, choices: self.go_on(choices))
     go_on_3 = rule(choices=Choices)(lambda self, choices: self.go_on(choices))
@@ -382,7 +383,7 @@ class ReceiverMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sizes)
     @rule(index=Index, encoder=st.integers(0, 3))
     def encode(self, index: int, encoder: int) -> None:
-        """Nearly always the first encoder; now and then two serve one room."""
+        """Nearly always the first encoder. Sometimes two serve one room."""
         self.announce(self.encoders[encoder == 3], list(self.sizes)[index % len(self.sizes)])
 
     @precondition(lambda self: self.sizes)
@@ -396,7 +397,7 @@ class ReceiverMachine(RuleBasedStateMachine):
 
     @rule(index=Index, encoder=st.integers(0, 1))
     def message_comes_twice(self, index: int, encoder: int) -> None:
-        """Also long after: whatever was said before may be said again."""
+        """An earlier message arrives once more, possibly long after."""
         one = self.encoders[encoder]
         if one.said and one.connected:
             message = one.said[-1 - index % len(one.said)]
@@ -409,7 +410,7 @@ class ReceiverMachine(RuleBasedStateMachine):
 
     @rule(index=Index, share=st.sampled_from([0.3, 1.0]))
     def bytes_land(self, index: int, share: float) -> None:
-        """Part of a write that is under way, or of one whose encoder was given up long ago."""
+        """Part of a write lands; its encoder may have been given up long ago."""
         if hot := [offer for offer in self.offers if offer.taken and self.may_write(offer)]:
             self.land(hot[index % len(hot)], share)
 
@@ -439,7 +440,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         more=st.integers(-2, 2),
     )
     def lie(self, index: int, encoder: int, kind: str, window: int, more: int) -> None:
-        """Something false about a room that is waited for: it may cost the room, but never a block."""
+        """A false message about an expected room. It may fail the room, but never free a block."""
         rooms = [room for room in self.deadlines if room not in self.ended]
         offered = [offer.room for offer in self.offers if offer.room in rooms and not offer.confirmed]
         rooms = offered if offered and index % 4 else rooms
@@ -452,7 +453,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         if kind == "announce":
             lie: Message = Announce(room=room, total_tokens=total + 1, row_bytes=row, dtype="float32")
             if not offers or offers[0].encoder is not one or not one.connected:
-                return  # without an offer nobody can know that it is false
+                return  # without an offer the core cannot know that it is false
         elif kind == "drained":
             lie = Drained(room=room)
         elif kind == "refused":
@@ -528,7 +529,7 @@ class ReceiverMachine(RuleBasedStateMachine):
 
     @rule()
     def new_epoch(self) -> None:
-        """A second engine stands beside the first; the encoder registers for it."""
+        """A second engine is created and the first one remains. The encoder is registered for the second."""
         if self.epoch == self.destroyed + 1:
             self.epoch += 1
             self.connect(self.encoders[1])
@@ -589,7 +590,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         raise AssertionError("the two sides do not come to rest")
 
     def teardown(self) -> None:
-        """All heals and every proof comes: every room has ended, every block is free, a new room gets through."""
+        """All faults end and every proof comes: every room is finished, every block is free, a new room arrives."""
         if not hasattr(self, "core"):
             return
         for encoder in self.encoders:

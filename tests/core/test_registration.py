@@ -185,7 +185,7 @@ def test_a_refusal_for_good_is_asked_again_after_a_while_and_not_before() -> Non
     assert SendRegister("a", "shm", 0, 2) in core.tick(101.0 + RETRY_SECONDS)
 
 
-def test_a_refused_path_is_answered_with_the_other_one_and_the_second_refusal_is_for_good() -> None:
+def test_a_refused_path_is_followed_by_the_other_and_a_second_refusal_is_final() -> None:
     core, _ = known()
     core.connected("a", 101.0)
     no_shm = Refused(reason="no such segment", kind=RefusalKind.DATA_PATH, data_path="shm")
@@ -280,14 +280,14 @@ class Walk:
         self.now = 100.0
         self.looking: set[str] = set()
         self.open: set[str] = set()  # control connections
-        self.ready: set[str] = set()  # as the rooms were told
+        self.ready: set[str] = set()  # according to ProcessReady and ProcessLost
         self.numbers: list[int] = []
 
     def carry_out(self, actions: list[RegistrationAction]) -> None:
         for action in actions:
             match action:
                 case LookUp(url):
-                    assert url not in self.looking, "two look-ups of one URL at the same time"
+                    assert url not in self.looking, "two concurrent look-ups of one URL"
                     self.looking.add(url)
                 case Connect(incarnation, _, _):
                     assert incarnation not in self.open, "connected twice"
@@ -311,11 +311,11 @@ class Walk:
 
     def check(self) -> None:
         core = self.core
-        assert self.open == set(core.processes), "a connection of nobody, or a process without one"
+        assert self.open == set(core.processes), "a connection without a process, or a process without one"
         assert self.numbers == sorted(set(self.numbers)), "numbers of registrations only rise"
         for incarnation, process in core.processes.items():
             assert process.machine.state is not RegistrationState.LOST and process.unanswered >= 0
-            assert not process.ready or incarnation in self.ready, "ready, but no room was told"
+            assert not process.ready or incarnation in self.ready, "READY, but without a ProcessReady"
             assert core.slots[incarnation] == process.slot
         assert len(set(core.slots.values())) == len(core.slots), "one writer slot for two processes"
         for url, encoder in core.encoders.items():
@@ -377,4 +377,4 @@ def test_a_random_walk_keeps_every_rule(seed: int) -> None:
     walk = Walk(seed)
     for _ in range(600):
         walk.step()
-    assert walk.numbers, "the walk registered nobody"
+    assert walk.numbers, "the walk registered no process"

@@ -1,4 +1,4 @@
-"""What the encoder says about a room, and what it remembers to answer late messages."""
+"""The messages that the encoder sends about a room, and the records from which it answers late ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room names are never shared and say whose they are."""
+"""Room names are never shared, and contain their language server."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The encoder's core: what it takes, what it refuses with the confirmed state, and when it says that no write is to
-come."""
+"""The encoder's core: which messages it accepts, which it refuses with the confirmed state, when it sends Drained."""
 
 from __future__ import annotations
 
@@ -117,7 +116,7 @@ def test_another_servers_ranks_hear_nothing_of_a_room() -> None:
     assert not wire.rank.inbox
 
 
-def test_a_room_announced_again_with_another_size_is_refused_and_with_the_same_changes_nothing() -> None:
+def test_a_room_announced_again_is_refused_with_another_size_and_else_unchanged() -> None:
     wire = Wire()
     room = wire.start(10)
     before = frozen(wire.encoder.rooms[room])
@@ -243,7 +242,7 @@ def test_a_second_init_does_not_overwrite_the_progress_of_the_first() -> None:
     assert frozen(wire.encoder.rooms[room]) == before
 
 
-def test_an_init_that_arrives_in_a_later_window_is_answered_with_the_confirmed_state_and_changes_nothing() -> None:
+def test_an_init_in_a_later_window_gets_the_confirmed_state_and_changes_nothing() -> None:
     wire, room = at_partial()
     wire.deliver_to_encoder(wire.rank)
     before = frozen(wire.encoder.rooms[room])
@@ -325,7 +324,7 @@ def test_ranks_that_contradict_each_other_on_their_number_are_refused() -> None:
     (answer,) = wire.inject_to_encoder(
         init_of(room, wire.ranks[1], allocated_tokens=10, required_dst_info_num=3), wire.ranks[1]
     )
-    assert isinstance(answer, Progress) and "required_dst_info_num=3, 2 before" in answer.refused
+    assert isinstance(answer, Progress) and "required_dst_info_num=3, but another rank sent 2" in answer.refused
     assert wire.encoder.rooms[room].required_dst_info_num == 2
 
 
@@ -362,9 +361,9 @@ def test_a_resume_queues_new_work_on_the_stored_queue() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"window": 2}, "window 2 named, 1 is next"),
-        ({"window": 7}, "window 7 named"),
-        ({"sent_tokens": 0}, "sent_tokens=0 named, 1024"),
+        ({"window": 2}, "window 2, but window 1 is next"),
+        ({"window": 7}, "window 7, but"),
+        ({"sent_tokens": 0}, "sent_tokens=0, but 1024 rows"),
         ({"sent_tokens": 1023}, "1023"),
         ({"sent_tokens": 2000}, "2000"),
         ({"allocated_tokens": 977}, "976 rows remain"),
@@ -373,7 +372,7 @@ def test_a_resume_queues_new_work_on_the_stored_queue() -> None:
         ({"dst_embedding_indices": [*range(7), 0]}, "twice"),
     ],
 )
-def test_a_resume_that_does_not_fit_is_answered_with_the_confirmed_state_and_changes_nothing(
+def test_a_resume_that_does_not_fit_gets_the_confirmed_state_and_changes_nothing(
     change: dict[str, object], reason: str
 ) -> None:
     wire, room = at_partial()
@@ -418,7 +417,7 @@ def test_an_early_resume_before_the_source_is_known_is_refused_not_lost() -> Non
     room = wire.room()
     wire.announce(room, 2000)
     (answer,) = wire.inject_to_encoder(resume_of(room, wire.rank))
-    assert answer == Progress(room=room, window=-1, sent_tokens=0, refused="no Init before", refused_window=1)
+    assert answer == Progress(room=room, window=-1, sent_tokens=0, refused="Resume before Init", refused_window=1)
     wire.inject_to_encoder(init_of(room, wire.rank))
     (answer,) = wire.inject_to_encoder(resume_of(room, wire.rank))
     assert isinstance(answer, Progress) and answer.refused == "window 0 is offered"
@@ -463,7 +462,7 @@ def test_nothing_is_written_before_the_source_is_there_or_for_an_unknown_room() 
 def test_a_window_offered_while_another_is_written_is_not_forgotten() -> None:
     wire, room, write = at_writing(ranks=2)
     first, second = wire.ranks if write.session.rank == 0 else reversed(wire.ranks)
-    wire.end_write(write)  # goes on with the second session
+    wire.end_write(write)  # continues with the second session
     wire.deliver_to_rank(first)
     wire.copy_out(first)
     wire.deliver_to_encoder(first)
@@ -581,7 +580,7 @@ def test_an_abort_while_nothing_is_written_is_answered_at_once_and_again(when: s
     assert wire.begin_write() is None
 
 
-def test_after_a_write_in_doubt_drained_is_never_said_not_even_when_the_tombstone_is_gone() -> None:
+def test_drained_is_never_sent_after_a_write_in_doubt_even_without_the_tombstone() -> None:
     wire, room, write = at_writing()
     wire.end_write(write, "timeout", in_doubt=True)
     assert [message.drained for message in only(under_way(wire.rank), Failed)] == [False]
@@ -609,7 +608,7 @@ def test_a_write_that_ends_in_doubt_after_an_abort_does_not_drain_either() -> No
 def test_a_doubt_about_one_session_does_not_hold_the_blocks_of_the_other() -> None:
     wire, room, write = at_writing(ranks=2)
     other = wire.ranks[1 - write.session.rank]
-    wire.drop(other)  # it does not hear that it failed
+    wire.drop(other)  # the Failed is lost
     wire.end_write(write, "timeout", in_doubt=True)
     wire.abort(room, other)
     assert other.core.quarantine
@@ -618,7 +617,7 @@ def test_a_doubt_about_one_session_does_not_hold_the_blocks_of_the_other() -> No
     assert not other.core.quarantine and wire.ranks[write.session.rank].core.quarantine
 
 
-def test_an_offer_repeated_in_mid_write_of_an_ended_room_is_not_answered_with_a_proof() -> None:
+def test_an_offer_repeated_during_a_write_of_a_finished_room_gets_no_proof() -> None:
     wire, room, write = at_writing()
     wire.drop()  # the Failed that follows is lost
     wire.perform_encoder(wire.encoder.fail(room, "out of memory", 500, wire.now))
@@ -687,7 +686,7 @@ def test_a_deadline_in_mid_write_drains_when_the_call_returns() -> None:
     wire.assert_baseline()
 
 
-def test_a_room_whose_language_server_is_gone_is_released_soon_and_not_one_that_came_back() -> None:
+def test_a_room_is_released_soon_if_its_language_server_is_lost_and_stays_lost() -> None:
     wire = Wire(claim_timeout=30.0, send_timeout=600.0)
     gone, back = wire.room(), wire.room()
     wire.announce(gone, 10)
@@ -777,24 +776,24 @@ def test_a_completion_no_longer_remembered_is_answered_as_ended_and_drained() ->
     wire.assert_baseline()
 
 
-def test_a_window_of_an_epoch_that_is_over_is_refused_and_one_of_a_known_epoch_is_written_through_it() -> None:
+def test_a_window_of_a_revoked_epoch_is_refused_and_one_of_a_known_epoch_is_written() -> None:
     wire = Wire(first_offer=1024)
     room = wire.room()
     wire.announce(room, 2000)
     rank = wire.rank
     wire.encoder.register(replace(rank.session, epochs=(0, 1)), wire.now)
     (answer,) = wire.encoder.on_message(rank.peer, init_of(room, rank, epoch=2), wire.now)
-    assert isinstance(answer, Send) and "epoch 2 is over" in getattr(answer.message, "refused", "")
+    assert isinstance(answer, Send) and "epoch 2 is not registered" in getattr(answer.message, "refused", "")
     wire.encoder.retire(rank.session_id, 0)
     (answer,) = wire.encoder.on_message(rank.peer, init_of(room, rank, epoch=0), wire.now)
-    assert isinstance(answer, Send) and "epoch 0 is over" in getattr(answer.message, "refused", "")
+    assert isinstance(answer, Send) and "epoch 0 is not registered" in getattr(answer.message, "refused", "")
     wire.encoder.on_message(rank.peer, init_of(room, rank, epoch=1), wire.now)
     wire.encoder.add_source(room, [0], b"", None, wire.now)
     write = wire.encoder.begin_write(room)
     assert write is not None and write.epoch == 1
 
 
-def test_one_session_gets_only_its_share_of_writes_and_every_room_its_turn_also_behind_one_that_was_aborted() -> None:
+def test_a_session_gets_its_share_of_writes_and_rooms_behind_an_aborted_one_follow() -> None:
     wire = Wire()
     wire.encoder.register(replace(wire.rank.session, most_writes=1), wire.now)
     first, second, third = (wire.start(50) for _ in range(3))

@@ -1,13 +1,13 @@
-"""The sender's rooms alone, against a small model of language ranks that say anything, twice, late or never.
+"""The sender core alone, against a small model of language ranks that send anything, twice, late or never.
 
-The joined machines drive both real cores; here a rank of the model may offer any blocks, name any window and count,
-and repeat whatever was ever said. The model decides by itself which offers fit; exactly those may be written, and each
-of them once.
+The joined machines drive both real cores. Here a rank of the model may offer any blocks, name any window and count,
+and repeat any message. The model decides on its own which offers fit: exactly those may be written, each of them once.
 
-Seen to fail when, in the core: the window or the confirmed count of a resume, or the length of an offer, was not
-checked; a second Init was taken; a resume queued no work; Drained was said in mid-write or in doubt; a rank never heard
-of a failure; the queue was computed anew; a source was released in mid-write; two workers served one room; an offer put
-the deadline off, or did not shorten it; a rank's share of writes was not kept, or its turn not passed on.
+Each of these faults in the core made a test fail: the window or the confirmed count of a resume, or the length of an
+offer, was not checked; a second Init was accepted; a resume queued no work; Drained was sent during a write or in
+doubt; a rank was not notified of a failure; the queue was computed again; a source was released during a write; two
+workers served one room; an offer prolonged the deadline, or did not shorten it; a rank got more than its share of
+writes; the end of a write did not queue the next room.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Index = st.integers(0, 63)
 
 @dataclass
 class Rank:
-    """A language rank of the model; ``peer`` is its connection, empty where it is not registered."""
+    """A language rank of the model. ``peer`` is its connection, empty if it is not registered."""
 
     session: str
     server: str
@@ -59,7 +59,7 @@ class Rank:
 
 @dataclass
 class Part:
-    """A room at one rank: the window it offered last, and what was confirmed to it."""
+    """A room at one rank: the window that it offered last, and the confirmed rows."""
 
     offer: Init | Resume
     window: int = 0
@@ -118,7 +118,7 @@ class SenderMachine(RuleBasedStateMachine):
         return [rank for rank in self.ranks if rank.server == room.server]
 
     def fits(self, rank: Rank, message: Init | Resume) -> bool:
-        """Whether this offer is the next one of its (room, session), and can be written as it stands."""
+        """Whether this offer is the next one of its (room, session), and can be written."""
         room = self.rooms.get(message.room)
         if room is None or not room.open or room.server != rank.server:
             return False
@@ -141,7 +141,7 @@ class SenderMachine(RuleBasedStateMachine):
             and message.allocated_tokens <= room.total - rows
         )
 
-    # -- what the core asks for ----------------------------------------------------------------------------------
+    # -- actions of the core -------------------------------------------------------------------------------------
 
     def perform(self, actions: list[Action]) -> None:
         for action in actions:
@@ -176,10 +176,10 @@ class SenderMachine(RuleBasedStateMachine):
         told = {one.peer for one in ends}
         for rank in self.ranks_of(room):
             writing = [write for write in self.writes if (write.room, write.session.peer) == (room.name, rank.peer)]
-            assert not rank.peer or rank.peer in told or writing, "a rank was not told that the room failed"
+            assert not rank.peer or rank.peer in told or writing, "a rank was not notified that the room failed"
 
     def said(self, rank: Rank, incarnation: str, message: Message) -> None:
-        """Everything the core says is true, and said to nobody whom it does not concern."""
+        """Every message of the core is true, and goes only to ranks that it concerns."""
         assert isinstance(message, Announce | Progress | Done | Failed | Drained)
         room = self.rooms.get(message.room)
         if room is None:
@@ -191,7 +191,7 @@ class SenderMachine(RuleBasedStateMachine):
             assert (message.total_tokens, message.row_bytes) == (room.total, room.row)
         elif isinstance(message, Progress):
             confirmed = (part.confirmed_window, part.rows) if part else (-1, 0)
-            assert (message.window, message.sent_tokens) == confirmed, "what is confirmed was told wrong"
+            assert (message.window, message.sent_tokens) == confirmed, "wrong confirmed state"
             assert message.refused or rank.server == room.server
             assert message.metadata == (b"m" if confirmed[0] == 0 and not message.refused else b"")
         elif isinstance(message, Done):
@@ -203,7 +203,7 @@ class SenderMachine(RuleBasedStateMachine):
                 key = (write.room, write.session.mooncake_session_id, write.session.incarnation)
                 assert key != (room.name, rank.session, incarnation), "called drained in mid-write"
             assert not room.open
-            if room.ended is not None:  # else nobody has heard of it, and the next to be told may be an announcement
+            if room.ended is not None:  # else no rank knows it, and the next message may be an Announce
                 self.drained.add((room.name, rank.session, incarnation))
 
     # -- encodes -------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class SenderMachine(RuleBasedStateMachine):
             self.announce(room)
 
     def pick(self, index: int) -> Room:
-        """Mostly one that is under way; sometimes one that is being written, though it may have ended; or any."""
+        """Mostly an open room, sometimes one that is being written (it may be finished), or any."""
         rooms = [room for room in self.rooms.values() if room.open] if index % 4 > 1 else []
         if index % 4 == 1:
             rooms = [self.rooms[write.room] for write in self.writes]
@@ -233,7 +233,7 @@ class SenderMachine(RuleBasedStateMachine):
             room.announced, room.deadline = True, self.now + SEND_TIMEOUT
             told = {action.peer for action in actions if isinstance(action, Send)}
             assert told == {rank.peer for rank in self.ranks_of(room) if rank.peer}
-        if room.ended is not None:  # given up before: whoever announces it is told at once, and nobody else
+        if room.ended is not None:  # given up before: only the caller of announce is notified, at once
             (ended,) = actions
             assert isinstance(ended, Ended) and (not ended.success or room.ended)
         else:
@@ -267,8 +267,7 @@ class SenderMachine(RuleBasedStateMachine):
     # -- what ranks say ------------------------------------------------------------------------------------------
 
     def say(self, rank: Rank, message: Init | Resume) -> None:
-        """Exactly an offer that fits is taken; any other is answered at once, with the confirmed state, and changes
-        nothing."""
+        """Only an offer that fits is accepted. Any other gets the confirmed state at once, and changes nothing."""
         self.history.append((rank, message))
         if not rank.peer:
             with pytest.raises(ProtocolError):
@@ -301,7 +300,7 @@ class SenderMachine(RuleBasedStateMachine):
         self.perform(actions)
 
     def next_offer(self, rank: Rank, room: Room, blocks: list[int], tokens: int) -> Init | Resume | None:
-        """What an honest rank would offer now."""
+        """The offer that an honest rank would send now."""
         part = room.parts.get(rank.session)
         if part is not None and part.state != "partial":
             return None
@@ -351,7 +350,7 @@ class SenderMachine(RuleBasedStateMachine):
         blocks=st.lists(st.integers(0, BLOCKS), min_size=1, max_size=5),
     )
     def odd_offer(self, index: int, rank: int, wrong: str, by: int, deadline: float, blocks: list[int]) -> None:
-        """Nearly what an honest rank of any server would say."""
+        """An offer that differs little from an honest one, of a rank of any server."""
         room = self.pick(index)
         one = self.ranks[rank % len(self.ranks)]
         part = room.parts.get(one.session)
@@ -375,7 +374,7 @@ class SenderMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.history)
     @rule(index=Index)
     def said_again(self, index: int) -> None:
-        """Whatever was ever said comes once more."""
+        """An earlier message arrives once more."""
         rank, message = self.history[-1 - index % len(self.history)]
         if isinstance(message, Abort):
             self.say_abort(rank, message)
@@ -447,11 +446,11 @@ class SenderMachine(RuleBasedStateMachine):
         one.peer = ""
         self.perform(self.core.session_lost(one.session, "silent", self.now))
         for room in self.rooms.values():
-            assert not room.open or one.session not in room.parts, "a lost rank's room goes on"
+            assert not room.open or one.session not in room.parts, "a lost rank's room continues"
 
     @rule(rank=st.integers(0, 2))
     def new_epoch(self, rank: int) -> None:
-        """A rank replaces its engine: the new epoch stands beside the old until no healthy window needs that."""
+        """A rank replaces its engine. The old epoch remains until no healthy window needs it."""
         one = self.ranks[rank % len(self.ranks)]
         if len(one.epochs) == 1 and one.peer:
             one.epoch += 1
@@ -517,7 +516,7 @@ class SenderMachine(RuleBasedStateMachine):
         if rank.peer and rank.incarnation == write.session.incarnation:
             kind = (Failed if error else Progress | Done) if was_open or error else Drained
             told = [one for one in actions if isinstance(one, Send) and one.peer == rank.peer]
-            assert any(isinstance(one.message, kind) for one in told), "the end of a write was not told"
+            assert any(isinstance(one.message, kind) for one in told), "the rank was not notified of the end of a write"
         self.perform(actions)
         assert not error or room.ended is False or not was_open
         self.begin_writes(write.room)
@@ -556,7 +555,7 @@ class SenderMachine(RuleBasedStateMachine):
             self.write_ends(0, "")
 
     def teardown(self) -> None:
-        """All heals: no work was forgotten, every room that is left arrives, and nothing remains of any."""
+        """All faults end: no work was forgotten, every open room arrives, and nothing remains of any."""
         if not hasattr(self, "core"):
             return
         for rank in self.ranks:
@@ -584,7 +583,7 @@ class SenderMachine(RuleBasedStateMachine):
         assert not self.core.rooms and not self.core.write_slots.writes and not self.core.write_slots.deferred
         for room in self.rooms.values():
             assert room.released or not room.announced
-            for rank in self.ranks_of(room):  # whoever asks again hears the outcome, and that it may reuse its blocks
+            for rank in self.ranks_of(room):  # a repeated offer gets the outcome, and a proof
                 self.say(rank, self.offer(rank, room, 1, [0], 1, 1))
 
 

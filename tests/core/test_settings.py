@@ -1,4 +1,4 @@
-"""Settings: read once, refused where they are out of range, all described."""
+"""Settings: read once, refused if they are out of range, all described."""
 
 from __future__ import annotations
 

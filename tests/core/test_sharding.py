@@ -1,4 +1,4 @@
-"""The seed's port-sum queue index."""
+"""The port-sum queue index (P6)."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_poll_of_a_receiver_never_goes_back_not_on_a_resume_either() -> None:
     for start, targets in RECEIVER_TRANSITIONS.items():
         for window in (-1, 0, 3):
             if window >= 0 and start is ReceiverState.EXPECTED:
-                continue  # a room that nobody announced has no window
+                continue  # a room that was not announced has no window
             if window < 0 and start in (ReceiverState.OFFERED, ReceiverState.COPYING, ReceiverState.SUCCESS):
                 continue  # these have one
             for target in targets:

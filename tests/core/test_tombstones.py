@@ -1,4 +1,4 @@
-"""Tombstones: bounded, and gone when their time has come."""
+"""Tombstones: bounded, and dropped when they expire."""
 
 from __future__ import annotations
 

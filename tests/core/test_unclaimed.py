@@ -1,4 +1,4 @@
-"""Announcements that no request has claimed: bounded, in the order of their time, gone in time."""
+"""Unclaimed rooms: bounded, in the order of their time, dropped when it has passed."""
 
 from __future__ import annotations
 

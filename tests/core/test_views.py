@@ -1,4 +1,4 @@
-"""Views: which embeddings may stay in their blocks, and the budget of all together."""
+"""Views: which embeddings may stay in their blocks, and the limit of all views together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seed's worked example, step by step: 2000 tokens, 1024 offered at first."""
+"""The worked example of docs/protocol.md, step by step: 2000 tokens, 1024 offered at first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns to write to a session: never more at a time than it takes, first come, first served."""
+"""Writes to a session: never more concurrently than its limit, first come, first served."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_turn_that_was_not_used_is_passed_on() -> None:
     slots = WriteSlots()
     assert slots.take(SESSION, "a") and not slots.take(SESSION, "b")
     assert slots.idle({SESSION_ID: SESSION}) == []
-    assert slots.idle({}) == [SESSION_ID], "nobody writes to a session that is gone"
+    assert slots.idle({}) == [SESSION_ID], "no write is under way to a lost session"
     slots.give_back(SESSION_ID)
     assert slots.idle({SESSION_ID: SESSION}) == [SESSION_ID]
     assert not slots.writes

@@ -1,4 +1,4 @@
-"""Hazards of the earlier prototype that two joined cores show best; tests/test_lessons.py has the list of all."""
+"""Hazards of the original proposal that two joined cores show best; tests/test_lessons.py lists all hazards."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from sglang_mm_conn.core.states import Poll
 from tests.core.harness import Wire, only
 
 
-def test_progress_carries_the_count_and_the_window_so_that_a_second_partial_is_told_from_the_first() -> None:
+def test_progress_carries_window_and_count_so_two_partial_confirmations_differ() -> None:
     wire = Wire(blocks=1, block_rows=10)
     room = wire.start(35)
     wire.settle()
-    told = [(message.window, message.sent_tokens) for message in only(wire.to_rank, Progress)]
-    assert told == [(0, 10), (1, 20), (2, 30)]
+    confirmed = [(message.window, message.sent_tokens) for message in only(wire.to_rank, Progress)]
+    assert confirmed == [(0, 10), (1, 20), (2, 30)]
     assert [(message.window, message.total_tokens) for message in only(wire.to_rank, Done)] == [(3, 35)]
     assert wire.succeeded(room)
 
