@@ -5,7 +5,7 @@ thread, and the team's barrier waits for the slowest: measured 20 ms and more fo
 busy, and threads that are made in the middle of a request. One thread's memmove nearly fills a memory channel.
 
 Why not one memmove after the other: the GIL would be let go for each, and a thread that has let it go waits up to the
-switch interval (5 ms) to get it back from a busy one, such as a scheduler's. Pieces that lie in units of one size are
+switch interval (5 ms) to get it back from a busy one, such as a scheduler's. Slices that lie in units of one size are
 therefore rows of a matrix, and NumPy copies them in one call (but for an end that is no whole unit).
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 # Target and where in it, source and where in it, how many bytes; both are uint8, one dimension, contiguous.
-Piece = tuple[torch.Tensor, int, torch.Tensor, int, int]
+Slice = tuple[torch.Tensor, int, torch.Tensor, int, int]
 
 # Shorter copies take less time than getting the GIL back may.
 HOLD_GIL_BELOW = 256 << 10
@@ -35,8 +35,8 @@ _FEW = 4
 
 _ADDRESS = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value
 assert _ADDRESS is not None
-_move = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
-_move_holding_gil = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
+_memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
+_memmove_holding_gil = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
 
 
 @dataclass(slots=True)
@@ -63,17 +63,17 @@ class _Spans:
         self.spans.append((at, start, nbytes))
 
 
-def copy_pieces(pieces: Iterable[Piece]) -> None:
-    """Copy every piece; no two of them may have bytes of a target in common.
+def copy_slices(slices: Iterable[Slice]) -> None:
+    """Copy every slice; no two of them may have bytes of a target in common.
 
     Raises ValueError, before a byte moves, where one is beyond the end of either side or not in host memory.
     """
     groups: list[_Spans] = []
-    for piece in pieces:
-        target, at, source, start, nbytes = piece
+    for slice_ in slices:
+        target, at, source, start, nbytes = slice_
         if not (target.is_cpu and source.is_cpu):
             raise ValueError(f"a copy from {source.device} to {target.device} is not one in host memory")
-        check_within(piece)
+        check_within(slice_)
         if nbytes == 0:
             continue
         if not groups or groups[-1].target is not target or groups[-1].source is not source:
@@ -89,12 +89,12 @@ def warm_up() -> None:
     one, other = torch.zeros(2, HOLD_GIL_BELOW, dtype=torch.uint8)
     ascending = range(0, one.numel(), _SMALL_UNIT)
     for targets, sources in (ascending, reversed(ascending)), (reversed(ascending), ascending):
-        copy_pieces((one, at, other, start, _SMALL_UNIT) for at, start in zip(targets, sources, strict=True))
+        copy_slices((one, at, other, start, _SMALL_UNIT) for at, start in zip(targets, sources, strict=True))
 
 
-def check_within(piece: Piece) -> None:
-    """Raises ValueError where ``piece`` is beyond the end of either side."""
-    target, at, source, start, nbytes = piece
+def check_within(slice_: Slice) -> None:
+    """Raises ValueError where ``slice_`` is beyond the end of either side."""
+    target, at, source, start, nbytes = slice_
     if not (0 <= at <= at + nbytes <= target.numel() and 0 <= start <= start + nbytes <= source.numel()):
         raise ValueError(f"{nbytes} bytes from {start} of {source.numel()} do not go to {at} of {target.numel()}")
 
@@ -104,8 +104,8 @@ def _copy(group: _Spans) -> None:
     if group.nbytes >= (LARGE if len(spans) == 1 else HOLD_GIL_BELOW):
         spans = _copy_rows(group)
     for at, start, nbytes in spans:
-        move = _move_holding_gil if nbytes < HOLD_GIL_BELOW else _move
-        move(group.target.data_ptr() + at, group.source.data_ptr() + start, nbytes)
+        memmove = _memmove_holding_gil if nbytes < HOLD_GIL_BELOW else _memmove
+        memmove(group.target.data_ptr() + at, group.source.data_ptr() + start, nbytes)
 
 
 def _copy_rows(group: _Spans) -> list[tuple[int, int, int]]:

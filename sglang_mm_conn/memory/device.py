@@ -29,11 +29,11 @@ import torch
 
 from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.memory.copying import Piece, check_within, copy_pieces
+from sglang_mm_conn.memory.copying import Slice, check_within, copy_slices
 
 logger = logging.getLogger(__name__)
 
-_CHECKSUM_PIECE = 16 << 20
+_CHECKSUM_SLICE = 16 << 20
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
 
 
@@ -47,7 +47,7 @@ class Event(Protocol):
 class Queue(Protocol):
     """Copies of one thread, done in order."""
 
-    def copy(self, pieces: Iterable[Piece]) -> None:
+    def copy(self, slices: Iterable[Slice]) -> None:
         """Done at any moment up to the end of ``synchronize``; nobody may change either side meanwhile."""
 
     def synchronize(self) -> None:
@@ -57,7 +57,7 @@ class Queue(Protocol):
 class _Happened:
     """Host memory: copies are in place when it returns."""
 
-    copy = staticmethod(copy_pieces)
+    copy = staticmethod(copy_slices)
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""
@@ -98,11 +98,11 @@ class Device:
             raise ConnError(f"an embedding on {tensor.device}, where embeddings are expected on {self.name}")
         return _HAPPENED
 
-    def copy(self, pieces: Iterable[Piece]) -> None:
+    def copy(self, slices: Iterable[Slice]) -> None:
         """Every byte is in place when this returns. May wait."""
         queue = self._queue()
         try:
-            queue.copy(pieces)
+            queue.copy(slices)
         finally:
             queue.synchronize()  # after an error too: the caller will give both memories back
 
@@ -122,12 +122,12 @@ class Device:
         return _HAPPENED
 
 
-def checksum_in_pieces(device: Device, memory: torch.Tensor) -> int:
+def checksum_in_slices(device: Device, memory: torch.Tensor) -> int:
     """CRC-32 of memory that the CPU cannot read."""
     value = 0
-    for piece in memory.split(_CHECKSUM_PIECE):
-        on_host = torch.empty_like(piece, device="cpu")
-        device.copy([(on_host, 0, piece, 0, piece.numel())])
+    for slice_ in memory.split(_CHECKSUM_SLICE):
+        on_host = torch.empty_like(slice_, device="cpu")
+        device.copy([(on_host, 0, slice_, 0, slice_.numel())])
         value = zlib.crc32(on_host.numpy(), value)
     return value
 
@@ -194,7 +194,7 @@ class CudaDevice(Device):
         return unpin
 
     def checksum(self, memory: torch.Tensor) -> int:
-        return checksum_in_pieces(self, memory) if memory.is_cuda else super().checksum(memory)
+        return checksum_in_slices(self, memory) if memory.is_cuda else super().checksum(memory)
 
     def _queue(self) -> Queue:
         stream = getattr(self._threads, "stream", None)
@@ -210,21 +210,21 @@ class _CudaQueue:
         self._stream = stream
         self._used = False
 
-    def copy(self, pieces: Iterable[Piece]) -> None:
+    def copy(self, slices: Iterable[Slice]) -> None:
         within_host, others = [], []
-        for piece in pieces:
-            target, _, source, _, _ = piece
+        for slice_ in slices:
+            target, _, source, _, _ = slice_
             if not (target.is_cuda or source.is_cuda):
-                within_host.append(piece)
+                within_host.append(slice_)
                 continue
-            check_within(piece)  # a slice would be cut short, and one element be spread over many
-            others.append(piece)
+            check_within(slice_)  # slicing would cut it short, and copy_ would broadcast one element
+            others.append(slice_)
         if others:
             self._used = True
             with torch.cuda.stream(self._stream):  # once: to enter it takes longer than to queue a copy
                 for target, at, source, start, nbytes in others:
                     target[at : at + nbytes].copy_(source[start : start + nbytes], non_blocking=True)
-        copy_pieces(within_host)
+        copy_slices(within_host)
 
     def synchronize(self) -> None:
         if self._used:

@@ -20,12 +20,12 @@ from sglang_mm_conn.datapath.mooncake.semaphore import FairSemaphore
 from sglang_mm_conn.datapath.mooncake.staging import Staging
 from sglang_mm_conn.datapath.mooncake.writer import (
     BATCHES,
-    MAX_PIECES,
-    PIECE_BYTES,
+    MAX_SLICES,
+    SLICE_BYTES,
     MooncakeLink,
     MooncakePath,
 )
-from sglang_mm_conn.memory.device import Device, Piece
+from sglang_mm_conn.memory.device import Device, Slice
 from tests.memory.asynchronous import AsynchronousDevice, CarelessDevice
 
 SESSION = "10.0.0.1:17001"
@@ -49,7 +49,7 @@ class FakeEngine:
         self.register_code = 0
         self.during: Callable[[], object] | None = None  # called once, while a batch is waited for
         self.events: list[str] = []
-        self.most_pieces = 0
+        self.most_slices = 0
         self._under_way: dict[int, int] = {}  # code by number, which counts from 1
         self._lock = threading.Lock()
 
@@ -71,7 +71,7 @@ class FakeEngine:
             if code in REFUSALS:
                 return REFUSALS[code]
             self._under_way[number] = code
-            self.most_pieces = max(self.most_pieces, sum(len(self.batches[one - 1]) for one in self._under_way))
+            self.most_slices = max(self.most_slices, sum(len(self.batches[one - 1]) for one in self._under_way))
             return number
 
     def get_batch_transfer_status(self, numbers: list[int]) -> int:
@@ -144,24 +144,24 @@ def test_the_right_bytes_land_whatever_the_staging_holds(staging_bytes: int, nby
     assert engine.under_way == 0
 
 
-def test_a_batch_has_no_more_pieces_than_the_link_bears() -> None:
+def test_a_batch_has_no_more_slices_than_the_link_bears() -> None:
     bed = Bed(Geometry(2, 6000, 1), staging_bytes=1 << 20)
     link, engine, _ = bed.link()
     blocks = list(range(0, 6000, 2))  # no two are neighbours
     source = torch.randint(0, 256, (6000,), dtype=torch.uint8)
     link.write(source, window_extents(bed.geometry, blocks, 6000))
-    assert [len(batch) for batch in engine.batches] == [*[MAX_PIECES] * 5, 3000 - 5 * MAX_PIECES]
-    assert engine.most_pieces == BATCHES * MAX_PIECES == 1024
+    assert [len(batch) for batch in engine.batches] == [*[MAX_SLICES] * 5, 3000 - 5 * MAX_SLICES]
+    assert engine.most_slices == BATCHES * MAX_SLICES == 1024
     assert torch.equal(bed.received(blocks, 6000), source)
 
 
-def test_a_large_run_travels_in_pieces_side_by_side() -> None:
-    nbytes = 3 * PIECE_BYTES + 5
+def test_a_large_extent_travels_in_parallel_slices() -> None:
+    nbytes = 3 * SLICE_BYTES + 5
     bed = Bed(Geometry(nbytes, 2, 1), staging_bytes=SLOTS * nbytes)
     link, engine, _ = bed.link()
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
     link.write(source, window_extents(bed.geometry, [1], nbytes))
-    assert [[length for *_, length in batch] for batch in engine.batches] == [[PIECE_BYTES] * 3 + [5]]
+    assert [[length for *_, length in batch] for batch in engine.batches] == [[SLICE_BYTES] * 3 + [5]]
     assert torch.equal(bed.received([1], nbytes), source)
 
 
@@ -312,11 +312,11 @@ class FailingCopies(Device):
     def __init__(self) -> None:
         self.copies = 0
 
-    def copy(self, pieces: Iterable[Piece]) -> None:
+    def copy(self, slices: Iterable[Slice]) -> None:
         self.copies += 1
         if self.copies == 2:
             raise MemoryError("copy")
-        super().copy(pieces)
+        super().copy(slices)
 
 
 @pytest.mark.parametrize("second", ["copy", REFUSED, RuntimeError("engine")])
@@ -386,7 +386,7 @@ def test_many_writers_to_one_peer_share_what_the_link_bears_and_none_waits_for_e
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
-    assert engine.most_pieces <= 1024 and engine.under_way == 0
+    assert engine.most_slices <= 1024 and engine.under_way == 0
     assert len(staging._free) == SLOTS
     for place, source in zip(places, sources, strict=True):
         assert torch.equal(bed.received(place, blocks), source)

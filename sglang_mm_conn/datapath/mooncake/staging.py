@@ -56,13 +56,13 @@ class Staging:
         with self._lock:
             self._free.append(slot)
 
-    def fill(self, slot: torch.Tensor, source: torch.Tensor, pieces: Sequence[Extent]) -> None:
-        """Copy ``pieces`` of ``source`` to the slot, end to end. When this returns they are there for the engine, which
+    def fill(self, slot: torch.Tensor, source: torch.Tensor, slices: Sequence[Extent]) -> None:
+        """Copy ``slices`` of ``source`` to the slot, end to end. When this returns they are there for the engine, which
         knows no streams, to read."""
-        ends = list(itertools.accumulate(piece.length for piece in pieces))
+        ends = list(itertools.accumulate(slice_.length for slice_ in slices))
         self._device.copy(
-            (slot, end - piece.length, source, piece.start, piece.length)
-            for end, piece in zip(ends, pieces, strict=True)
+            (slot, end - slice_.length, source, slice_.start, slice_.length)
+            for end, slice_ in zip(ends, slices, strict=True)
         )
 
     def close(self) -> None:

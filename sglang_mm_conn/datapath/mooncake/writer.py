@@ -2,15 +2,15 @@
 
 What was measured of the engine (0.3.13) and decides this module:
 
-- every piece of a batch costs about 50 us, whatever its size: contiguous blocks come merged;
-- over TCP a batch of one large piece takes up to five times as long as the same bytes in several, which travel side by
-  side (16 MiB in batches of 4 MiB: 121 ms in pieces of 4 MiB, 25 in 1 MiB, 22 in 256 KiB; 19 without
-  staging): large pieces are cut;
+- every slice of a batch costs about 50 us, whatever its size: contiguous blocks come merged;
+- over TCP a batch of one large slice takes up to five times as long as the same bytes in several, which travel side by
+  side (16 MiB in batches of 4 MiB: 121 ms in slices of 4 MiB, 25 in 1 MiB, 22 in 256 KiB; 19 without
+  staging): large slices are cut;
 - the status of a batch is asked for exactly once (a second time crashes), also when another has failed, so that none
   is under way when its engine is destroyed. Beside a peer that hangs or dies, that of the second follows the first's
   within milliseconds. (By its source, the engine repeats a failed batch of the synchronous call only, once for each
-  RDMA device; a failed piece takes another path in either.);
-- more than about 2048 pieces outstanding to one peer can wedge the link for ever: at most 1024 here, by batch;
+  RDMA device; a failed slice takes another path in either.);
+- more than about 2048 slices outstanding to one peer can wedge the link for ever: at most 1024 here, by batch;
 - after a non-zero return bytes may still land: such an error is ``in_doubt``, and the engine is given up;
 - a peer that comes back on the same session id cannot be reached through an engine that knew its predecessor: it is
   served through another engine.
@@ -38,8 +38,8 @@ from sglang_mm_conn.memory.device import Device
 logger = logging.getLogger(__name__)
 
 BATCHES = 2  # on their way to one peer at the same time: one on the wire while the next is copied
-MAX_PIECES = 1024 // BATCHES  # in a batch
-PIECE_BYTES = 256 << 10
+MAX_SLICES = 1024 // BATCHES  # in a batch
+SLICE_BYTES = 256 << 10
 # 0.3.13 says 0 where it refuses a batch, its source has other codes below zero too; asking for such a batch crashes.
 _NO_NUMBER = 1 << 63
 
@@ -76,18 +76,18 @@ class MooncakeLink:
         self._path = path
         self._memory = memory
         self._incarnation = incarnation
-        self._permits = FairSemaphore(BATCHES)  # pieces outstanding to one peer count over all threads
+        self._permits = FairSemaphore(BATCHES)  # slices outstanding to one peer count over all threads
         self._one_waits = threading.Lock()  # the engine keeps a core busy with it: not one for each thread
 
     def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
         under_way: deque[ExitStack] = deque()  # oldest first
         try:
-            for pieces in _batches(extents, self._path.slot_bytes):
+            for slices in _batches(extents, self._path.slot_bytes):
                 # Never wait for a permit while holding one: two writers could wait for each other.
                 while not self._permits.acquire(wait=not under_way):
                     under_way.popleft().close()
                 batch = ExitStack()
-                batch.enter_context(self._batch(source, pieces))
+                batch.enter_context(self._batch(source, slices))
                 under_way.append(batch)
         finally:
             with ExitStack() as rest:  # every one of them, whatever becomes of the others
@@ -95,33 +95,33 @@ class MooncakeLink:
                     rest.callback(batch.close)
 
     @contextmanager
-    def _batch(self, source: torch.Tensor, pieces: Sequence[Extent]) -> Iterator[None]:
+    def _batch(self, source: torch.Tensor, slices: Sequence[Extent]) -> Iterator[None]:
         """One batch, on its way inside, complete at the end. Releases the caller's permit."""
         try:
             # Each batch may go through another engine: they are complete, or not, independently.
             with self._path.engine_for(self._memory.target, self._incarnation) as entry:
                 slot = entry.staging.take()
-                entry.staging.fill(slot, source, pieces)
-                number = self._begin(entry.engine, slot, pieces)
+                entry.staging.fill(slot, source, slices)
+                number = self._begin(entry.engine, slot, slices)
                 code = -1
                 if 0 < number < _NO_NUMBER:
                     yield
                     with self._one_waits:
                         code = entry.engine.get_batch_transfer_status([number])
                 if code != 0:
-                    raise DataPathError(f"Mooncake write of {len(pieces)} pieces returned {code}", in_doubt=True)
+                    raise DataPathError(f"Mooncake write of {len(slices)} slices returned {code}", in_doubt=True)
                 entry.staging.give_back(slot)
         finally:
             self._permits.release()
 
-    def _begin(self, engine: Any, slot: torch.Tensor, pieces: Sequence[Extent]) -> int:
+    def _begin(self, engine: Any, slot: torch.Tensor, slices: Sequence[Extent]) -> int:
         """The batch's number; 0 or a negative code, as it may be without its sign, where the engine has refused it."""
         at, addresses, targets, lengths = 0, [], [], []
-        for piece in pieces:
+        for slice_ in slices:
             addresses.append(slot.data_ptr() + at)
-            targets.append(self._memory.addresses[piece.region] + piece.offset)
-            lengths.append(piece.length)
-            at += piece.length
+            targets.append(self._memory.addresses[slice_.region] + slice_.offset)
+            lengths.append(slice_.length)
+            at += slice_.length
         return int(engine.batch_transfer_async_write(self._memory.target, addresses, targets, lengths))
 
     def close(self) -> None:
@@ -130,16 +130,16 @@ class MooncakeLink:
 
 
 def _batches(extents: Sequence[Extent], slot_bytes: int) -> list[list[Extent]]:
-    """Cut ``extents`` into pieces, and these into batches that fit a staging slot and the limit on pieces."""
+    """Cut ``extents`` into slices, and these into batches that fit a staging slot and the limit on slices."""
     batches: list[list[Extent]] = [[]]
     room = slot_bytes
     for extent in extents:
         done = 0
         while done < extent.length:
-            if room == 0 or len(batches[-1]) == MAX_PIECES:
+            if room == 0 or len(batches[-1]) == MAX_SLICES:
                 batches.append([])
                 room = slot_bytes
-            length = min(extent.length - done, room, PIECE_BYTES)
+            length = min(extent.length - done, room, SLICE_BYTES)
             batches[-1].append(Extent(extent.region, extent.offset + done, length, extent.start + done))
             done += length
             room -= length
