@@ -1,1 +1,1 @@
-"""The data path: how a window's bytes get into the receiver's blocks. One interface, two implementations."""
+"""Owns the data paths, which write a window's bytes into the receiver's blocks: one interface, two implementations."""

@@ -142,8 +142,8 @@ class Registrar:
             known = self._core.sessions.get(message.mooncake_session_id)
         if known is not None and known.incarnation == message.incarnation and known.number > message.number:
             return
-        # Refuse to give a session to a second process while the first is alive: the two would write to each other's
-        # rooms.
+        # A process that is alive keeps its session. Otherwise a second process that names the same session would end
+        # the first one's rooms.
         if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
             raise LinkBusy(f"session {message.mooncake_session_id} belongs to another process, which is alive")
         # Open the link without the lock: this may take long.
