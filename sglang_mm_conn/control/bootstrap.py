@@ -104,7 +104,7 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     except msgspec.DecodeError as error:
         raise ProtocolError(f"{url} sent a malformed bootstrap answer: {error}") from None
     if info.version != PROTOCOL_VERSION:
-        raise ProtocolError(f"{url} speaks protocol version {info.version}, this side {PROTOCOL_VERSION}")
+        raise ProtocolError(f"{url} uses protocol version {info.version}, this side {PROTOCOL_VERSION}")
     return info
 
 
