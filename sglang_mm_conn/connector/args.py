@@ -1,4 +1,4 @@
-"""What a manager of conn_multimodal.py is created with."""
+"""Owns the arguments that the managers of conn_multimodal.py are created with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class EmbeddingMode(enum.Enum):
     """The role of a manager's process.
 
     Attributes:
-        ENCODE: It holds embeddings and sends them.
-        LANGUAGE: It is a language rank and receives embeddings.
+        ENCODE: The process holds embeddings and sends them.
+        LANGUAGE: The process is a language rank and receives embeddings.
     """
 
     ENCODE = "encode"
@@ -25,7 +25,7 @@ class EmbeddingMode(enum.Enum):
 
 @dataclass(frozen=True)
 class EmbeddingArgs:
-    """What a manager needs to know about its server.
+    """What a manager must know about its server.
 
     Attributes:
         settings: The settings, see ``Settings.from_env``.
@@ -33,7 +33,7 @@ class EmbeddingArgs:
         row_bytes: Bytes of the model's widest embedding row.
         host: Encoder: the address that the control socket binds to. Language rank: the address at which the Mooncake
             engines of encoders reach it.
-        timeout: The longest life of a room, in seconds; ``EmbeddingReceiver.init`` may set another.
+        timeout: The longest life of a room, in seconds. ``EmbeddingReceiver.init`` may override it.
         server: Language rank: the incarnation of its server, which is the prefix of its rooms' names.
         rank: Language rank: its number among the tensor-parallel ranks.
         size: Language rank: the number of tensor-parallel ranks. Consecutive groups of ``ranks_per_host`` ranks share a

@@ -1,4 +1,4 @@
-"""The metadata of a part (grids, time stamps): plain values and tensors, to bytes and back. No pickle."""
+"""Owns the encoding of a part's metadata (grids, time stamps): plain values and tensors as msgpack, without pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_mm_conn.core.errors import ProtocolError
 _TENSOR, _ARRAY, _TUPLE = 1, 2, 3
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
-# Only these dtypes are rebuilt; the name of anything else is refused.
+# Only these dtypes are sent, and only these are accepted.
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -24,10 +24,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``. Raises ProtocolError for a dtype that does not travel."""
+    """``float32`` for ``torch.float32``. Raises ProtocolError for a dtype that cannot be sent."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ProtocolError(f"dtype {dtype} does not travel; these do: {', '.join(DTYPES)}")
+        raise ProtocolError(f"dtype {dtype} cannot be sent; supported: {', '.join(DTYPES)}")
     return name
 
 
@@ -48,7 +48,7 @@ def _pack(value: Any) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject or value.dtype.names:
-            raise ProtocolError(f"an array of {value.dtype} does not travel")
+            raise ProtocolError(f"an array of {value.dtype} cannot be sent")
         return _ext(_ARRAY, [value.dtype.str, list(value.shape), np.ascontiguousarray(value).tobytes()])
     if isinstance(value, tuple):
         return _ext(_TUPLE, [_pack(item) for item in value])
@@ -58,7 +58,7 @@ def _pack(value: Any) -> Any:
         return {str(key): _pack(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
-    raise ProtocolError(f"a value of type {type(value).__name__} does not travel as metadata")
+    raise ProtocolError(f"a value of type {type(value).__name__} cannot be sent as metadata")
 
 
 def _ext(code: int, content: list[Any]) -> msgspec.msgpack.Ext:
@@ -75,37 +75,37 @@ def _unpack(code: int, data: memoryview) -> Any:
     if code == _ARRAY:
         dtype = np.dtype(name)
         if dtype.hasobject:
-            raise ProtocolError(f"an array of {name} does not travel")
+            raise ProtocolError(f"an array of {name} cannot be received")
         return np.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
     raise ProtocolError(f"unknown metadata extension {code}")
 
 
 def encode_metadata(values: dict[str, Any], limit: int) -> bytes:
-    """Raises ProtocolError naming what cannot travel, or the size where it is over ``limit`` bytes."""
+    """Raises ProtocolError. It names the value that cannot be sent, or the size if that exceeds ``limit`` bytes."""
     packed = {}
     for key, value in values.items():
         try:
             packed[key] = msgspec.Raw(msgspec.msgpack.encode(_pack(value)))
         except ProtocolError as error:
             raise ProtocolError(f"metadata {key!r}: {error}") from None
-        except Exception as error:  # a number, a text or a layout that has no bytes
+        except Exception as error:  # an integer, a text or a tensor layout that msgpack or torch cannot turn into bytes
             raise ProtocolError(f"metadata {key!r}: {type(error).__name__}: {error}") from None
     data = msgspec.msgpack.encode(packed)
     if len(data) > limit:
-        raise ProtocolError(f"{len(data)} bytes of metadata are over SGLANG_MM_CONN_MAX_METADATA_BYTES={limit}")
+        raise ProtocolError(f"{len(data)} bytes of metadata exceed SGLANG_MM_CONN_MAX_METADATA_BYTES={limit}")
     return data
 
 
 def decode_metadata(data: bytes, limit: int) -> dict[str, Any]:
-    """The inverse of ``encode_metadata``. Raises ProtocolError for anything that it cannot have written."""
+    """The inverse of ``encode_metadata``. Raises ProtocolError for any other input."""
     if len(data) > limit:
-        raise ProtocolError(f"{len(data)} bytes of metadata are over SGLANG_MM_CONN_MAX_METADATA_BYTES={limit}")
+        raise ProtocolError(f"{len(data)} bytes of metadata exceed SGLANG_MM_CONN_MAX_METADATA_BYTES={limit}")
     if not data:
         return {}
     try:
         values = msgspec.msgpack.decode(data, ext_hook=_unpack)
-    except Exception as error:  # what torch and numpy raise for a shape or dtype that is nonsense is not documented
+    except Exception as error:  # torch and numpy do not document what they raise for an invalid shape or dtype
         raise ProtocolError(f"malformed metadata: {error}") from None
     if not isinstance(values, dict):
-        raise ProtocolError("malformed metadata: not a table")
+        raise ProtocolError("malformed metadata: not a map")
     return values

@@ -1,7 +1,7 @@
-"""What an endpoint lives on: the clock, threads, sockets, look-ups, memory, data paths.
+"""Owns everything an endpoint takes from the operating system: clock, threads, sockets, look-ups, memory, data paths.
 
-Endpoints take all of it from here, so that a simulator can put a simulated one in its place (tests/simulator) and
-drive the very same endpoints step by step.
+Endpoints get all of it from a ``Runtime``. The simulator (tests/simulator) replaces it, and so drives the unchanged
+endpoints step by step.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from sglang_mm_conn.memory.pool import BlockPool
 
 
 class Runtime:
-    """The real one."""
+    """The operating system's clock, threads, sockets and memory. The simulator replaces this class."""
 
-    # Embeddings up to this size, and at a language rank windows, are copied by the thread that received the message:
-    # waking another takes about as long as copying as much. 1 MiB rooms took 0.8 times as long so, and a flow of them
-    # was 1.4 times as fast.
+    # An encoder writes embeddings up to this size inline, and a language rank copies out windows up to this size
+    # inline: waking another thread takes about as long as copying this much. Inline, rooms of 1 MiB took 0.8 times as
+    # long one at a time, and many concurrent rooms reached 1.4 times the rate.
     inline_limit_bytes = 2 << 20
-    # Of the only embedding that is at an encoder, as much is written by the control thread: it need not be woken once
-    # more to say so. Rooms of 4 MiB took 0.94 times as long so; of 16 MiB 0.99 on a quiet host and down to 0.8 on a
-    # busy one, where waking takes longer (``bench --transports memcpy,shm --sizes 4M,16M`` with 2 MiB here and with
-    # 16). Whoever comes next waits for that one copy, beside what a turn may take anyway (control.loop.BATCH_SECONDS):
-    # memcpy's 16 MiB in docs/performance.md, and many times that where all cores are busy.
+    # If an embedding is uncontended, the control thread writes up to this much of it inline: a worker would have to
+    # wake the control thread again to send the confirmation. Inline, rooms of 4 MiB took 0.94 times as long; rooms of
+    # 16 MiB took 0.99 times as long on a quiet host and down to 0.8 on a busy one, where waking takes longer (``bench
+    # --transports memcpy,shm --sizes 4M,16M`` with 2 MiB here and with 16). Messages that arrive meanwhile wait for
+    # this one copy, in addition to what a batch may take (control.limits.BATCH_SECONDS). docs/performance.md has
+    # memcpy's time for 16 MiB; the copy takes many times as long if all cores are busy.
     uncontended_inline_limit_bytes = 16 << 20
-    # Smaller results are copied out, so that they do not keep a whole block each; a view would not be cheaper.
+    # Smaller results are copied out: a view of one would keep a whole block and cost no less than the copy.
     view_least_bytes = HOLD_GIL_BELOW + 1
     device = Device()
 
     def __init__(self, device: Device | None = None) -> None:
-        """``device``: what this process computes on, if not on the CPU alone."""
+        """``device``: the device that this process computes on; without one, the CPU."""
         if device is not None:
             self.device = device
         warm_up()
@@ -54,19 +55,19 @@ class Runtime:
         return time.monotonic()
 
     def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
-        """A daemon thread that runs ``target``."""
+        """Start a daemon thread that runs ``target``."""
         thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
         return thread
 
     def executor(self, threads: int, name: str) -> Executor:
-        """Its threads are there from the beginning: starting one takes milliseconds, of somebody's first request."""
+        """All its threads run when this returns: starting one takes milliseconds, which the first request would pay."""
         executor = ThreadPoolExecutor(threads, name)
         all_started = threading.Barrier(threads)
         try:
             for _ in range(threads):
                 executor.submit(all_started.wait)
-        except BaseException:  # no more threads to be had: those that wait would keep the process from ending
+        except BaseException:  # a thread could not be started: those at the barrier would keep the process from ending
             all_started.abort()
             executor.shutdown(wait=False)
             raise
@@ -83,7 +84,7 @@ class Runtime:
         return ControlClient(callbacks, key=key, max_frame_bytes=max_frame_bytes)
 
     def look_up(self, encoder_url: str, key: DeploymentKey | None, *, insecure: bool) -> BootstrapInfo:
-        """Raises what ``control.bootstrap.look_up`` raises."""
+        """See ``control.bootstrap.look_up``, also for what this raises."""
         return look_up(encoder_url, key, insecure=insecure)
 
     def pool(self, geometry: Geometry, *, shared: bool, memory_device: str) -> BlockPool:
@@ -91,11 +92,11 @@ class Runtime:
         return BlockPool(geometry, shared=shared, device=self.device, memory_device=memory_device)
 
     def reserve_port(self) -> tuple[int, Callable[[], None]]:
-        """A port that is this process's own, and how to give it up: a bound socket that never listens."""
+        """Reserve a port with a bound socket that never listens. Returns the port and how to release it."""
         holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         holder.bind(("", 0))
         return int(holder.getsockname()[1]), holder.close
 
     def receive_paths(self, settings: Settings, host: str, pool: BlockPool) -> Mapping[str, ReceivePath]:
-        """The paths into ``pool``, see datapath.factory. Raises DataPathUnavailable."""
+        """The data paths into ``pool``: see datapath.factory. Raises DataPathUnavailable."""
         return receive_paths(settings, host, pool, self.reserve_port)

@@ -1,1 +1,1 @@
-"""The control path: one connection per peer pair, owned by one thread per process."""
+"""Owns the control path: one connection per pair of processes, and one thread per process that serves them."""

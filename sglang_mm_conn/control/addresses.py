@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection that another library owns."""
+"""Owns the look-up of a peer's address on a connection that another library owns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
 def peer_address(fd: int) -> str:
-    """The remote host of the connection ``fd``, for logs; UNKNOWN_ADDRESS where that is none (any more).
+    """The remote host of the connection ``fd``, for logs; UNKNOWN_ADDRESS if ``fd`` is no connection (any more).
 
-    Its owner may have closed it, and the number be anything else's by now, a segment's too: it is looked at, but never
-    duplicated, and never closed. (With ``socket.setdefaulttimeout``, which no server here uses, looking would make it
-    non-blocking.)
+    The library may have closed ``fd``, and the kernel may have reused the number for any other file, even a segment. So
+    this only inspects the descriptor, and never duplicates or closes it. (With ``socket.setdefaulttimeout``, which no
+    server here uses, inspecting it would make it non-blocking.)
     """
     try:
         borrowed = socket.socket(fileno=fd)

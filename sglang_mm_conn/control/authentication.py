@@ -1,8 +1,8 @@
-"""The deployment secret: who may open a control connection, and how the bootstrap route proves both sides.
+"""Owns the deployment's key: which peers may open a control connection, and how both sides of a look-up prove the key.
 
-Every server of a deployment holds the same secret. On control connections it is a CURVE key pair that both sides use
-(libzmq encrypts and authenticates): a client needs the public half to talk to the server at all, and the server admits
-only the client that proves the secret half. On the bootstrap route each side adds a keyed hash to what it says.
+Every server of a deployment has the same secret. On control connections both sides use it as their CURVE key pair, with
+which libzmq encrypts and authenticates: a client needs the public half to reach the server at all, and the server
+admits only a client that proves the secret half. On the bootstrap route each side adds a keyed hash to its message.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _REMEMBERED_ADDRESSES = 1024
 
 
 class NotAuthentic(ConnError):
-    """The other side did not prove that it has the deployment secret."""
+    """The peer did not prove that it has the deployment's key."""
 
 
 def generate(path: str) -> None:
-    """Write a new secret to ``path``, readable by its owner only. Raises FileExistsError rather than replace one."""
+    """Write a new secret to ``path``, readable by its owner only. Raises FileExistsError if the file exists."""
     _, secret = zmq.curve_keypair()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "wb") as file:
@@ -44,13 +44,13 @@ def generate(path: str) -> None:
 
 @dataclass(frozen=True)
 class DeploymentKey:
-    """The secret and what is derived from it. Its text never appears in a log."""
+    """The secret and the keys that are derived from it. The secret never appears in a log."""
 
     secret: bytes = field(repr=False)
 
     @classmethod
     def load(cls, path: str) -> DeploymentKey:
-        """Read a secret that ``generate`` wrote. Raises SettingError naming the file and what is wrong with it."""
+        """Read a secret that ``generate`` wrote. Raises SettingError, which names the file and the fault."""
         try:
             mode = os.stat(path).st_mode
             with open(path, "rb") as file:
@@ -59,7 +59,7 @@ class DeploymentKey:
             raise SettingError(f"SGLANG_MM_CONN_KEY_FILE={path!r} cannot be read: {error.strerror}") from None
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise SettingError(
-                f"SGLANG_MM_CONN_KEY_FILE={path!r} can be read by others than its owner (mode {mode & 0o777:o}): "
+                f"SGLANG_MM_CONN_KEY_FILE={path!r} can be read by users other than its owner (mode {mode & 0o777:o}): "
                 "chmod 600 it"
             )
         try:
@@ -76,13 +76,13 @@ class DeploymentKey:
         return zmq.curve_public(self.secret)
 
     def secure_server(self, socket: zmq.Socket[Any]) -> None:
-        """Before ``bind``; the socket's context needs a ZapHandler."""
+        """Set the key of a server's socket. Call this before ``bind``; the socket's context needs a ZapHandler."""
         socket.curve_secretkey = self.secret
         socket.curve_publickey = self.public
         socket.curve_server = True
 
     def secure_client(self, socket: zmq.Socket[Any]) -> None:
-        """Before ``connect``."""
+        """Set the key of a client's socket. Call this before ``connect``."""
         socket.curve_secretkey = self.secret
         socket.curve_publickey = self.public
         socket.curve_serverkey = self.public
@@ -95,13 +95,13 @@ class DeploymentKey:
         return digest.hexdigest()
 
     def verify(self, signature: str, purpose: str, *parts: bytes) -> None:
-        """Raises NotAuthentic."""
+        """Check a result of ``sign`` in constant time. Raises NotAuthentic."""
         if not hmac.compare_digest(signature.encode("utf-8", "replace"), self.sign(purpose, *parts).encode()):
-            raise NotAuthentic("the other side does not have this deployment's key (SGLANG_MM_CONN_KEY_FILE)")
+            raise NotAuthentic("the peer does not have this deployment's key (SGLANG_MM_CONN_KEY_FILE)")
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether what is sent to ``host`` (a name or an address) stays on this machine, as far as its text tells."""
+    """Whether ``host`` is localhost or a loopback address. Other names are not resolved and count as remote."""
     if host is None or host == "localhost":
         return host == "localhost"
     try:
@@ -130,7 +130,7 @@ class RefusalLog:
 
 
 class ZapHandler:
-    """Answers libzmq's question whether a CURVE client is admitted; served by the thread that owns the sockets."""
+    """Answers libzmq's requests whether to admit a CURVE client. The thread that owns the sockets calls ``serve``."""
 
     def __init__(self, context: zmq.Context[Any], key: DeploymentKey, refusals: RefusalLog) -> None:
         self.socket = context.socket(zmq.ROUTER)
@@ -140,7 +140,7 @@ class ZapHandler:
         self._refusals = refusals
 
     def serve(self) -> None:
-        """Answer what is waiting."""
+        """Answer all waiting requests."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -152,7 +152,7 @@ class ZapHandler:
                 credentials[0], self._admitted
             )  # fmt: skip
             if not admitted:
-                self._refusals.refused(address.decode("ascii", "replace"), "its key is not this deployment's")
+                self._refusals.refused(address.decode("ascii", "replace"), "it does not have this deployment's key")
             code, text = (b"200", b"OK") if admitted else (b"400", b"no")
             self.socket.send_multipart([envelope, b"", version, request_id, code, text, b"", b""])
 

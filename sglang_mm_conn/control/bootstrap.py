@@ -1,4 +1,7 @@
-"""Finding an encoder's control sockets: a route on the encoder's own HTTP port, so that no further port is needed."""
+"""Owns the look-up of an encoder's control sockets, over a route on the encoder's HTTP port.
+
+Language servers know that port already, so they need no other address.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +31,19 @@ class Worker(msgspec.Struct, frozen=True):
 
 
 class BootstrapInfo(msgspec.Struct, frozen=True):
-    """What the route answers."""
+    """The answer of the route."""
 
     version: int
     workers: list[Worker]
 
 
-# Made once, at import: msgspec learns a struct at its first use, and threads that make it learn one at the same time
-# crash the process (seen: SIGSEGV of a language server that starts with two encoders).
+# Made at import. Hazard: msgspec analyses a struct at its first use, and if two threads do that at the same time, the
+# process crashes (seen: SIGSEGV of a language server that started with two encoders).
 _INFO = msgspec.json.Decoder(BootstrapInfo)
 
 
 class EncoderAbsent(ConnError):
-    """Nothing answers at the encoder's URL; ``refused``: the connection was refused, so no process listens there."""
+    """The encoder's URL does not answer. ``refused``: the connection was refused, so no process listens there."""
 
     def __init__(self, message: str, *, refused: bool) -> None:
         super().__init__(message)
@@ -48,7 +51,7 @@ class EncoderAbsent(ConnError):
 
 
 def answer_request(info: BootstrapInfo, key: DeploymentKey | None, headers: Mapping[str, str]) -> tuple[bytes, str]:
-    """The encoder's side: the body, and the value of its header SIGNATURE. Raises NotAuthentic."""
+    """The encoder's side: the body of the answer, and the value of its header SIGNATURE. Raises NotAuthentic."""
     body = msgspec.json.encode(info)
     if key is None:
         return body, ""
@@ -60,20 +63,20 @@ def answer_request(info: BootstrapInfo, key: DeploymentKey | None, headers: Mapp
 def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: bool = False) -> BootstrapInfo:
     """Ask an encoder for its control sockets.
 
-    Raises EncoderAbsent; ProtocolError where it speaks something else; NotAuthentic where one side lacks the key, or
-    where there is none and the encoder is beyond loopback (unless ``insecure`` allows that).
+    Raises EncoderAbsent. Raises ProtocolError if the answer is no bootstrap answer of this version. Raises NotAuthentic
+    if either side lacks the key, or if no key is set and the encoder is not on loopback (``insecure`` allows that).
     """
     if key is None and not insecure and not is_loopback(urlsplit(encoder_url).hostname):
         raise NotAuthentic(
             f"encoder {encoder_url} is not on a loopback address and SGLANG_MM_CONN_KEY_FILE is not set "
-            "(or SGLANG_MM_CONN_INSECURE=1 on a network where everybody is trusted)"
+            "(or SGLANG_MM_CONN_INSECURE=1 on a network where every host is trusted)"
         )
     url = encoder_url.rstrip("/") + ROUTE
     nonce = new_nonce()
     headers = {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(_ASK, nonce.encode())}
     try:
         with requests.Session() as http:
-            http.trust_env = False  # a proxy has no business between servers of one cluster
+            http.trust_env = False  # no HTTP proxy between the servers of one cluster
             answer = http.get(url, headers=headers, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True)
             body = answer.raw.read(_MAX_BYTES, decode_content=True)
             status = answer.status_code
@@ -85,7 +88,7 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     if status in (502, 503, 504):
         raise EncoderAbsent(f"{url} answered HTTP {status}", refused=False)
     if status == 401:
-        raise NotAuthentic(f"{url} wants this deployment's key: set SGLANG_MM_CONN_KEY_FILE to the encoder's")
+        raise NotAuthentic(f"{url} wants this deployment's key: set SGLANG_MM_CONN_KEY_FILE to the encoder's file")
     if status != 200:
         raise ProtocolError(
             f"{url} answered HTTP {status}: is the encoder started with "
@@ -99,9 +102,9 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     try:
         info = _INFO.decode(body)
     except msgspec.DecodeError as error:
-        raise ProtocolError(f"{url} answered something else: {error}") from None
+        raise ProtocolError(f"{url} sent a malformed bootstrap answer: {error}") from None
     if info.version != PROTOCOL_VERSION:
-        raise ProtocolError(f"{url} speaks protocol version {info.version}, this side {PROTOCOL_VERSION}")
+        raise ProtocolError(f"{url} uses protocol version {info.version}, this side {PROTOCOL_VERSION}")
     return info
 
 

@@ -1,4 +1,4 @@
-"""The route that tells language servers where an encoder's control sockets are."""
+"""Owns the HTTP route that sends language servers the addresses of an encoder's control sockets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, RefusalLog
 from sglang_mm_conn.control.bootstrap import ROUTE, SIGNATURE, BootstrapInfo, answer_request
 
-# What the route answers with, and the key that protects it; None as long as the encoder is not ready (HTTP 503).
+# Returns the answer of the route and the key that protects it; None while the encoder starts (HTTP 503).
 Source = Callable[[], tuple[BootstrapInfo, DeploymentKey | None] | None]
 
 
 def bootstrap_router(source: Source) -> APIRouter:
-    """A router with the one route. With a key, an asker that does not prove it is refused (HTTP 401)."""
+    """A router with the one route. With a key, a client that does not prove it gets HTTP 401."""
     router = APIRouter()
     refusals = RefusalLog()
 
@@ -29,17 +29,17 @@ def bootstrap_router(source: Source) -> APIRouter:
             body, signature = answer_request(*ready, request.headers)
         except NotAuthentic:
             refusals.refused(request.client.host if request.client else "?", "its look-up proves no key")
-            return Response("this deployment has a key", status_code=401)
+            return Response("this deployment requires a key", status_code=401)
         return Response(body, media_type="application/json", headers={SIGNATURE: signature})
 
     return router
 
 
 class StandaloneBootstrap:
-    """The route on a port of its own, for encoders that have no HTTP server (tests, benchmarks)."""
+    """Serves the route on a separate port, for encoders without an HTTP server (tests, benchmarks)."""
 
     def __init__(self, host: str, port: int, source: Source) -> None:
-        """``port`` 0 takes a free one. Returns when the server answers."""
+        """``port``: 0 for any free port. Returns when the server accepts connections."""
         app = FastAPI(openapi_url=None)
         app.include_router(bootstrap_router(source))
         self._server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))

@@ -1,4 +1,4 @@
-"""The language rank's control sockets: one DEALER per encoder process, all owned by one thread."""
+"""Owns the language rank's control sockets: one DEALER per encoder process, all used by one thread."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class _Link:
             (zmq.SNDHWM, HIGH_WATER_MARK),
             (zmq.RCVHWM, READ_AHEAD),
             (zmq.MAXMSGSIZE, max_frame_bytes),
-            # Nothing waits for a connection that is down: what a lost connection swallowed is compared on reconnect,
-            # and a message from before must not arrive after that.
+            # Queue nothing for a connection that is down. After a reconnect both sides resynchronize, and a message
+            # from before must not arrive after that.
             (zmq.IMMEDIATE, 1),
             (zmq.RECONNECT_IVL, 50),
             (zmq.RECONNECT_IVL_MAX, 1000),
@@ -52,9 +52,9 @@ class _Link:
 
 
 class ControlClient(ControlThread):
-    """Owns the DEALERs. ``run`` is the only place that touches them; the rest may be called from any thread.
+    """Owns the DEALERs. Only the thread of ``run`` uses them. The public methods may be called from any thread.
 
-    ``key`` names a link; the callbacks run on the thread of ``run``.
+    ``key`` names a connection. The callbacks run on the thread of ``run``.
     """
 
     def __init__(self, callbacks: ControlCallbacks, *, key: DeploymentKey | None, max_frame_bytes: int) -> None:
@@ -66,14 +66,14 @@ class ControlClient(ControlThread):
         self._links: dict[str, _Link] = {}
 
     def connect(self, key: str, address: str) -> None:
-        """Open link ``key`` to ``address`` (``tcp://host:port``); it reconnects by itself until it is closed."""
+        """Open connection ``key`` to ``address`` (``tcp://host:port``). It reconnects until ``disconnect``."""
         self.call(lambda: self._connect(key, address))
 
     def disconnect(self, key: str) -> None:
         self.call(lambda: self._disconnect(key))
 
     def run(self) -> None:
-        """Serve until ``stop``. Whatever one event raises is logged and hurts nobody else."""
+        """Serve until ``stop``. If handling one event raises, the error is logged and the others are still handled."""
         self._thread = threading.get_ident()
         next_tick = time.monotonic() + self._callbacks.tick_seconds
         while not self._stopping:
@@ -126,10 +126,11 @@ class ControlClient(ControlThread):
             except zmq.ZMQError:
                 return
             if more:
-                # No encoder sends one. The rest must not be read: where the connection breaks in the middle of that,
-                # libzmq ends the process (a DEALER with IMMEDIATE; "Assertion failed: !_more").
-                self._rate_limited_log.log(key, logging.WARNING, "Control message of several frames: connecting anew")
-                self.connect(key, link.address)  # at the end of this turn, where a failure is logged and no more
+                # No encoder sends a multipart message. Hazard: the other parts must not be read. If the connection
+                # breaks between two parts, libzmq aborts the process (DEALER with IMMEDIATE; "Assertion failed:
+                # !_more").
+                self._rate_limited_log.log(key, logging.WARNING, "Control message of several parts: reconnecting")
+                self.connect(key, link.address)  # runs after this batch; a failure there is only logged
                 return
             yield key, [batch], len(batch)
 

@@ -1,6 +1,6 @@
-"""Log lines about what a peer does wrong: a few at a time, however often it does it.
+"""Owns the rate limit on log lines about a faulty peer.
 
-A peer can send nonsense faster than a disk takes lines about it.
+A peer can send invalid messages faster than the disk can store log lines about them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Account:
 
 
 class RateLimitedLog:
-    """At most LINES lines about one peer in SECONDS; how many were left out is said with the next one. Thread-safe."""
+    """Logs at most LINES lines about one peer per SECONDS. The next line counts those left out. Thread-safe."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger

@@ -1,4 +1,4 @@
-"""The encoder's control socket: one ROUTER that every language rank connects to."""
+"""Owns the encoder's control socket: one ROUTER that every language rank connects to."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _HANDSHAKE_FAILED = (
 
 
 class ControlServer(ControlThread):
-    """Owns the ROUTER. ``run`` is the only place that touches it."""
+    """Owns the ROUTER. Only the thread of ``run`` uses it."""
 
     def __init__(
         self, host: str, callbacks: ControlCallbacks, *, key: DeploymentKey | None, max_frame_bytes: int
     ) -> None:
-        """Bind ``host`` on a port of the kernel's choosing (``port``). Peers are named by their routing id in hex.
+        """Bind ``host`` on a port that the kernel chooses (``port``). A peer's name is its routing id in hex.
 
-        With ``key`` only peers that hold the same one get through.
+        With ``key``, only peers with the same key can connect.
         """
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -55,14 +55,15 @@ class ControlServer(ControlThread):
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILED
         )
-        self._shaking_hands: deque[str] = deque(maxlen=1024)  # addresses, in the order of their connections
+        self._shaking_hands: deque[str] = deque(maxlen=1024)  # addresses of new connections, oldest first
         bound = f"[{host}]" if ":" in host else host
         self._socket.bind(f"tcp://{bound}:*")
         self.port = int(str(self._socket.get_string(zmq.LAST_ENDPOINT)).rpartition(":")[2])
         super().__init__(self._send, callbacks, RateLimitedLog(logger))
 
     def run(self) -> None:
-        """Serve until ``stop``. Whatever one frame or tick raises is logged and hurts nobody else."""
+        """Serve until ``stop``. If handling a frame or a tick raises, the error is logged and the others are still
+        handled."""
         self._thread = threading.get_ident()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -106,15 +107,15 @@ class ControlServer(ControlThread):
         self._socket.send_multipart([bytes.fromhex(peer), batch], zmq.NOBLOCK)
 
     def _watch(self) -> None:
-        """Handshakes that failed before a key was shown: a peer without one, or no ZeroMQ at all."""
+        """Log handshakes that failed before a key was checked: the peer has no key, or does not use ZeroMQ."""
         while True:
             try:
                 event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             except zmq.ZMQError:
                 return
             if event["event"] == zmq.EVENT_ACCEPTED:
-                self._shaking_hands.append(peer_address(event["value"]))  # libzmq tells only the descriptor
+                self._shaking_hands.append(peer_address(event["value"]))  # libzmq reports only the descriptor
                 continue
             address = self._shaking_hands.popleft() if self._shaking_hands else UNKNOWN_ADDRESS
             if event["event"] & _HANDSHAKE_FAILED:
-                self._refusals.refused(address, "it has another key or none, or speaks another protocol")
+                self._refusals.refused(address, "it has another key or none, or uses another protocol")

@@ -1,4 +1,4 @@
-"""What the control threads of both ends have in common: the messages and the work that other threads leave for them."""
+"""Owns the queues of messages and of work that other threads leave for a control thread, on either side."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sglang_mm_conn.control.wakeup import Wakeup
 
 
 def _ignore(peer: str) -> None:
-    """An endpoint that only answers has nothing to do with a connection."""
+    """Do nothing: the default for endpoints that need no events of connections."""
 
 
 @dataclass(frozen=True)
 class ControlCallbacks:
-    """What an endpoint does on its control thread: with a frame, with a connection (each with the name of the peer),
-    and every ``tick_seconds``.
+    """The callbacks of an endpoint, all called on its control thread: for each frame, when a connection is made or lost
+    (with the name of the peer), and every ``tick_seconds``.
 
-    A ControlServer reports no connections: it knows a peer by its first frame.
+    A ControlServer reports no connections: a peer is known from its first frame on.
     """
 
     on_frame: Callable[[str, bytes], None]
@@ -33,7 +33,8 @@ class ControlCallbacks:
 
 
 class ControlThread:
-    """``send``, ``call`` and ``stop`` may be called from any thread; the rest is the thread's own."""
+    """``send``, ``call`` and ``stop`` may be called from any thread, everything else only from the thread of
+    ``run``."""
 
     def __init__(
         self, send: Callable[[str, bytes], None], callbacks: ControlCallbacks, rate_limited_log: RateLimitedLog
@@ -44,10 +45,11 @@ class ControlThread:
         self._work: deque[Callable[[], None]] = deque()
         self._wakeup = Wakeup()
         self._stopping = False
-        self._thread = 0  # of ``run``
+        self._thread = 0  # ident of the thread of ``run``
 
     def send(self, peer: str, frame: bytes) -> None:
-        """Queue ``frame`` for ``peer``. Frames of one caller arrive in order; one to a peer that is gone is dropped."""
+        """Queue ``frame`` for ``peer``. Frames of one caller arrive in order. If the peer is gone, the frame is
+        dropped."""
         self._traffic.put(peer, frame)
         self._notify()
 
@@ -62,15 +64,15 @@ class ControlThread:
         self._wakeup.notify()
 
     def _notify(self) -> None:
-        if threading.get_ident() != self._thread:  # which looks after every callback
+        if threading.get_ident() != self._thread:  # which checks for work after every callback
             self._wakeup.notify()
 
     def _wait_ms(self, next_tick: float) -> int:
-        """How long a poll may wait: not at all where work is there that rang nobody, of this thread's finalizers."""
+        """How long a poll may wait: 0 if finalizers queued work on this thread without a wake-up."""
         return 0 if self._work else milliseconds_until(next_tick)
 
     def _run_work(self) -> None:
         while self._work:
             guarded(self._work.popleft())
-            self._traffic.flush()  # the next may take long
+            self._traffic.flush()  # do not delay the answers: the next work may take long
         self._traffic.flush()

@@ -1,4 +1,4 @@
-"""What both control loops do with frames: send those that wait, and handle those of a socket, turn by turn."""
+"""Owns the frames of a control loop, on either side: sends the queued ones, handles the received ones in batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sglang_mm_conn.core.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
-Received = tuple[str, list[bytes], int]  # from whom, the parts of a message, and how many bytes it took
+Received = tuple[str, list[bytes], int]  # the peer, the parts of its message, the message's bytes
 
 
 class Traffic:
-    """``put`` may be called from any thread; the rest is the loop's own."""
+    """``put`` may be called from any thread, everything else only from the loop."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Traffic:
         on_frame: Callable[[str, bytes], None],
         rate_limited_log: RateLimitedLog,
     ) -> None:
-        """``send(peer, batch)`` never waits; it may raise ZMQError."""
+        """``send(peer, batch)`` must never wait. It may raise ZMQError."""
         self._send = send
         self._on_frame = on_frame
         self._rate_limited_log = rate_limited_log
@@ -40,27 +40,27 @@ class Traffic:
         self._outbox.append((peer, frame))
 
     def flush(self) -> None:
-        """Send what is queued. Frames for a peer that is gone are dropped."""
+        """Send the queued frames. Frames for a peer that is gone are dropped."""
         for peer, batch in batches(self._outbox):
             try:
                 self._send(peer, batch)
             except zmq.ZMQError as error:
-                # EHOSTUNREACH: gone. EAGAIN: down, or does not read. Both are noticed by the peer's silence.
+                # EHOSTUNREACH: the peer is gone. EAGAIN: it is down, or does not read. Its silence reveals both.
                 logger.debug("Control messages to %s dropped: %s", peer, error)
 
     def process_batch(self, received: Iterable[Received]) -> None:
-        """Handle messages of one socket until there are no more, or others are to get their turn."""
+        """Handle messages of one socket until none is left, or the limits on one batch are reached."""
         count = nbytes = 0
         until = time.monotonic() + BATCH_SECONDS
         for peer, parts, size in received:
             nbytes += size
             count += self._take(peer, parts)
-            self.flush()  # the peer works on the answers while the next are made
+            self.flush()  # the peer handles these answers while this side makes the next
             if count >= BATCH or nbytes >= BATCH_BYTES or time.monotonic() >= until:
                 return
 
     def _take(self, peer: str, parts: list[bytes]) -> int:
-        """Returns how many frames it was."""
+        """Handle the frames of one message. Returns their number."""
         try:
             if len(parts) != 1:
                 raise ProtocolError(f"a message of {len(parts)} parts")

@@ -1,4 +1,4 @@
-"""An eventfd that one thread waits on and any other may notify."""
+"""Owns an eventfd that one thread waits on and any thread may notify."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import threading
 
 
 class Wakeup:
-    """Ring from any thread; the waiter polls ``fileno()`` and calls ``clear()`` before it looks for work."""
+    """Any thread calls ``notify()``. The waiter polls ``fileno()`` and calls ``clear()`` before it looks for work."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        # Reentrant: a finalizer may notify in the middle of a notify.
+        # Reentrant: a finalizer may call ``notify`` while its thread is inside ``notify``.
         self._lock = threading.RLock()
         self._closed = False
         self._notified = False
@@ -21,19 +21,20 @@ class Wakeup:
         return self._fd
 
     def notify(self) -> None:
-        """Costs a system call only where nobody has notified since the waiter last cleared it."""
+        """Wake the waiter. Costs a system call only for the first notification since ``clear``."""
         if self._notified:
-            return  # the waiter has not looked for work yet, and will see what was added before this call
+            return  # the waiter has yet to look for work, and will find what was added before this call
         with self._lock, contextlib.suppress(BlockingIOError):
-            if not self._closed:  # the descriptor may be somebody else's by then
+            if not self._closed:  # after ``close`` the descriptor may belong to another file
                 self._notified = True
                 os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)
-        # After the read: a notification that comes between the two is dropped, and the waiter looks for its work now.
-        # The other way round its write would be read away here and every later notification be dropped.
+        # Reset the flag after the read. A notification between the two is skipped, but the waiter is about to look for
+        # its work anyway. In the other order, the read could consume the write of such a notification and leave the
+        # flag set: every later notification would be skipped.
         self._notified = False
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Data paths: how a window's bytes get into the receiver's blocks. ``base``: the interface; ``factory``: the table."""
+"""Owns the data paths, which write a window's bytes into the receiver's blocks: interface and table."""

@@ -1,21 +1,23 @@
-"""A data path: how the bytes of a window get into a language rank's blocks. It has two halves, and owns both.
+"""Owns the interface of a data path, which writes the bytes of a window into a language rank's blocks.
 
-- The encoder's half, ``DataPath``, opens ``WriteLink``s into memory that was described to it.
-- The language rank's half, ``ReceivePath``, describes the memory, and proves that nothing more lands in it.
+A data path has two halves:
+
+- ``DataPath``, the encoder's half, opens ``WriteLink``s into memory that a Register describes.
+- ``ReceivePath``, the language rank's half, describes the memory, and proves that no further write lands in it.
 
 Who owns which bytes (P2 in docs/protocol.md):
 
-- Source bytes are the caller's as soon as ``WriteLink.write`` has returned or raised. A link that may still read them
-  then has copied them before.
-- A block is the encoder's from the offer until a message proves that its window has landed or never will. Where no
-  such message comes, it stays in quarantine until the path itself proves it. There are two proofs; a path gives one:
+- The caller owns the source bytes again as soon as ``WriteLink.write`` has returned or raised. A link that may still
+  read them afterwards must have copied them.
+- The encoder owns a block from the offer until a message proves that its window has landed or never will. If no such
+  message comes, the block stays in quarantine until the data path itself proves it. Each path gives one of two proofs:
 
-  - a lock (``exclusive_lock``): whoever may write holds the lock of its writer slot as long as it may. Once the
-    language rank has taken that lock (``prove_writer_gone``), nobody writes with that slot any more;
-  - a revocation: the way into the memory is destroyed for all its writers at once, and another, with the next epoch,
-    takes its place (``revocation``).
+  - A lock (``exclusive_lock``): a process holds the lock on its writer slot as long as it may write. Once the language
+    rank has taken that lock (``prove_writer_gone``), no process can write with that slot.
+  - A revocation (``revocation``): the engine that leads into the memory is destroyed, for all writers together. A new
+    engine with the next epoch replaces it.
 
-datapath.factory says which paths there are; docs/extending.md how to add one.
+datapath.factory lists the paths. docs/extending.md describes how to add one.
 """
 
 from __future__ import annotations
@@ -35,19 +37,20 @@ class WriteLink(Protocol):
     """Writes into the memory of one session."""
 
     name: str
-    synchronous: bool  # whether nothing more lands once ``write`` has ended, however it ended
+    synchronous: bool  # whether no byte lands after ``write`` has returned or raised
 
     def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
-        """Write bytes of ``source``, an embedding (uint8, one dimension), to ``extents``; returns when all of them are
-        in place.
+        """Write bytes of ``source``, an embedding (uint8, one dimension), to ``extents``. Returns when all bytes are in
+        place.
 
-        The extents were checked against the session's geometry, and lie within ``source``. Raises DataPathError; where
-        it is ``in_doubt``, bytes may still land, and the link has taken care that its own source memory is not reused.
+        The caller has checked the extents against the session's geometry; they lie within ``source``. Raises
+        DataPathError. If it is ``in_doubt``, bytes may still land. The link then makes sure that the memory which it
+        may still send from is not reused.
         """
 
     def close(self) -> None:
-        """Give the link up. Only when no write is under way. Over a path with an exclusive lock this drops the lock,
-        which says that this process does not write there any more."""
+        """Close the link. Call this only when no write is under way. Over a path with an exclusive lock this drops the
+        lock, which proves that this process can no longer write there."""
 
 
 class DataPath(Protocol):
@@ -56,19 +59,19 @@ class DataPath(Protocol):
     name: str
 
     def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> WriteLink:
-        """A link to the pool of shape ``geometry`` that the process ``incarnation`` describes as ``memory``.
+        """Open a link to the pool of shape ``geometry`` that the process ``incarnation`` describes as ``memory``.
 
-        Nothing is written here: every block may be somebody's. Raises DataPathUnavailable saying why there can be no
-        link, WriterSlotTaken where another description of the same memory may do.
+        This writes nothing, since any block may be in use. Raises DataPathUnavailable with the reason why no link is
+        possible, or WriterSlotTaken if a Register with another writer slot may succeed.
         """
 
     def close(self) -> None:
-        """Give everything up at the end of the process."""
+        """Release everything at the end of the process."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a Register says of the memory, and of the epochs: the one to write in, and the oldest not revoked."""
+    """The memory and epochs in a Register: the epoch to write through, and the oldest one that is not revoked."""
 
     memory: AnyMemory
     epoch: int = 0
@@ -76,70 +79,71 @@ class Description:
 
 
 class Revoking(Protocol):
-    """One revocation after another, each when blocks have been in doubt for long."""
+    """Starts a revocation whenever blocks have been in doubt for too long, one at a time."""
 
     def tick(self, now: float) -> None:
-        """Called regularly, under the endpoint's lock: it never blocks."""
+        """Take the next step. The endpoint calls this regularly under its lock, so it must never block."""
 
 
 @dataclass(frozen=True)
 class Doubts:
-    """What a revocation asks, and whom it tells. Everything is called from ``Revoking.tick`` only."""
+    """What a revocation needs of its endpoint. All callbacks are called from ``Revoking.tick`` only."""
 
-    executor: Executor  # for work that takes long
+    executor: Executor  # runs work that takes long
     patience: float  # seconds in doubt before a revocation begins
     in_doubt_since: Callable[[str], float | None]  # session id -> when its oldest quarantine began
-    is_in_use: Callable[[str, int], bool]  # session id, epoch -> whether healthy windows of epochs up to it are open
-    register_again: Callable[[ReceivePath], None]  # every encoder is to hear of the next epoch
-    revoked: Callable[[ReceivePath, int], None]  # nothing lands any more through epochs up to this one
+    is_in_use: Callable[[str, int], bool]  # session id, epoch -> whether healthy windows are open in epochs up to it
+    register_again: Callable[[ReceivePath], None]  # registers the next epoch with every encoder
+    revoked: Callable[[ReceivePath, int], None]  # no write lands any more through epochs up to this one
 
 
 class ReceivePath(Protocol):
-    """The language rank's half: describes the pool, and proves that nothing more lands in it.
+    """The language rank's half: describes the pool, and proves that no further write lands in it.
 
-    The pool is the language rank's, and outlives this; what leads into it (a name, an engine) is owned here.
+    The language rank owns the pool, which outlives this object. This object owns what leads into it (a name, an
+    engine).
     """
 
     name: str
-    # Whether the end of a writing process is proved by the lock on its writer slot. Otherwise nothing but a revocation
-    # frees the blocks of a process that is gone.
+    # Whether the lock on a writer slot proves that its process is gone. If not, only a revocation frees the blocks that
+    # a process that is gone might have written.
     exclusive_lock: bool
 
     @property
     def session_id(self) -> str:
-        """``host:port``, this path's alone, the same for life once ``start`` has returned. Its port is part of the
-        shard rule."""
+        """``host:port``, unique to this path. It never changes once ``start`` has returned. The shard rule uses its
+        port."""
 
     def start(self) -> None:
-        """Make what leads into the pool, where it is not there yet; may take long. Raises DataPathUnavailable."""
+        """Create what leads into the pool, unless it exists. May take long. Raises DataPathUnavailable."""
 
     def describe(self, slot: int) -> Description:
-        """How to reach the pool now, for the process that has writer slot ``slot``. Starts the path where that has not
-        been done. Raises as ``start``."""
+        """How the process with writer slot ``slot`` reaches the pool now. Starts the path if necessary, and raises as
+        ``start`` does."""
 
     def is_current(self, epoch: int) -> bool:
-        """Whether ``epoch`` is the one to offer. Never waits."""
+        """Whether ``epoch`` is the epoch to register and offer. Never waits."""
 
     @property
     def retired_epoch(self) -> int | None:
-        """The newest epoch that was revoked; None where none was. Never waits."""
+        """The newest revoked epoch; None if no epoch was revoked. Never waits."""
 
     def prove_writer_gone(self, slot: int) -> bool:
-        """Whether nobody writes with ``slot``, now and ever after: True takes it away for good. Always False without an
-        exclusive lock. Never waits."""
+        """Whether no process writes with ``slot`` now or later. True takes the slot away permanently. Always False
+        without an exclusive lock. Never waits."""
 
     def revocation(self, doubts: Doubts) -> Revoking | None:
-        """What revokes epochs of this path; None where its proof is the lock."""
+        """The object that revokes epochs of this path; None if the path's proof is the lock."""
 
     def close(self) -> None:
-        """At the end of the process."""
+        """Release everything at the end of the process."""
 
 
 class RevocablePath(ReceivePath, Protocol):
-    """One whose proof is a revocation: the way into its memory can be replaced, and the old one destroyed."""
+    """A path whose proof is a revocation: its engine can be replaced. Both calls take about a second."""
 
     def renew(self) -> int:
-        """Make the way in of the next epoch, beside those that are there. Returns the epoch that was the newest."""
+        """Make the engine of the next epoch. Returns the replaced epoch, whose engine stays."""
 
     def revoke(self, epoch: int) -> None:
-        """Destroy the way in of ``epoch``. When this returns, nothing lands through it any more."""
+        """Destroy the engine of ``epoch``. When this returns, no write through it lands any more."""

@@ -1,4 +1,4 @@
-"""Which data paths there are, and which of them the settings allow. Nobody else knows them by name."""
+"""Owns the table of data paths, and makes the halves that the settings allow. No other module names a path."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sglang_mm_conn.memory.segment import sweep_stale_segments
 
 logger = logging.getLogger(__name__)
 
-# A port that is this process's own, and how to give it up.
+# Reserves a port. Returns it and the function that releases it.
 ReservePort: TypeAlias = Callable[[], tuple[int, Callable[[], None]]]
 
 
 class Halves(NamedTuple):
-    """How the halves of one path are made; either raises DataPathUnavailable where it cannot be had here."""
+    """Makes the halves of one path. Either raises DataPathUnavailable if the path cannot work here."""
 
-    words: str  # what it is called in sentences
+    words: str  # the path's name in log lines
     encoder: Callable[[Settings, str, Device], DataPath]
     language: Callable[[Settings, str, BlockPool, ReservePort], ReceivePath]
 
@@ -53,11 +53,11 @@ def _mooncake_encoder(settings: Settings, host: str, device: Device) -> DataPath
 
 
 def _mooncake(settings: Settings, host: str, pool: BlockPool, reserve_port: ReservePort) -> ReceivePath:
-    # Not even imported before an engine is needed.
+    # The engine's library is imported only when an engine is needed.
     return MooncakeReceivePath(lambda: _engines(settings, host)(), host, pool.regions)
 
 
-# Every data path by its name, in the order in which a language rank tries them.
+# Every data path by name, in the order in which a language rank tries them.
 PATHS: dict[str, Halves] = {
     "shm": Halves("shared memory", lambda settings, host, device: ShmPath(device), _shm),
     "mooncake": Halves("Mooncake", _mooncake_encoder, _mooncake),
@@ -65,7 +65,7 @@ PATHS: dict[str, Halves] = {
 
 
 def _allowed(settings: Settings) -> dict[str, Halves]:
-    """The paths that ``settings`` allow. Raises DataPathUnavailable where they force one that there is not."""
+    """The paths that ``settings`` allow. Raises DataPathUnavailable if they force an unknown one."""
     if settings.data_path == "auto":
         return PATHS
     if settings.data_path not in PATHS:
@@ -74,8 +74,10 @@ def _allowed(settings: Settings) -> dict[str, Halves]:
 
 
 def encoder_data_paths(settings: Settings, host: str, device: Device | None = None) -> dict[str, DataPath]:
-    """The paths that ``settings`` allow, from what ``device`` computes. Raises MemoryUnavailable where that has no
-    memory of the kind asked for, DataPathUnavailable where a path is forced that cannot be had."""
+    """The encoder's halves of the paths that ``settings`` allow, for embeddings that ``device`` computes.
+
+    Raises MemoryUnavailable if the device lacks the memory that a setting asks for, DataPathUnavailable if no allowed
+    path can work here."""
     device = device or Device()
     device.require(settings)
     sweep_stale_segments()
@@ -94,14 +96,16 @@ def encoder_data_paths(settings: Settings, host: str, device: Device | None = No
 
 
 def receive_paths(settings: Settings, host: str, pool: BlockPool, reserve_port: ReservePort) -> dict[str, ReceivePath]:
-    """The paths into ``pool`` that ``settings`` allow, the one to try first in front. ``host``: where peers on other
-    hosts reach this process. Raises DataPathUnavailable where there is none."""
+    """The language rank's halves of the paths into ``pool`` that ``settings`` allow, in the order to try them.
+
+    ``host``: the address at which peers on other hosts reach this process. Raises DataPathUnavailable if no allowed
+    path can work here."""
     paths: dict[str, ReceivePath] = {}
     missing: list[DataPathUnavailable] = []
     for name, halves in _allowed(settings).items():
         try:
             paths[name] = halves.language(settings, host, pool, reserve_port)
-        except DataPathUnavailable as error:  # in order where another is left: a pool is in one kind of memory
+        except DataPathUnavailable as error:  # no error if another path is left: a pool has one kind of memory
             missing.append(error)
     if not paths:
         raise missing[0]

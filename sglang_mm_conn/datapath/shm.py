@@ -1,6 +1,6 @@
-"""Shared memory: the encoder copies rows straight from its tensor (host or GPU) into the language server's blocks.
+"""Owns the shared-memory path: the encoder copies rows directly from its tensor (host or GPU) into the blocks.
 
-Its proof (P2) is the lock on the writer slot: see memory.segment. There is one epoch for life.
+Its proof that no write lands any more (P2) is the lock on the writer slot: see memory.segment. It has a single epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
 
 class ShmLink:
-    """A mapped segment. When ``write`` returns, nothing more will land."""
+    """Writes into a mapped segment. When ``write`` has returned, no further byte lands."""
 
     name = "shm"
 
@@ -33,7 +33,7 @@ class ShmLink:
             self._pool = torch.frombuffer(self._segment.data, dtype=torch.uint8)[HEADER_BYTES : HEADER_BYTES + payload]
             self._unpin = device.pin(self._pool)
         except BaseException:
-            self._segment.close()  # it holds the writer's lock
+            self._segment.close()  # otherwise it keeps the lock on the writer slot
             raise
 
     def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
@@ -62,24 +62,25 @@ class ShmPath:
         return ShmLink(memory, geometry, self._device)
 
     def close(self) -> None:
-        """Nothing is held besides the links."""
+        """Nothing to release: only the links hold resources."""
 
 
 class ShmReceivePath:
-    """The language rank's half: shows its segment, and takes the locks of writers that are gone."""
+    """The language rank's half: describes its segment, and takes the locks of writers that are gone."""
 
     name = "shm"
     exclusive_lock = True
     retired_epoch = None
 
     def __init__(self, segment: Segment, host: str, reserve_port: Callable[[], tuple[int, Callable[[], None]]]) -> None:
-        """``segment``: stays the pool's. ``reserve_port``: nobody listens on that port, it makes the session id."""
+        """``segment``: the pool keeps owning it. ``reserve_port``: the port for the session id; nothing listens on
+        it."""
         self._segment = segment
         port, self._release_port = reserve_port()
         self.session_id = session_at(host, port)
 
     def start(self) -> None:
-        """The segment is there."""
+        """Nothing to do: the pool has created the segment."""
 
     def describe(self, slot: int) -> Description:
         segment = self._segment

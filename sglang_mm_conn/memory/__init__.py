@@ -1,1 +1,1 @@
-"""Memory that somebody else may write: shared segments and the pool of blocks made of them."""
+"""Owns the memory of transfers: shared segments, the pool of blocks, results, and copies between them."""

@@ -1,12 +1,13 @@
-"""Copies of bytes in host memory: on the calling thread alone, the GIL let go only where that pays, and once for many.
+"""Owns copies within host memory: on the calling thread only, with as few releases of the GIL as possible.
 
-Why not ``Tensor.copy_``: torch shares a large copy out over a team of OpenMP threads, one team for *each* calling
-thread, and the team's barrier waits for the slowest: measured 20 ms and more for a copy of 2 ms where the cores are
-busy, and threads that are made in the middle of a request. One thread's memmove nearly fills a memory channel.
+Why not ``Tensor.copy_``: torch distributes a large copy over a team of OpenMP threads, with a separate team for *each*
+calling thread, and the team's barrier waits for its slowest thread. On busy cores, a copy of 2 ms was measured to take
+20 ms and more, and torch created threads during a request. One thread's memmove nearly fills a memory channel.
 
-Why not one memmove after the other: the GIL would be let go for each, and a thread that has let it go waits up to the
-switch interval (5 ms) to get it back from a busy one, such as a scheduler's. Pieces that lie in units of one size are
-therefore rows of a matrix, and NumPy copies them in one call (but for an end that is no whole unit).
+Why not a sequence of memmoves: each would release the GIL, and a thread that has released it waits up to the switch
+interval (5 ms) to get it back from a busy thread, such as a scheduler's. So slices that are multiples of one unit are
+treated as rows of a matrix, and NumPy copies all of them in one call. Only an end that is no whole unit is copied
+separately.
 """
 
 from __future__ import annotations
@@ -19,35 +20,35 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-# Target and where in it, source and where in it, how many bytes; both are uint8, one dimension, contiguous.
-Piece = tuple[torch.Tensor, int, torch.Tensor, int, int]
+# Target, offset in it, source, offset in it, number of bytes. Both tensors are uint8, one-dimensional and contiguous.
+Slice = tuple[torch.Tensor, int, torch.Tensor, int, int]
 
-# Shorter copies take less time than getting the GIL back may.
+# A shorter copy takes less time than getting the GIL back may take.
 HOLD_GIL_BELOW = 256 << 10
-# Copies are made in units that a core's own caches hold: glibc copies those with another instruction, which is faster
-# on some processors (seen on AMD's Zen 5) and much the same on others (glibc's bug 30994). A copy that they hold as a
-# whole gains nothing by it.
+# Large copies are made in units that fit a core's private caches. glibc uses another instruction for such sizes: it is
+# faster on some processors (seen on AMD's Zen 5) and about equal on others (glibc's bug 30994). Copies below LARGE gain
+# nothing from units.
 UNIT = 512 << 10
 LARGE = 8 << 20
-# Smaller units are worth an index each only where few of them lie side by side.
+# Smaller units pay for one index each only if few of them are contiguous.
 _SMALL_UNIT = 64 << 10
 _FEW = 4
 
 _ADDRESS = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value
 assert _ADDRESS is not None
-_move = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
-_move_holding_gil = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
+_memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
+_memmove_holding_gil = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_ADDRESS)
 
 
 @dataclass(slots=True)
 class _Spans:
-    """What goes from one memory to another: (where in the target, where in the source, how many bytes)."""
+    """The copies between one pair of tensors: (offset in the target, offset in the source, number of bytes)."""
 
     target: torch.Tensor
     source: torch.Tensor
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     nbytes: int = 0
-    target_whole: bool = True  # each span begins there where the one before it ends
+    target_whole: bool = True  # each span begins where the one before it ends
     source_whole: bool = True
 
     def add(self, at: int, start: int, nbytes: int) -> None:
@@ -63,17 +64,17 @@ class _Spans:
         self.spans.append((at, start, nbytes))
 
 
-def copy_pieces(pieces: Iterable[Piece]) -> None:
-    """Copy every piece; no two of them may have bytes of a target in common.
+def copy_slices(slices: Iterable[Slice]) -> None:
+    """Copy every slice. The target bytes of two slices must not overlap.
 
-    Raises ValueError, before a byte moves, where one is beyond the end of either side or not in host memory.
+    Raises ValueError, before any byte is copied, if a slice exceeds either tensor or is not in host memory.
     """
     groups: list[_Spans] = []
-    for piece in pieces:
-        target, at, source, start, nbytes = piece
+    for slice_ in slices:
+        target, at, source, start, nbytes = slice_
         if not (target.is_cpu and source.is_cpu):
-            raise ValueError(f"a copy from {source.device} to {target.device} is not one in host memory")
-        check_within(piece)
+            raise ValueError(f"a copy from {source.device} to {target.device} is not within host memory")
+        check_within(slice_)
         if nbytes == 0:
             continue
         if not groups or groups[-1].target is not target or groups[-1].source is not source:
@@ -84,17 +85,18 @@ def copy_pieces(pieces: Iterable[Piece]) -> None:
 
 
 def warm_up() -> None:
-    """Copy a little as large copies are made, from and to scattered rows: what runs for the first time in a process is
-    slower, and should not be part of a request (the special cases of ``bench`` compare the first with later ones)."""
+    """Make small copies from and to scattered rows, through the code that large copies use. The first run in a process
+    is slower, and should not be part of a request. (The special cases of ``bench`` compare the first copy with later
+    ones.)"""
     one, other = torch.zeros(2, HOLD_GIL_BELOW, dtype=torch.uint8)
     ascending = range(0, one.numel(), _SMALL_UNIT)
     for targets, sources in (ascending, reversed(ascending)), (reversed(ascending), ascending):
-        copy_pieces((one, at, other, start, _SMALL_UNIT) for at, start in zip(targets, sources, strict=True))
+        copy_slices((one, at, other, start, _SMALL_UNIT) for at, start in zip(targets, sources, strict=True))
 
 
-def check_within(piece: Piece) -> None:
-    """Raises ValueError where ``piece`` is beyond the end of either side."""
-    target, at, source, start, nbytes = piece
+def check_within(slice_: Slice) -> None:
+    """Raises ValueError if ``slice_`` exceeds the source or the target."""
+    target, at, source, start, nbytes = slice_
     if not (0 <= at <= at + nbytes <= target.numel() and 0 <= start <= start + nbytes <= source.numel()):
         raise ValueError(f"{nbytes} bytes from {start} of {source.numel()} do not go to {at} of {target.numel()}")
 
@@ -104,26 +106,26 @@ def _copy(group: _Spans) -> None:
     if group.nbytes >= (LARGE if len(spans) == 1 else HOLD_GIL_BELOW):
         spans = _copy_rows(group)
     for at, start, nbytes in spans:
-        move = _move_holding_gil if nbytes < HOLD_GIL_BELOW else _move
-        move(group.target.data_ptr() + at, group.source.data_ptr() + start, nbytes)
+        memmove = _memmove_holding_gil if nbytes < HOLD_GIL_BELOW else _memmove
+        memmove(group.target.data_ptr() + at, group.source.data_ptr() + start, nbytes)
 
 
 def _copy_rows(group: _Spans) -> list[tuple[int, int, int]]:
-    """Copy the spans as rows of a matrix, which NumPy can where one side is whole. Returns what is left to be done."""
+    """Copy the spans as rows of a matrix with NumPy, if one side is contiguous. Returns the spans left to copy."""
     spans = group.spans
     if not (group.target_whole or group.source_whole):
         return spans
     unit = unit_of(spans)
     if unit < _SMALL_UNIT and group.nbytes > _FEW * unit * len(spans):
         return spans
-    side = 1 if group.target_whole else 0  # whose rows are anywhere: the source's, or the target's
+    side = 1 if group.target_whole else 0  # the side with scattered rows: 1 the source, 0 the target
     low = min(span[side] for span in spans)
     rows = [(span[side] - low) // unit + number for span in spans for number in range(span[2] // unit)]
     high = low + (max(rows) + 1) * unit
     first_at, first_start, _ = spans[0]
     if group.target_whole:
         target = _rows(group.target, first_at, first_at + len(rows) * unit, unit)
-        # mode: the default would copy to a buffer first. No row is beyond the end.
+        # The default mode would copy to a buffer first. No row is out of range, so "clip" changes no index.
         np.take(_rows(group.source, low, high, unit), rows, axis=0, out=target, mode="clip")
     else:
         source = _rows(group.source, first_start, first_start + len(rows) * unit, unit)
@@ -138,8 +140,11 @@ def _rows(memory: torch.Tensor, begin: int, end: int, unit: int) -> np.ndarray:
 
 
 def unit_of(spans: Sequence[tuple[int, int, int]]) -> int:
-    """The size in whose multiples every span lies from the first one, on both sides, and so (one side being whole) is
-    long, but for the last one; or a part of that, if there is one that is not much smaller than ``UNIT``."""
+    """The unit in which ``spans`` are copied: every span begins at a multiple of it from the first span, on both sides.
+
+    One side is contiguous, so every span but the last is also a multiple of it long. If the largest such unit exceeds
+    ``UNIT``, this returns the largest whole fraction of it that is at most ``UNIT``, but at least about half of
+    ``UNIT``; if it has none, the unit itself."""
     first_at, first_start, _ = spans[0]
     unit = math.gcd(*(at - first_at for at, _, _ in spans), *(start - first_start for _, start, _ in spans))
     if unit == 0:

@@ -1,8 +1,8 @@
-"""The process's own heap: memory that a request frees stays there for the next one.
+"""Owns the trim threshold of the process's heap, so that memory freed by one request stays for the next.
 
-glibc gives what is free at the end of the heap back to the kernel as soon as it is more than twice the largest tensor
-that was ever freed (of those below 32 MiB), and so after nearly every embedding; the next one gets the same memory
-anew, with a page fault for every 4 KiB of it. ``bench servers`` counts them.
+By default, glibc returns the free end of the heap to the kernel as soon as it exceeds twice the largest tensor that was
+ever freed (among tensors below 32 MiB), so after nearly every embedding. The next embedding allocates that memory
+again, with a page fault for every 4 KiB. ``bench servers`` counts the faults.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
 
-# glibc's malloc.h.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# The most that glibc's own adjustment would come to: larger memory is mapped for itself, and unmapped when it is freed.
-# That adjustment ends with the first call here, and would leave its value of the moment.
+# The upper limit of glibc's dynamic threshold: larger memory gets a separate mapping, which is unmapped when it is
+# freed. Any mallopt call stops glibc's adjustment and would freeze the threshold at its present value, so set the
+# limit.
 _MMAP_THRESHOLD = 32 << 20
-# With any of these, as variable or as tunable, somebody has decided already.
+# If any of these is set, as a variable or a tunable, the user has made this choice.
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 _TUNABLES = ("trim_threshold", "mmap_threshold", "top_pad", "mmap_max")
 
 
 def raise_trim_threshold(nbytes: int, environ: Mapping[str, str]) -> bool:
-    """Let up to ``nbytes`` freed bytes stay at the end of this process's heap. Returns whether that is so now.
+    """Keep up to ``nbytes`` freed bytes at the end of this process's heap. Returns whether this was set.
 
-    More than ``nbytes`` at once go to the kernel all together. Memory of other threads than the first lies in arenas of
-    64 MiB, which keep what they have (MALLOC_ARENA_MAX bounds their number). Nothing changes where ``nbytes`` is 0,
-    where ``environ`` shows that somebody has decided otherwise, and where the process does not allocate with glibc.
+    If more are free, glibc returns all of them to the kernel. Threads other than the first allocate from arenas of
+    64 MiB, which never shrink (MALLOC_ARENA_MAX limits their number). Nothing changes if ``nbytes`` is 0, if the user
+    has set malloc options in ``environ``, or if the process does not allocate with glibc.
     """
     tunables = environ.get("GLIBC_TUNABLES", "")
     decided = [name for name in _VARIABLES if name in environ]
@@ -43,8 +44,8 @@ def raise_trim_threshold(nbytes: int, environ: Mapping[str, str]) -> bool:
 
 
 def _mallopt() -> Callable[[int, int], int] | None:
-    """glibc's, where the process allocates with glibc: allocators that are loaded before it have one that does nothing,
-    or none."""
+    """glibc's mallopt, or None if the process uses another allocator. An allocator that is loaded before glibc may have
+    a mallopt that does nothing, or none."""
     try:
         glibc = ctypes.CDLL("libc.so.6")
         mallopt: Callable[[int, int], int] = glibc.mallopt

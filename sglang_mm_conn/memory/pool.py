@@ -1,4 +1,4 @@
-"""The language server's pool: blocks in a few regions of memory, the host's or a GPU's, and the way out of them."""
+"""Owns the language rank's pool: blocks in a few regions of host or GPU memory, and the copies out of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ DEFAULT_POOL_BYTES = 256 << 20
 
 
 def pool_geometry(settings: Settings, widest_row_bytes: int, *, shared: bool) -> Geometry:
-    """The pool that ``settings`` ask for, given the bytes of the model's widest row.
+    """The pool's geometry under ``settings``, for a model whose widest row has ``widest_row_bytes``.
 
-    The number of blocks is rounded down to whole regions where it was left to us, and up where it was set.
+    The number of blocks is a multiple of the number of regions. It is rounded up if the user has set it, otherwise
+    down.
     """
     block_bytes = settings.block_size * widest_row_bytes
     if settings.blocks is not None:
@@ -38,9 +39,9 @@ class BlockPool:
     """``geometry.regions`` regions in a shared segment (``shared``), in anonymous memory, or in GPU memory
     (``memory_device``).
 
-    Host memory is pinned where ``device`` is a GPU: copies between the two run at full rate then.
+    Host memory is pinned if ``device`` is a GPU, so that copies between them run at full rate.
 
-    ``regions[i]`` is a uint8 tensor over region i. Who may touch which block is not decided here: see core.receiver.
+    ``regions[i]`` is a uint8 tensor over region i. core.receiver decides which process may use which block.
     """
 
     def __init__(
@@ -69,13 +70,15 @@ class BlockPool:
         )  # fmt: skip
 
     def read(self, blocks: Sequence[int], target: torch.Tensor, nbytes: int, first_byte: int = 0) -> None:
-        """Copy a window of ``nbytes`` in ``blocks`` to ``target`` (uint8, one dimension), from ``first_byte`` there.
+        """Copy the ``nbytes`` bytes of a window from ``blocks`` to ``target`` (uint8, one dimension), at
+        ``first_byte``.
 
-        When this returns, nobody reads the blocks any more.
+        When this returns, the copy no longer reads the blocks.
         """
         if self._on_gpu:
-            # Hazard: Mooncake's engine acknowledges a write over TCP when its cudaMemcpy from pageable memory has
-            # returned, which may be before the bytes are in place. That copy is on the default stream; ours are not.
+            # Hazard: Mooncake's engine acknowledges a write over TCP once its cudaMemcpy from pageable memory has
+            # returned, which may be before the bytes are in place. That copy runs on the default stream, the
+            # connector's copies do not. So wait for the default stream first.
             self._device.drain()
         region_bytes = self.geometry.region_bytes
         self._device.copy(
@@ -84,11 +87,11 @@ class BlockPool:
         )
 
     def view(self, blocks: Sequence[int], nbytes: int, on_release: Callable[[], None]) -> torch.Tensor:
-        """The first ``nbytes`` bytes of a window in ``blocks``, which are contiguous, where they are (uint8, one
-        dimension). ``on_release`` is called when nothing refers to them any more (see memory.buffer_cache.lease).
+        """The first ``nbytes`` bytes of a window, without a copy (uint8, one dimension). ``blocks`` must be contiguous.
+        Calls ``on_release`` when nothing refers to them any more (see memory.buffer_cache.lease).
 
-        Its life is all that keeps the blocks: the pool must not be pinned for a device, which would let a copy to the
-        device be under way when the last tensor goes.
+        Hazard: only the lifetime of this tensor protects the blocks. So the pool must not be pinned for a device: a
+        copy to the device could still be under way when the last tensor is released.
         """
         first, count = blocks[0], self.geometry.blocks_for(nbytes, 1)
         if list(blocks) != list(range(first, first + len(blocks))) or count > len(blocks):
@@ -107,5 +110,5 @@ def _anonymous(nbytes: int) -> mmap.mmap:
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
     except OSError as error:
         raise MemoryUnavailable(
-            f"{nbytes >> 20} MiB of memory for the pool ({error.strerror}): lower SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
+            f"cannot map {nbytes >> 20} MiB for the pool ({error.strerror}): lower SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"
         ) from error

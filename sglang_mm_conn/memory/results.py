@@ -1,9 +1,9 @@
-"""Finished embeddings: in this process's own memory, or where the other ranks of this host can read them.
+"""Owns the memory of results: private to this process, a view of blocks, or shared with the ranks of this host.
 
-A tensor-parallel language server receives an embedding once per host: its leader's process owns the shared result,
-which gets a name only when every row is in it. Every rank, the leader too, reads it through a private copy-on-write
-view, so what one of them does to it reaches nobody else. The name follows from the room's, which no two dispatches
-share. A result whose owner crashed is swept like any other segment (memory.segment).
+A tensor-parallel language server receives an embedding once per host. The leader's process owns the shared result,
+which gets a name only when every row is in it. Every rank, even the leader, reads it through a private copy-on-write
+mapping, so a rank's changes stay invisible to the others. The name is derived from the room's name, which no two
+dispatches share. If the owner crashes, the result is swept like any other segment (memory.segment).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.memory.segment import DIRECTORY, HEADER_BYTES, PREFIX, Segment, map_private
 
 _LENGTH_BYTES = 8
-_LENGTH_AT = HEADER_BYTES - _LENGTH_BYTES  # the last bytes of a segment's header page are free
+_LENGTH_AT = HEADER_BYTES - _LENGTH_BYTES  # a segment does not use the last bytes of its header page
 
 
 class Contents(msgspec.Struct, frozen=True):
@@ -33,7 +33,7 @@ class Contents(msgspec.Struct, frozen=True):
     metadata: bytes
 
 
-_CONTENTS = msgspec.msgpack.Decoder(Contents)  # at import: see control.bootstrap on the first use of a struct
+_CONTENTS = msgspec.msgpack.Decoder(Contents)  # made at import: see the hazard in control.bootstrap
 
 
 class Result(Protocol):
@@ -42,46 +42,46 @@ class Result(Protocol):
     rows: torch.Tensor  # uint8, one dimension
 
     def publish(self) -> None:
-        """Every row is in place."""
+        """Make the result readable for the other ranks. Called when every row is in place."""
 
     def close(self) -> None:
-        """Nobody needs the name any more; the memory lives as long as somebody uses ``rows``."""
+        """Remove the name. The memory lives as long as anything refers to ``rows``."""
 
 
 ResultMaker = Callable[[str, Contents], Result]
 
 
 class PrivateResult:
-    """A result that only this process reads, in memory that ``empty`` gives (the host's, if none is named)."""
+    """A result that only this process reads, in memory from ``empty`` (by default new host memory)."""
 
     def __init__(self, room: str, contents: Contents, empty: Callable[[int], torch.Tensor] | None = None) -> None:
         """Raises MemoryUnavailable."""
         self.rows = torch.empty(contents.nbytes, dtype=torch.uint8) if empty is None else empty(contents.nbytes)
 
     def publish(self) -> None:
-        """Nobody else reads it."""
+        """Nothing to do: no other process reads it."""
 
     def close(self) -> None:
-        """Nothing has a name."""
+        """Nothing to do: it has no name."""
 
 
 class ViewResult:
-    """A result that stays in the blocks it came in; only this process reads it."""
+    """A result that stays in its blocks. Only this process reads it."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
 
     def publish(self) -> None:
-        """Nobody else reads it."""
+        """Nothing to do: no other process reads it."""
 
     def close(self) -> None:
-        """Nothing has a name."""
+        """Nothing to do: it has no name."""
 
 
 class SharedResult:
     """A result that other processes on this host can read once it is published.
 
-    ``host_index`` tells the hosts of one server apart, should two of them share a /dev/shm.
+    ``host_index`` distinguishes the hosts of one server, in case two of them share a /dev/shm.
     """
 
     def __init__(self, room: str, contents: Contents, host_index: int = 0) -> None:
@@ -93,26 +93,26 @@ class SharedResult:
             data[_LENGTH_AT:HEADER_BYTES] = len(described).to_bytes(_LENGTH_BYTES, "little")
             data[HEADER_BYTES + contents.nbytes :] = described
             self.rows = _rows(data, contents)
-            # Made now: the descriptor that it takes may be closed, and another file's, when the rows are asked for.
+            # Map it now: later, the segment's descriptor may be closed, and its number reused for another file.
             self._view = _rows(self._segment.map_private(), contents)
             fault_in(self._view)
         except BaseException:
-            self._segment.close()  # its descriptor keeps the memory
+            self._segment.close()  # otherwise its descriptor would keep the memory
             raise
 
     def publish(self) -> None:
         self._segment.publish()
-        self.rows = self._view  # a generation that changed the shared rows would change them for every reader
+        self.rows = self._view  # so that a generation that changes the rows does not change them for the other ranks
 
     def close(self) -> None:
         self._segment.close()
 
 
 def read_result(room: str, host_index: int = 0) -> tuple[torch.Tensor, Contents] | None:
-    """The rows (uint8, one dimension, private to this process) and contents of the result that the leader of this
-    host published for ``room``; None where there is none yet. Copies and touches no row, so it is cheap.
+    """The rows (uint8, one dimension, private to this process) and contents of the result that the leader of this host
+    has published for ``room``. None if it has not published it yet. This is cheap: it copies and touches no row.
 
-    Raises OSError where it cannot be mapped, ProtocolError where it is damaged.
+    Raises OSError if the result cannot be mapped, ProtocolError if it is damaged.
     """
     try:
         fd = os.open(os.path.join(DIRECTORY, _name(room, host_index)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -128,12 +128,12 @@ def read_result(room: str, host_index: int = 0) -> tuple[torch.Tensor, Contents]
     except msgspec.DecodeError as error:
         raise ProtocolError(f"the shared result of {room} is damaged: {error}") from None
     if HEADER_BYTES + contents.nbytes + length != len(data):
-        raise ProtocolError(f"the shared result of {room} has {len(data)} bytes and describes {contents.nbytes}")
+        raise ProtocolError(f"the shared result of {room} has {len(data)} bytes but describes {contents.nbytes}")
     return _rows(data, contents), contents
 
 
 def fault_in(rows: torch.Tensor) -> None:
-    """Touch every page, so that whoever reads ``rows`` next does not wait for page faults. Reading copies none."""
+    """Touch every page, so that the next reader of ``rows`` does not wait for page faults. Reading copies no page."""
     rows[:: mmap.PAGESIZE].max()
 
 

@@ -1,16 +1,17 @@
-"""Shared-memory segments: made by a language server, written by encoders on the same host.
+"""Owns shared-memory segments and their locks: language servers create segments, encoders on the same host write them.
 
-Hazards, and what is done about them:
+Hazards, and what this module does about them:
 
-- A sparse segment raises SIGBUS in the middle of a copy when /dev/shm is full: pages are reserved at the start.
-- The first touch of a page is many times slower than later ones: both ends map with MAP_POPULATE.
-- A process that ends in good order unlinks its segment; one that crashes leaves it behind: the owner holds a lock on
-  the file for life, and whoever starts next unlinks the segments whose owner lock is free. A segment gets its name
-  only after its owner holds that lock.
-- "The writer is gone" cannot be told by a PID (a frozen process resumes in mid-copy; PIDs are reused): every writer
-  holds a lock of its own on the same file, which the kernel drops when the process is really gone. A free lock proves
-  something about this moment only: a registration on its way could attach with it again. So the owner takes it.
-- ``multiprocessing.shared_memory`` is not used: before Python 3.13 its tracker lets an attaching process unlink the
+- A sparse segment raises SIGBUS during a copy if /dev/shm is full. So all pages are reserved at the start.
+- The first touch of a page takes many times as long as later ones. So both sides map with MAP_POPULATE.
+- A process that exits normally unlinks its segments, but a process that crashes leaves them behind. So the owner holds
+  a lock on the file as long as it lives, and the next process that starts unlinks the segments whose owner lock is
+  free. A segment gets its name only after its owner holds that lock.
+- A PID cannot prove that a writer is gone: a suspended process may resume in the middle of a copy, and PIDs are reused.
+  So every writer holds a separate lock on the same file, which the kernel drops only when the process is gone. A free
+  lock proves this for the present moment only, since a registration in flight could attach and lock it again. So the
+  owner takes the lock.
+- ``multiprocessing.shared_memory`` is not used: before Python 3.13, its tracker lets an attaching process unlink the
   owner's segment.
 
 The locks are open-file-description locks on single bytes beyond the end of the data.
@@ -55,7 +56,7 @@ def _try_lock(fd: int, byte: int) -> bool:
 
 
 def _is_locked(fd: int, byte: int) -> bool:
-    """Whether another open file description holds the byte (one's own locks do not count)."""
+    """Whether another open file description has locked the byte. Locks of ``fd`` itself do not count."""
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock_request(fcntl.F_WRLCK, byte))
     return bool(struct.unpack("hhqqixxxx", answer)[0] != fcntl.F_UNLCK)
 
@@ -65,13 +66,13 @@ def _map(fd: int, nbytes: int) -> mmap.mmap:
 
 
 def map_private(fd: int) -> mmap.mmap:
-    """The whole file copy-on-write: what is written to the mapping reaches nobody else. Nothing is copied here."""
-    # Without MAP_POPULATE: on a private mapping that can be written it copies every page.
+    """Map the whole file copy-on-write: writes to the mapping stay private. This copies nothing."""
+    # Not with MAP_POPULATE: for a writable private mapping it would copy every page.
     return mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def free_bytes() -> int:
-    """Bytes that /dev/shm has left."""
+    """Free bytes in /dev/shm."""
     try:
         info = os.statvfs(DIRECTORY)
     except OSError:
@@ -80,14 +81,14 @@ def free_bytes() -> int:
 
 
 def _unlink(path: str, owner: int) -> None:
-    """Also when the process ends in good order. A forked child ends too, but owns nothing."""
+    """Unlink ``path``, unless this is a forked child: it does not own the segment. Also runs at a normal exit."""
     if os.getpid() == owner:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
 
 def sweep_stale_segments() -> list[str]:
-    """Unlink the segments whose owner is gone, and nothing else. Returns their names."""
+    """Unlink the segments whose owner is gone, and no others. Returns their names."""
     removed = []
     try:
         names = [name for name in os.listdir(DIRECTORY) if _NAME.fullmatch(name)]
@@ -95,7 +96,7 @@ def sweep_stale_segments() -> list[str]:
         return []
     for name in names:
         path = os.path.join(DIRECTORY, name)
-        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+        with contextlib.suppress(OSError):  # it belongs to another user, or was unlinked meanwhile
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 if not _is_locked(fd, 0) and os.stat(path).st_ino == os.fstat(fd).st_ino:
@@ -107,12 +108,12 @@ def sweep_stale_segments() -> list[str]:
 
 
 class Segment:
-    """The owner's end. ``data`` is the mapping; payload starts at HEADER_BYTES."""
+    """The owner's side. ``data`` is the mapping; the payload starts at HEADER_BYTES."""
 
     def __init__(self, payload_bytes: int, *, name: str = "", published: bool = True) -> None:
-        """Reserve a segment; others can open it by its name from ``publish`` on (``published``: at once).
+        """Reserve a segment. Other processes can open it by its name after ``publish``; with ``published``, at once.
 
-        Raises MemoryUnavailable, naming the bytes asked for and those free.
+        Raises MemoryUnavailable, which names the bytes asked for and the bytes free.
         """
         self.payload_bytes = payload_bytes
         self.nonce = secrets.token_hex(_NONCE_CHARACTERS // 2)
@@ -124,14 +125,14 @@ class Segment:
         try:
             self._fd = os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise MemoryUnavailable(f"no shared memory in {DIRECTORY}: {error.strerror}") from error
+            raise MemoryUnavailable(f"cannot create shared memory in {DIRECTORY}: {error.strerror}") from error
         try:
             os.posix_fallocate(self._fd, 0, nbytes)
             self.data = _map(self._fd, nbytes)
             header = _MAGIC + self.nonce.encode()
             self.data[: len(header)] = header
             if not _try_lock(self._fd, 0):
-                raise MemoryUnavailable(f"segment {self.name} is locked by somebody else")
+                raise MemoryUnavailable(f"segment {self.name} is locked by another process")
             if published:
                 self.publish()
         except OSError as error:
@@ -142,21 +143,22 @@ class Segment:
             ) from error
 
     def publish(self) -> None:
-        """Give it its name."""
-        # linkat through /proc names the nameless file; src_dir_fd only makes Python call linkat.
+        """Give the segment its name, so that other processes can open it."""
+        # linkat through /proc gives the unnamed file a name. src_dir_fd only makes Python call linkat.
         os.link(f"/proc/self/fd/{self._fd}", self._path, src_dir_fd=self._fd, follow_symlinks=True)
         self._unlink = weakref.finalize(self, _unlink, self._path, os.getpid())
 
     def map_private(self) -> mmap.mmap:
-        """The segment as its owner may change it without anybody else noticing."""
+        """Map the segment privately: the owner's changes to this mapping stay invisible to other processes."""
         return map_private(self._fd)
 
     def retire_writer(self, slot: int) -> bool:
-        """Whether nobody is attached with ``slot``, and nobody ever will be: where it is free the owner takes it."""
+        """Take the lock of writer ``slot`` if it is free. If so, returns True: no process is attached with the slot,
+        and none ever can be."""
         return _try_lock(self._fd, 1 + slot)
 
     def close(self) -> None:
-        """Unlink the name. The mapping lives on until nobody refers to it: a copier may still read it."""
+        """Unlink the name. The mapping stays until nothing refers to it: a copier may still read it."""
         if self._unlink is not None:
             self._unlink()
         if self._fd >= 0:
@@ -165,13 +167,15 @@ class Segment:
 
 
 class AttachedSegment:
-    """A writer's end. Attaching proves that both are on one host: the name opens and the nonce is in it."""
+    """A writer's side. Attaching proves that both sides are on one host: the name opens, and the segment has the
+    nonce."""
 
     def __init__(self, name: str, nonce: str, payload_bytes: int, slot: int) -> None:
-        """Attach. Raises DataPathUnavailable saying why this is not the segment that was meant."""
+        """Attach with writer ``slot``. Raises DataPathUnavailable if this is not the announced segment,
+        WriterSlotTaken."""
         if not _NAME.fullmatch(name):
             raise DataPathUnavailable(f"{name!r} is not the name of a segment")
-        if len(nonce) != _NONCE_CHARACTERS:  # a shorter one would prove less, an empty one nothing
+        if len(nonce) != _NONCE_CHARACTERS:  # a shorter nonce would prove less, an empty one nothing
             raise DataPathUnavailable(f"a nonce of {len(nonce)} characters proves nothing")
         self._slot = slot
         nbytes = HEADER_BYTES + payload_bytes
@@ -197,7 +201,9 @@ class AttachedSegment:
             raise
 
     def close(self) -> None:
-        """Give up the lock. Only when no write is under way: the lock says that this process may write."""
-        # The mapping holds a duplicate of the descriptor, and with it the lock, until nobody refers to it any more.
+        """Drop the lock. Call this only when no write is under way: a free lock proves that this process cannot
+        write."""
+        # Unlock explicitly: the mapping has a duplicate of the descriptor, which would keep the lock until nothing
+        # refers to the mapping any more.
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock_request(fcntl.F_UNLCK, 1 + self._slot))
         os.close(self._fd)

@@ -103,7 +103,9 @@ def test_a_leader_that_publishes_nothing_costs_a_room_its_deadline_and_no_more(
     assert follower.poll(room) is Poll.Bootstrapping
     time.now += 0.2
     assert follower.poll(room) is Poll.Failed
-    assert follower.outcome(room).code == 408 and "rank 1 got nothing from its leader" in follower.outcome(room).reason
+    assert (
+        follower.outcome(room).code == 408 and "rank 1 got no result from its leader" in follower.outcome(room).reason
+    )
     result.publish()
     assert follower.poll(room) is Poll.Failed, "Failed is final"
 

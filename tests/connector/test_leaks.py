@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
+from sglang_mm_conn.connector.language.follower import FollowerEndpoint
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
@@ -142,3 +143,12 @@ def test_a_closed_language_endpoint_leaves_no_descriptor() -> None:
 
     before = descriptors_after_one()
     assert [descriptors_after_one() for _ in range(3)] == [before] * 3
+
+
+def test_a_closed_follower_leaves_no_descriptor() -> None:
+    before = process_stats()["fds"]
+    for _ in range(3):
+        follower = FollowerEndpoint(Settings())
+        follower.close()
+        follower.completions.notify()  # work that ends late hurts nobody
+    assert process_stats()["fds"] == before

@@ -16,8 +16,8 @@ from sglang_mm_conn.core.layout import Extent, Geometry, window_extents
 from sglang_mm_conn.datapath.mooncake.staging import Staging
 from sglang_mm_conn.datapath.mooncake.writer import (
     BATCHES,
-    MAX_PIECES,
-    PIECE_BYTES,
+    MAX_SLICES,
+    SLICE_BYTES,
 )
 from sglang_mm_conn.memory.device import Device, Piece
 from tests.datapath.fake_engine import REFUSED, REFUSED_WITH_A_CODE, SESSION, SLOTS, WRITERS, Bed
@@ -49,18 +49,18 @@ def test_a_batch_has_no_more_pieces_than_the_link_bears() -> None:
     blocks = list(range(0, 6000, 2))  # no two are neighbours
     source = torch.randint(0, 256, (6000,), dtype=torch.uint8)
     link.write(source, window_extents(bed.geometry, blocks, 6000))
-    assert [len(batch) for batch in engine.batches] == [*[MAX_PIECES] * 5, 3000 - 5 * MAX_PIECES]
-    assert engine.most_pieces == BATCHES * MAX_PIECES == 1024
+    assert [len(batch) for batch in engine.batches] == [*[MAX_SLICES] * 5, 3000 - 5 * MAX_SLICES]
+    assert engine.most_pieces == BATCHES * MAX_SLICES == 1024
     assert torch.equal(bed.received(blocks, 6000), source)
 
 
 def test_a_large_run_travels_in_pieces_side_by_side() -> None:
-    nbytes = 3 * PIECE_BYTES + 5
+    nbytes = 3 * SLICE_BYTES + 5
     bed = Bed(Geometry(nbytes, 2, 1), staging_bytes=SLOTS * nbytes)
     link, engine, _ = bed.link()
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
     link.write(source, window_extents(bed.geometry, [1], nbytes))
-    assert [[length for *_, length in batch] for batch in engine.batches] == [[PIECE_BYTES] * 3 + [5]]
+    assert [[length for *_, length in batch] for batch in engine.batches] == [[SLICE_BYTES] * 3 + [5]]
     assert torch.equal(bed.received([1], nbytes), source)
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from sglang_mm_conn.memory.copying import Piece, copy_pieces
-from sglang_mm_conn.memory.device import Device, Event, Queue, checksum_in_pieces
+from sglang_mm_conn.memory.copying import Slice, copy_slices
+from sglang_mm_conn.memory.device import Device, Event, Queue, checksum_in_slices
 
 GARBAGE = 0xA5
 
@@ -34,11 +34,11 @@ class _Mark:
 class _Copies:
     def __init__(self, device: AsynchronousDevice) -> None:
         self._device = device
-        self._queued: deque[Piece] = deque()
+        self._queued: deque[Slice] = deque()
 
-    def copy(self, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            self._queued.append(piece)
+    def copy(self, slices: Iterable[Slice]) -> None:
+        for slice_ in slices:
+            self._queued.append(slice_)
             if self._device.happens_early():
                 self._next()
 
@@ -49,7 +49,7 @@ class _Copies:
             self._next()
 
     def _next(self) -> None:
-        copy_pieces([self._queued.popleft()])
+        copy_slices([self._queued.popleft()])
 
 
 class AsynchronousDevice(Device):
@@ -110,7 +110,7 @@ class AsynchronousDevice(Device):
         return lambda: self.pinned.remove(memory.data_ptr())
 
     def checksum(self, memory: torch.Tensor) -> int:
-        return checksum_in_pieces(self, memory)
+        return checksum_in_slices(self, memory)
 
     def _queue(self) -> Queue:
         return _Copies(self)

@@ -12,7 +12,7 @@ from sglang_mm_conn.core.errors import ConnError, MemoryUnavailable
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory import device as device_module
-from sglang_mm_conn.memory.device import CudaDevice, Device, Piece, checksum_in_pieces, device_of
+from sglang_mm_conn.memory.device import CudaDevice, Device, Slice, checksum_in_slices, device_of
 from sglang_mm_conn.memory.pool import BlockPool
 from tests.memory.asynchronous import GARBAGE, AsynchronousDevice, CarelessDevice
 
@@ -39,21 +39,21 @@ def test_a_device_that_does_not_wait_is_noticed() -> None:
 def test_copies_that_were_asked_for_before_an_error_have_happened_when_it_is_raised() -> None:
     source, target = bytes_of(100), torch.zeros(100, dtype=torch.uint8)
 
-    def pieces() -> Iterator[Piece]:
+    def slices() -> Iterator[Slice]:
         yield target, 0, source, 0, 50
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        AsynchronousDevice().copy(pieces())
+        AsynchronousDevice().copy(slices())
     assert torch.equal(target[:50], source[:50]) and not target[50:].any()
 
 
-@pytest.mark.parametrize("piece", [1, 7, 100, 1000])
-def test_the_checksum_of_device_memory_is_that_of_its_bytes(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "_CHECKSUM_PIECE", piece)
+@pytest.mark.parametrize("slice_bytes", [1, 7, 100, 1000])
+def test_the_checksum_of_device_memory_is_that_of_its_bytes(slice_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_CHECKSUM_SLICE", slice_bytes)
     source = bytes_of(100)
     expected = zlib.crc32(source.numpy())
-    assert checksum_in_pieces(AsynchronousDevice(), source) == expected == Device().checksum(source)
+    assert checksum_in_slices(AsynchronousDevice(), source) == expected == Device().checksum(source)
 
 
 def test_a_process_without_a_gpu_refuses_gpu_memory_naming_the_setting() -> None:

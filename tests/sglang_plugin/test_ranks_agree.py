@@ -281,7 +281,7 @@ def test_a_rank_that_cannot_map_fails_the_request_on_both_and_says_why(ranks: Ra
     ranks.eyes("broken")
     for tick in ranks.tick_to_end("broken"):
         text, code = tick.aborted["broken"]
-        assert "rank 1 cannot read what its leader received: out of everything" in text and code == 500
+        assert "rank 1 cannot read its leader's result: out of everything" in text and code == 500
         assert not tick.ready
     assert not has_name(request)
 

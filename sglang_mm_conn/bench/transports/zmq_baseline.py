@@ -18,7 +18,7 @@ import zmq
 from sglang_mm_conn.bench.transports.base import DTYPE, HOST, Config, Room
 from sglang_mm_conn.bench.transports.connector import pool_blocks
 from sglang_mm_conn.bench.transports.plain import PlainSender
-from sglang_mm_conn.memory.copying import copy_pieces
+from sglang_mm_conn.memory.copying import copy_slices
 from sglang_mm_conn.memory.segment import HEADER_BYTES, AttachedSegment, Segment
 
 _WRITTEN = struct.Struct("<BQ?")  # slot, bytes in it, whether they are the last of the room
@@ -62,7 +62,7 @@ class ZmqBaselineSender(PlainSender):
         for start in range(0, source.numel(), self._slot_bytes):
             nbytes = min(self._slot_bytes, source.numel() - start)
             last = start + nbytes == source.numel()
-            copy_pieces([(self._pool, slot * self._slot_bytes, source, start, nbytes)])
+            copy_slices([(self._pool, slot * self._slot_bytes, source, start, nbytes)])
             self._socket.send(_WRITTEN.pack(slot, nbytes, last))
             while not last and self._hear():
                 pass
@@ -124,7 +124,7 @@ class ZmqBaselineReceiver:
         done, last = 0, False
         while not last:
             slot, nbytes, last = _WRITTEN.unpack(self._socket.recv())
-            copy_pieces([(result, done, self._pool, slot * self._slot_bytes, nbytes)])
+            copy_slices([(result, done, self._pool, slot * self._slot_bytes, nbytes)])
             self._socket.send(bytes([slot]) if last else _GO_ON)
             done += nbytes
         return result[:done]

@@ -1,1 +1,1 @@
-"""The encoder's side of a transfer: it announces rooms, writes windows, answers language ranks."""
+"""Owns the encoder's side of a transfer: announces rooms, writes windows, answers language ranks."""

@@ -1,10 +1,10 @@
-"""The encoder's action runner: owns the transfer queues and the listeners, and carries out what the core asks for.
+"""Owns the encoder's transfer queues and listeners, and carries out the actions that the core returns.
 
-It is below every other part of the encoder and calls none of them: it returns what is left to do.
+The other parts of the encoder call this one; it calls none of them, and returns what remains to be done.
 
-Locking: the endpoint's one lock guards the core and the tables of sources and listeners. ``perform`` and ``listen`` run
-under it. ``notify`` takes it only to look a listener up, since a listener may call the endpoint. The transfer queues
-need no lock.
+Locking: the endpoint has one lock, which guards the core and the tables of sources and listeners. ``perform`` and
+``listen`` run under it. ``notify`` takes it only to look a listener up, since a listener may call the endpoint. The
+transfer queues need no lock.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from sglang_mm_conn.core.messages import Message, encode
 
 logger = logging.getLogger(__name__)
 
-TransferQueue = queue.SimpleQueue[TransferEmbeddingChunk | None]  # None: a worker ends
+TransferQueue = queue.SimpleQueue[TransferEmbeddingChunk | None]  # None ends one worker
 Listener = Callable[[Ended], None]
 
 
 class ActionRunner:
-    """Sends messages, queues chunks, releases sources, tells listeners that their room has ended."""
+    """Sends messages, queues chunks, releases sources, notifies the listeners of rooms that have ended."""
 
     def __init__(
         self, lock: threading.Lock, control: ControlServer, sources: dict[str, Source], *, queues: int
     ) -> None:
-        """``sources``: by room; those that the core releases are dropped from it."""
+        """``sources``: by room. Sources that the core releases are removed from it."""
         self.transfer_queues: list[TransferQueue] = [queue.SimpleQueue() for _ in range(queues)]
         self.listeners: dict[str, Listener] = {}
         self._lock = lock
@@ -40,24 +40,25 @@ class ActionRunner:
         self._sources = sources
 
     def send(self, peer: str, message: Message) -> None:
-        """Leave ``message`` to the control thread, which owns the socket. Any thread, with the lock or without."""
+        """Queue ``message`` for the control thread, which owns the socket. Any thread may call this, with or without
+        the lock."""
         self._control.send(peer, encode(message))
 
     def queue_chunk(self, chunk: TransferEmbeddingChunk) -> None:
-        """A worker of the chunk's queue serves it."""
+        """Leave ``chunk`` to a worker of its transfer queue."""
         self.transfer_queues[chunk.queue_idx].put(chunk)
 
     def perform(self, actions: list[Action]) -> list[Ended]:
-        """Under the lock, so that messages leave in the order of the decisions. Returns the rooms that have ended, for
-        ``notify`` when the lock is released."""
+        """Carry ``actions`` out. Call this under the lock, so that messages are sent in the order of the core's
+        decisions. Returns the rooms that have ended: pass them to ``notify`` once the lock is released."""
         ended, chunks = self.perform_without_queueing(actions)
         for chunk in chunks:
             self.queue_chunk(chunk)
         return ended
 
     def perform_without_queueing(self, actions: list[Action]) -> tuple[list[Ended], list[TransferEmbeddingChunk]]:
-        """As ``perform``, but it returns the chunks too. The caller must queue or serve each: a room whose chunk is
-        dropped hangs."""
+        """Like ``perform``, but return the chunks instead of queueing them. The caller must queue or serve each one: if
+        a chunk is dropped, its room hangs."""
         ended: list[Ended] = []
         chunks: list[TransferEmbeddingChunk] = []
         for action in actions:
@@ -74,11 +75,11 @@ class ActionRunner:
         return ended, chunks
 
     def listen(self, room: str, listener: Listener) -> None:
-        """Under the lock. ``listener`` hears the end of ``room``, once. A room keeps its first listener."""
+        """Under the lock. Call ``listener`` once when ``room`` ends. A room keeps its first listener."""
         self.listeners.setdefault(room, listener)
 
     def notify(self, ended: list[Ended]) -> None:
-        """Without the lock: tell the listeners of ``ended``."""
+        """Without the lock: call the listeners of the rooms in ``ended``."""
         for action in ended:
             if not action.success:
                 logger.warning(

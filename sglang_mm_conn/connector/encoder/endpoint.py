@@ -1,14 +1,15 @@
-"""The encoder's end: announces rooms, hands embeddings to the transfer, hears language ranks and drops silent ones.
+"""Owns the encoder's endpoint: announces rooms, passes embeddings to the transfer, handles messages and silent peers.
 
 It composes the parts of an encoder: ``ActionRunner`` carries out what the core asks for, ``Registrar`` attaches the
 memory of language ranks, ``Transfer`` writes windows. They return values and never call this module.
 
-Threads: ``embedding_thread`` owns the control socket and hears frames and ticks; ``transfer_worker`` threads, a few per
-transfer queue, make data calls; one registrar attaches memory. Senders call from any thread.
+Threads: ``embedding_thread`` is the control thread: it owns the control socket and handles frames and ticks. Several
+``transfer_worker`` threads per transfer queue make data calls. One registrar thread attaches memory. Senders may call
+from any thread.
 
 Locking: the parts share one lock. It guards the core, the sources, the listeners and the waiting registrations. It is
-never held during a data call, an attachment or a socket operation. The registrar adds peers to ``_peers`` under it; the
-control thread reads them and drops silent ones without it, each in a single operation.
+never held during a data call, an attachment or a socket operation. The registrar adds peers to ``_peers`` under the
+lock. The control thread reads and drops peers without it, each in a single dict operation.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class EncoderEndpoint:
         self.transfer = Transfer(
             self._lock, self.core, self._actions, self._links, self._sources, self._control, runtime
         )
-        self._threads = self._start_threads(runtime)  # last: they use everything above
+        self._threads = self._start_threads(runtime)  # last, because the threads use everything above
         logger.info(
             "conn_multimodal encoder %s: control port %d on %s, %d transfer queues with %d workers each, data path %s",
             self.incarnation, self._control.port, host, settings.queues, settings.workers_per_queue, settings.data_path,
@@ -105,27 +106,30 @@ class EncoderEndpoint:
 
     @property
     def bootstrap_info(self) -> tuple[BootstrapInfo, DeploymentKey | None]:
-        """What the bootstrap route answers, and to whom."""
+        """The answer of the bootstrap route, and the key that a client must prove to get it."""
         return BootstrapInfo(PROTOCOL_VERSION, [Worker(self.incarnation, self._control.port)]), self.key
 
-    # -- what a sender asks for ----------------------------------------------------------------------------------
+    # -- what a sender calls -------------------------------------------------------------------------------------
 
     def announce(
         self, room: str, total_tokens: int, row_bytes: int, dtype: str, listener: Callable[[Ended], None]
     ) -> None:
-        """The size of ``room`` is known. ``listener`` hears its end, once, on a thread of this endpoint or at once."""
+        """Announce the size of ``room``. ``listener`` is called once when the room ends: by a thread of this endpoint,
+        or before this returns if the room has failed already."""
         with self._lock:
             ended = self._actions.perform(self.core.announce(room, total_tokens, row_bytes, dtype, self._clock()))
             self._actions.listen(room, listener)
         self._actions.notify(ended)
 
     def add_transfer_request(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
-        """The embedding of ``room`` is there: [tokens, width], contiguous. It must never change: a write may be under
-        way when the room ends. This side keeps it until no write reads it any more. On a GPU it may still be being
-        computed, on the stream that is current in the calling thread: no write reads it before that.
+        """Hand over the embedding of ``room``: [tokens, width], contiguous.
 
-        Raises ConnError where its size is not what was announced. Its windows are written once every language rank has
-        said Init; ``Transfer`` chooses the thread.
+        Its bytes must never change, not even after the room has ended: a write may still be under way. The encoder
+        keeps the embedding until no write reads it any more. A GPU may still be computing it on the calling thread's
+        current stream; no write reads it before that has finished.
+
+        Its windows are written once every language rank has sent Init; ``Transfer`` chooses the thread. Raises
+        ConnError if its size differs from the announced one.
         """
         source = Source.of(embedding, self._device)
         row_bytes = embedding.shape[1] * embedding.element_size()
@@ -134,31 +138,31 @@ class EncoderEndpoint:
         with self._lock:
             entry = self.core.rooms.get(room)
             if entry is None:
-                return  # ended; its listener was told
+                return  # ended; its listener was called
             if (entry.total_tokens, entry.row_bytes) != (embedding.shape[0], row_bytes):
                 raise ConnError(
-                    f"room {room}: {embedding.shape[0]} rows of {row_bytes} bytes, but "
-                    f"{entry.total_tokens} of {entry.row_bytes} were announced"
+                    f"room {room}: the embedding has {embedding.shape[0]} rows of {row_bytes} bytes, but "
+                    f"{entry.total_tokens} rows of {entry.row_bytes} were announced"
                 )
             actions = self.core.add_source(room, range(blocks), metadata, checksum, self._clock())
             if not entry.machine.final:
-                self._sources[room] = source  # before the chunk is queued, and never in place of another
+                self._sources[room] = source  # before the chunk is queued; a source is never replaced
             ended, inline = self.transfer.perform(actions, on_control_thread=False)
         self._actions.notify(ended)
         self.transfer.write_inline(inline)
 
     def fail(self, room: str, reason: str, code: int) -> None:
-        """The encode of ``room`` failed; its language ranks are told."""
+        """Fail ``room``, for which no embedding will come, and notify its language ranks."""
         self.transfer.fail(room, reason, code)
 
     def poll(self, room: str) -> Poll | None:
-        """None where the room is not (any more) in the tables."""
+        """The state of ``room``; None if the encoder has no record of it, or none any more."""
         with self._lock:
             entry = self.core.rooms.get(room)
             return None if entry is None else entry.poll()
 
     def has_offer(self, room: str) -> bool:
-        """Whether a language rank has offered blocks for ``room``; also True once the room has ended."""
+        """Whether a language rank has offered blocks for ``room``. Also True once the room has ended."""
         with self._lock:
             entry = self.core.rooms.get(room)
             return entry is None or bool(entry.transfer_infos)
@@ -174,14 +178,14 @@ class EncoderEndpoint:
         return threads
 
     def embedding_thread(self) -> None:
-        """Owns the control socket until ``close``."""
+        """Run the control thread, which owns the control socket, until ``close``."""
         self._control.run()
 
     def transfer_worker(self, index: int) -> None:
-        """Serves transfer queue ``index`` until ``close``."""
+        """Serve transfer queue ``index`` until ``close``."""
         self.transfer.work(index)
 
-    # -- what the embedding thread hears -------------------------------------------------------------------------
+    # -- callbacks of the control thread -------------------------------------------------------------------------
 
     def _on_frame(self, peer: str, frame: bytes) -> None:
         now = self._clock()
@@ -239,14 +243,14 @@ class EncoderEndpoint:
         with self._lock:
             session = self.core.sessions.get(known.session)
             if session is None or session.peer != peer:
-                return  # the session speaks through a newer connection
+                return  # the session uses a newer connection
             ended = self._actions.perform(self.core.session_lost(known.session, reason, self._clock()))
             self._links.close(known.session)
         logger.warning("Language rank %s lost: %s", known.session, reason)
         self._actions.notify(ended)
 
     def close(self) -> None:
-        """Stop all threads; for tests and orderly shutdown."""
+        """Stop all threads. For tests and an orderly shutdown."""
         self._control.stop()
         for transfer_queue in self.transfer_queues:
             for _ in range(self.settings.workers_per_queue):
@@ -258,7 +262,7 @@ class EncoderEndpoint:
 
 
 def _log_resume(actions: list[Action]) -> None:
-    """A resume that was accepted has queued a chunk."""
+    """Log each chunk that an accepted Resume has queued."""
     for action in actions:
         if isinstance(action, TransferEmbeddingChunk):
             logger.info(

@@ -1,7 +1,8 @@
-"""The encoder's data links: owns one link per session and epoch, and counts the writes under way through each.
+"""Owns the encoder's data links: one per session and epoch, with a count of the writes under way through each.
 
-A link that is given up closes when its last write has returned, not before: a closed link means that this process can
-write there no more. Over shared memory, closing drops the writer's lock, which the language rank takes as proof.
+A link that is given up closes only when its last write has returned. A closed link guarantees that this process can no
+longer write there: over shared memory, closing drops the lock on the writer slot, and the language rank takes the free
+lock as proof.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from sglang_mm_conn.datapath.base import DataPath, WriteLink
 
 
 class LinkBusy(DataPathUnavailable):
-    """The session's previous link to the same memory has a write under way: try again."""
+    """The session's previous link to the same memory still has a write under way. The rank should try again."""
 
 
 def _memory(register: Register) -> Register:
-    """What ``register`` says of the memory, without what differs from one registration of it to the next."""
+    """``register`` without the fields that change when the same memory is registered again."""
     return msgspec.structs.replace(register, number=0, oldest_epoch=0)
 
 
@@ -35,21 +36,21 @@ class _OpenLink:
     closing: bool = False
 
     def release(self) -> bool:
-        """One write less. Returns whether the link is to be closed now."""
+        """Count one write less. Returns whether the caller must close the link now."""
         self.writes -= 1
         return self.closing and self.writes == 0
 
 
 @dataclass(frozen=True, slots=True)
 class LinkLease:
-    """A link that stays open until ``release`` is called, once."""
+    """Keeps ``link`` open until ``release`` is called. It must be called exactly once."""
 
     link: WriteLink
     release: Callable[[], None]
 
 
 class Links:
-    """Thread-safe. A lock of its own guards the table; links are opened and closed without it."""
+    """Thread-safe. A private lock guards the table; it is not held while a link is opened or closed."""
 
     def __init__(self, data_paths: Mapping[str, DataPath]) -> None:
         self._data_paths = data_paths
@@ -60,12 +61,13 @@ class Links:
         return len(self._links)
 
     def open(self, register: Register) -> bool:
-        """Make sure that there is a link as ``register`` describes it. Returns whether the session goes on: False
-        where it was opened by another process (or with other memory) before; those links are given up.
+        """Make sure that the link that ``register`` describes is open.
 
-        Raises LinkBusy, DataPathUnavailable.
+        Returns whether the session continues. It does not if it had no link, or if its links belonged to another
+        process or other memory; those links are given up. Raises LinkBusy, DataPathUnavailable.
         """
         session, key = register.mooncake_session_id, (register.mooncake_session_id, register.epoch)
+        # If the same memory was registered again, its link stays: nothing has to be opened.
         with self._lock:
             known = [link for (name, _), link in self._links.items() if name == session]
             same_session = bool(known) and all(
@@ -74,10 +76,13 @@ class Links:
             same = self._links.get(key)
             if same is not None and _memory(same.register) == _memory(register) and not same.closing:
                 return same_session
+        # If the same process registers other memory, its old links are closed first: this process would still hold the
+        # lock on the writer slot through them, and the new attachment needs that lock.
         same_process = all(link.register.incarnation == register.incarnation for link in known)
         if same_process and (not same_session or same is not None):
-            self.close(session)  # first: its lock on the writer slot is in the way of the new attachment
+            self.close(session)
             same_session = False
+        # A write may still be under way through the old link. It keeps that link open, so the rank must try again.
         with self._lock:
             if key in self._links and same_process:
                 raise LinkBusy("the session's previous link has a write under way")
@@ -86,9 +91,14 @@ class Links:
             raise DataPathUnavailable(
                 f"this encoder has no data path {register.data_path!r} (it has {', '.join(self._data_paths) or 'none'})"
             )
+        # Open the link without the lock: attaching memory or contacting an engine may take long.
         link = path.open(register.memory, register.geometry, register.incarnation)
+        # Another process takes the session over. The old links are closed only now: a process whose memory cannot be
+        # opened must not end the session.
         if not same_process:
-            self.close(session)  # only now: nobody takes a session over without memory that could be opened
+            self.close(session)
+        # Enter the new link. The old one is still in the table if a write is under way through it: then the new one is
+        # closed, and the rank must try again.
         with self._lock:
             if key in self._links:
                 busy = True
@@ -101,20 +111,19 @@ class Links:
         return same_session
 
     def has(self, session: str, epoch: int) -> bool:
-        """Whether there is a link that has not been given up."""
+        """Whether the link is open and has not been given up."""
         with self._lock:
             entry = self._links.get((session, epoch))
             return entry is not None and not entry.closing
 
     def synchronous(self, session: str, epoch: int) -> bool:
-        """Whether writes through this link are over when they return; False where there is none."""
+        """Whether writes through this link have ended when they return. False if no link is open."""
         with self._lock:
             entry = self._links.get((session, epoch))
             return entry is not None and entry.link.synchronous
 
     def lease(self, session: str, epoch: int) -> LinkLease:
-        """The link to write through, which stays open until the lease is released. Raises DataPathError where it was
-        given up."""
+        """Keep the link open for a write until the lease is released. Raises DataPathError if the link was given up."""
         with self._lock:
             entry = self._links.get((session, epoch))
             if entry is None or entry.closing:
@@ -131,7 +140,7 @@ class Links:
             entry.link.close()
 
     def close(self, session: str, up_to: int | None = None) -> None:
-        """Give up the links of ``session`` (with ``up_to``: those of epochs up to it)."""
+        """Give up the links of ``session``; with ``up_to``, only the links of epochs up to it."""
         idle = []
         with self._lock:
             for key, entry in list(self._links.items()):
@@ -144,7 +153,7 @@ class Links:
             entry.link.close()
 
     def close_all(self) -> None:
-        """At the end of the process."""
+        """Give up all links at the end of the process."""
         for session in {session for session, _ in list(self._links)}:
             self.close(session)
         for path in self._data_paths.values():

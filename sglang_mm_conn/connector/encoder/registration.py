@@ -1,11 +1,11 @@
-"""Registration of language ranks: owns the registrations that wait, and the thread that attaches the ranks' memory.
+"""Owns the registration of language ranks at an encoder: the waiting ones, and the thread that attaches memory.
 
-Attaching may take long (a Mooncake engine starts, a segment is mapped), so it has a thread of its own.
+Attaching may take long (a Mooncake engine starts, a segment is mapped), so a separate thread does it, the registrar.
 
-Locking: the endpoint's one lock guards the waiting registrations, the core and the peers. It is released while a link
-is opened. So ``_attach`` looks at the session before and after that: meanwhile the rank may have registered again on
-another connection, or have been dropped for its silence. Without the lock, the control thread reads ``registering`` and
-the peers, and drops silent peers, each in a single operation.
+Locking: the endpoint's one lock guards the waiting registrations, the core and the peers. It is not held while a link
+is opened: meanwhile the rank may register again on another connection, or be dropped because it was silent. So
+``_attach`` checks the session before and after. The control thread reads ``registering`` and the peers, and drops
+silent peers, without the lock, each in a single operation.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from sglang_mm_conn.core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Peers whose registration may wait for the registrar; of each only the newest counts.
+# Limit on peers whose registrations wait. Only the newest registration of each peer waits.
 _WAITING_REGISTRATIONS = 1024
-# A session whose process was heard within so many heartbeats is not given to another process.
+# A session belongs to its process for this many heartbeat intervals after the process's last message.
 _ALIVE_HEARTBEATS = 3
 
 
 @dataclass
 class ControlPeer:
-    """A connection that has registered, and the session that it speaks for."""
+    """A connection that has registered, with its session."""
 
     last_seen: float
     session: str
 
 
 class Registrar:
-    """Answers each Register with Registered or Refused; an overtaken one is dropped."""
+    """Answers each Register with Registered or Refused. Drops a Register that a newer one has overtaken."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Registrar:
         executor: Executor,
         rate_limited_log: RateLimitedLog,
     ) -> None:
-        """``peers``: by name; those that register are put there. ``incarnation``: of this encoder. ``mismatch``: why a
-        Register does not fit this encoder (``core.compatibility``). ``executor``: the thread that attaches memory.
-        ``rate_limited_log``: the endpoint's, so that all lines about a peer count together."""
-        self.registering: set[str] = set()  # peers that hear heartbeats while they wait
+        """``peers``: by name; a peer that registers is added. ``incarnation``: of this encoder. ``mismatch``: returns
+        why a Register does not fit this encoder (``core.compatibility``). ``executor``: the registrar thread, which
+        attaches memory. ``rate_limited_log``: the endpoint's log, so that all lines about a peer count together."""
+        self.registering: set[str] = set()  # peers that get heartbeats while they wait
         self.waiting: dict[str, Register] = {}  # by peer
         self._lock = lock
         self._core = core
@@ -77,8 +77,8 @@ class Registrar:
         self._rate_limited_log = rate_limited_log
 
     def register_soon(self, peer: str, message: Register) -> None:
-        """Leave ``message`` to the registrar thread. However often a peer registers while it waits, it gets one job:
-        the others get their turn."""
+        """Leave ``message`` to the registrar thread. A peer that registers several times while it waits gets only one
+        job, so it cannot starve the others."""
         with self._lock:
             waiting = self.waiting.get(peer)
             waits = waiting is not None
@@ -90,13 +90,13 @@ class Registrar:
                 self.waiting[peer] = message
                 self.registering.add(peer)
         if full:
-            reason = "too many language ranks register at once"
+            reason = "too many language ranks are registering at the same time"
             self._actions.send(peer, Refused(reason=reason, kind=RefusalKind.REGISTER_FIRST))
         elif not waits:
             self._executor.submit(self._register, peer)
 
     def close(self) -> None:
-        """Return when no registration is under way."""
+        """Stop the registrar thread. Returns when no registration is under way."""
         self._executor.shutdown(wait=True)
 
     # -- registrar thread ----------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Registrar:
                 self._actions.send(peer, Refused(reason=problem, kind=RefusalKind.MISMATCH))
             else:
                 self._attach(peer, message)
-        except (LinkBusy, WriterSlotTaken) as error:  # a registration that was overtaken: the next may do
+        except (LinkBusy, WriterSlotTaken) as error:  # a newer registration may succeed
             self._actions.send(peer, Refused(reason=str(error), kind=RefusalKind.REGISTER_FIRST))
         except (DataPathUnavailable, ProtocolError) as error:
             self._rate_limited_log.log(
@@ -129,27 +129,36 @@ class Registrar:
                     self.registering.discard(peer)
 
     def _refuse_data_path(self, peer: str, message: Register, reason: str) -> None:
-        """Another data path may work."""
+        """Refuse only the data path of ``message``: another may work."""
         refused = Refused(reason=as_text(reason), kind=RefusalKind.DATA_PATH, data_path=message.data_path)
         self._actions.send(peer, refused)
 
     def _attach(self, peer: str, message: Register) -> None:
-        """Raises LinkBusy, WriterSlotTaken, DataPathUnavailable."""
+        """Attach the memory that ``message`` describes, and answer. Raises LinkBusy, WriterSlotTaken,
+        DataPathUnavailable."""
+        # Drop a Register that a newer one of the same process has overtaken. It came over a broken connection, and the
+        # process waits for an answer on the newer one.
         with self._lock:
             known = self._core.sessions.get(message.mooncake_session_id)
         if known is not None and known.incarnation == message.incarnation and known.number > message.number:
-            return  # overtaken, on a connection that is broken: whoever speaks now speaks through another
+            return
+        # A process that is alive keeps its session. Otherwise a second process that names the same session would end
+        # the first one's rooms.
         if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
-            raise LinkBusy(f"session {message.mooncake_session_id} is another process's, which lives")
+            raise LinkBusy(f"session {message.mooncake_session_id} belongs to another process, which is alive")
+        # Open the link without the lock: this may take long.
         same_session = self._links.open(message)
         session = self._new_session(peer, message)
         now = self._clock()
         answer = Registered(
             mooncake_session_id=message.mooncake_session_id, epoch=message.epoch, incarnation=self._incarnation
         )
+        # Tell the core, in one critical section: the state seen above may have changed while the link was opened.
         with self._lock:
             ended: list[Ended] = []
             known = self._core.sessions.get(message.mooncake_session_id)
+            # A new session loses the rooms that were offered blocks through its old links. A continued session keeps
+            # them, and keeps the epochs that the rank has not revoked: their windows may still be written.
             if not same_session:
                 ended += self._actions.perform(
                     self._core.session_lost(message.mooncake_session_id, "the language rank registered anew", now)
@@ -157,15 +166,18 @@ class Registrar:
             elif known is not None:
                 living = {epoch for epoch in known.epochs if epoch >= message.oldest_epoch}
                 session = replace(session, epochs=tuple(sorted({*living, message.epoch})))
+            # Accept the rank only if the link is still open: the control thread may have closed it because the rank was
+            # silent on an older connection.
             if self._links.has(message.mooncake_session_id, message.epoch):
                 ended += self._give_up_other_session(peer, message.mooncake_session_id, now)
                 self._peers[peer] = ControlPeer(now, message.mooncake_session_id)
-                self._actions.send(peer, answer)  # before the announcements of the session's rooms
+                self._actions.send(peer, answer)  # before the core announces the session's rooms
                 ended += self._actions.perform(self._core.register(session, now))
-            else:  # dropped for its silence on an older connection, in this very moment
+            else:
                 self._actions.send(
-                    peer, Refused(reason="the link was closed meanwhile", kind=RefusalKind.REGISTER_FIRST)
+                    peer, Refused(reason="the link was closed during the registration", kind=RefusalKind.REGISTER_FIRST)
                 )
+        # Close the links to epochs that the rank has revoked: their memory is no longer reachable.
         if message.oldest_epoch:
             self._links.close(message.mooncake_session_id, up_to=message.oldest_epoch - 1)
         self._rate_limited_log.log(
@@ -195,12 +207,13 @@ class Registrar:
         return peer is not None and self._clock() - peer.last_seen < _ALIVE_HEARTBEATS * self._settings.heartbeat
 
     def _give_up_other_session(self, peer: str, session: str, now: float) -> list[Ended]:
-        """Under the lock. A peer speaks for one session; nobody would end the one that it registered before."""
+        """Under the lock. End the session that ``peer`` registered before, if it is another one. A peer has one
+        session; without this, nothing would end the earlier one."""
         known = self._peers.get(peer)
         other = None if known is None or known.session == session else self._core.sessions.get(known.session)
         if other is None or other.peer != peer:
             return []
         self._links.close(other.mooncake_session_id)
         return self._actions.perform(
-            self._core.session_lost(other.mooncake_session_id, "its peer registered another", now)
+            self._core.session_lost(other.mooncake_session_id, "its peer registered another session", now)
         )

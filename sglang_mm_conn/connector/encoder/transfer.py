@@ -1,10 +1,10 @@
-"""Writing windows: owns the data calls, their order within a room, and the choice of the thread that makes them.
+"""Owns the data calls of an encoder: their order within a room, and the choice of the thread that makes each.
 
-The transfer workers, a few per transfer queue, make the data calls, but for copies in memory that are short
-(``_writer``).
+The transfer workers, several per transfer queue, make the data calls, except for short memory copies, which are made
+inline (``_writer``).
 
 Locking: the endpoint's one lock guards the core and the sources. It is held to begin a window and to end it, never
-during the data call between the two: a lease keeps the link open meanwhile, a DataCall its source.
+during the data call in between. Meanwhile a lease keeps the link open, and the DataCall keeps the source alive.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class DataCall:
-    """One window on its way: what is written, from where, and through which link."""
+    """One window that is being written: its write, its source and its link."""
 
     write: WindowWrite
     entry: SenderRoom
-    source: Source  # kept until the write has returned, and the copies that it waits for have happened
-    lease: LinkLease | None  # of the link, which stays open until the call has returned
-    refusal: str = ""  # why there is no link
+    source: Source  # kept alive until the write has returned, which waits for its copies
+    lease: LinkLease | None  # keeps the link open until the call has returned
+    refusal: str = ""  # why no link is open
 
     @property
     def link(self) -> WriteLink | None:
         return None if self.lease is None else self.lease.link
 
     def extents(self) -> list[Extent]:
-        """Where the bytes of the window go."""
+        """Where the bytes of the window belong in the rank's blocks."""
         write, row_bytes = self.write, self.entry.row_bytes
         first, nbytes = write.first_token * row_bytes, write.tokens * row_bytes
         return window_extents(write.session.geometry, write.blocks, nbytes, first)
@@ -55,7 +55,7 @@ class DataCall:
 class Writer(enum.Enum):
     """Which thread writes the offered windows of a room."""
 
-    CALLER = "caller"  # the one that heard last what the room needed
+    CALLER = "caller"  # the thread that completes the room
     CONTROL_THREAD = "control thread"
     WORKER = "worker"
 
@@ -64,7 +64,7 @@ Inline = list[tuple[TransferEmbeddingChunk, Writer]]  # chunks that no worker se
 
 
 class Transfer:
-    """Makes the data calls of all rooms. Windows of one room are written in order, each once (see ``SenderCore``)."""
+    """Makes the data calls of all rooms. The windows of a room are written in order, each once (see ``SenderCore``)."""
 
     def __init__(
         self,
@@ -87,11 +87,13 @@ class Transfer:
         self._control = control
         self._clock = runtime.clock
 
-    # -- who writes ----------------------------------------------------------------------------------------------
+    # -- choosing the thread -------------------------------------------------------------------------------------
 
     def perform(self, actions: list[Action], *, on_control_thread: bool) -> tuple[list[Ended], Inline]:
-        """Under the lock: carry ``actions`` out; a worker is woken only where it must be. When the lock is released,
-        the caller gives the first list to ``ActionRunner.notify``, the second to ``write_inline``."""
+        """Under the lock: carry ``actions`` out, and queue the chunks that a worker must write.
+
+        Once the lock is released, the caller passes the first list to ``ActionRunner.notify`` and the second to
+        ``write_inline``."""
         ended, chunks = self._actions.perform_without_queueing(actions)
         inline: Inline = []
         for chunk in chunks:
@@ -103,12 +105,17 @@ class Transfer:
         return ended, inline
 
     def _writer(self, chunk: TransferEmbeddingChunk, on_control_thread: bool) -> Writer:
-        """Under the lock. No worker is woken where the writes wait for nobody, being copies in memory, and are short:
-        those of a small embedding that is taken as a whole, and all of an embedding beside which no other is here (the
-        workers write several in parallel), as long as they are not large together.
+        """Under the lock. Which thread should write the offered windows of the room.
 
-        The control thread makes those that it hears of. The thread that hands an embedding over has other things to do:
-        it writes a small embedding, and leaves every window of a larger one to the control thread.
+        They are written inline if every link is synchronous, so that a write is a memory copy that waits for nothing,
+        and if one of these holds:
+
+        - the embedding is small, and every rank has offered blocks for all of it;
+        - the embedding is uncontended, and its offers are not large in total. With several embeddings, the workers
+          write in parallel.
+
+        The control thread makes the inline writes that its own messages complete. The thread that hands an embedding
+        over has other work: it writes a small embedding, and leaves every window of a larger one to the control thread.
         """
         entry = self._core.rooms[chunk.room]
         offers = entry.offers
@@ -122,7 +129,7 @@ class Transfer:
         return Writer.CALLER if on_control_thread or small else Writer.CONTROL_THREAD
 
     def write_inline(self, inline: Inline) -> None:
-        """Without the lock: what no worker serves."""
+        """Without the lock: write the chunks that ``perform`` did not queue for a worker."""
         for chunk, writer in inline:
             if writer is Writer.CALLER:
                 self._serve(chunk)
@@ -132,12 +139,12 @@ class Transfer:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def work(self, index: int) -> None:
-        """Serve transfer queue ``index`` until a None is taken from it."""
+        """Serve transfer queue ``index`` until it yields None."""
         while (chunk := self._actions.transfer_queues[index].get()) is not None:
             self._serve(chunk)
 
     def _serve(self, chunk: TransferEmbeddingChunk) -> None:
-        """Write the offered windows of a room. A failure, of whatever kind, ends only that room."""
+        """Write the offered windows of a room. Any failure ends only that room."""
         try:
             while (call := self.begin_window(chunk.room)) is not None:
                 self.end_window(call, self.data_call(call))
@@ -146,7 +153,8 @@ class Transfer:
             self.fail(chunk.room, f"{type(error).__name__}: {error}", FailureCode.INTERNAL)
 
     def begin_window(self, room: str) -> DataCall | None:
-        """The next data call for ``room``, its link pinned until ``end_window``; None where there is none now."""
+        """Begin the next data call for ``room`` and pin its link until ``end_window``. None if nothing can be written
+        now."""
         lease, refusal = None, ""
         with self._lock:
             write = self._core.begin_write(room)
@@ -163,7 +171,7 @@ class Transfer:
             return DataCall(write, entry, source, lease, refusal)
 
     def data_call(self, call: DataCall) -> WriteResult:
-        """Without the lock. Never raises."""
+        """Without the lock: write the window. Never raises."""
         link = call.link
         if link is None:
             return WriteResult(WriteStatus.FAILED, call.refusal)
@@ -176,13 +184,13 @@ class Transfer:
         except DataPathError as failure:
             return _failed_write(str(failure), failure.in_doubt)
         except Exception as failure:
-            # Nothing is known about what a data call did that ended in a way it should not.
+            # After an unexpected error it is unknown which bytes the data call wrote, or may still write.
             logger.exception("Data call for room %s failed", call.write.room)
             return _failed_write(f"{type(failure).__name__}: {failure}", not link.synchronous)
         return LANDED
 
     def end_window(self, call: DataCall, result: WriteResult) -> None:
-        """Report what ``data_call`` has returned, so that the room goes on, or ends."""
+        """Report the result of ``data_call`` to the core, so that the room continues or ends."""
         if call.lease is not None:
             call.lease.release()
         with self._lock:
@@ -197,7 +205,7 @@ class Transfer:
         self._actions.notify(ended)
 
     def fail(self, room: str, reason: str, code: int) -> None:
-        """End ``room``; its language ranks are told."""
+        """Fail ``room`` and notify its language ranks."""
         with self._lock:
             ended = self._actions.perform(self._core.fail(room, reason, code, self._clock()))
         self._actions.notify(ended)

@@ -1,1 +1,1 @@
-"""The language rank's side of a transfer: it offers blocks, copies rows out of them, hands embeddings over."""
+"""Owns the language rank's side of a transfer: offers blocks, copies rows out of them, hands embeddings over."""

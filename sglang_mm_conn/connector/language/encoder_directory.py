@@ -1,7 +1,8 @@
-"""Carries out what core.registration asks for: look-ups, control connections, Register messages.
+"""Owns a language rank's connections to encoders: carries out look-ups, connects, and sends Register messages.
 
-All of it happens on the control thread, but for ``use`` (any thread), and for look-ups and Register messages, which
-may be slow and are made on a small pool. What concerns rooms (a process is ready, lost or refused) goes to one handler.
+``core.registration`` decides; this module carries its actions out on the control thread. ``use`` may be called from any
+thread. Look-ups and Register messages may be slow, so a small thread pool makes them. Events that concern rooms (a
+process is ready or lost, an encoder was refused) go to one handler.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class EncoderDirectory:
         on_event: Callable[[EncoderEvent], None],
         runtime: Runtime,
     ) -> None:
-        """``incarnation``: this rank's. ``on_event`` is called on the control thread, in the order of the events."""
+        """``incarnation``: of this rank. ``on_event`` is called on the control thread, in the order of the events."""
         self.registrations = Registrations(sessions, peer_timeout=peer_timeout, heartbeat=heartbeat)
         self._sessions = sessions
         self._control = control
@@ -68,7 +69,7 @@ class EncoderDirectory:
         self._pool = runtime.executor(_POOL_THREADS, "mm-conn-bootstrap")
 
     def use(self, url: str) -> None:
-        """A request names ``url`` (any thread). Connects where that has not been done; costs nothing where it has."""
+        """Connect to the encoder at ``url``, which a request needs (any thread). Costs nothing if it is connected."""
         if not self.registrations.is_usable(url, self._clock()):
             self._control.call(lambda: self._perform(self.registrations.use(url, self._clock())))
 
@@ -77,7 +78,7 @@ class EncoderDirectory:
         encoder = self.registrations.encoders.get(url)
         return encoder is not None and encoder.reachable
 
-    # -- what the control thread reports -------------------------------------------------------------------------
+    # -- callbacks of the control thread -------------------------------------------------------------------------
 
     def on_connected(self, incarnation: str) -> None:
         self._perform(self.registrations.connected(incarnation, self._clock()))
@@ -101,23 +102,24 @@ class EncoderDirectory:
     # -- epochs and writer slots ---------------------------------------------------------------------------------
 
     def register_again(self, path: str) -> None:
-        """``path`` has a newer epoch: offer it to every registered process (control thread)."""
+        """``path`` has a newer epoch: register it with every registered process (control thread)."""
         self._perform(self.registrations.register_again(path))
 
     def send_retired(self, path: str) -> None:
-        """Tell every registered process that writes over ``path`` which epochs were revoked (control thread)."""
+        """Send every registered process that writes over ``path`` the revoked epochs (control thread)."""
         self._perform(self.registrations.retired(path))
 
     def slot_of(self, incarnation: str) -> int | None:
-        """The writer slot that the process was given, also after it was lost."""
+        """The writer slot of the process. Still known after the process was lost."""
         return self.registrations.slots.get(incarnation)
 
     def replace_slot(self, incarnation: str) -> None:
-        """The process can never write with its slot again: if it lives, its next Register names another one."""
+        """Give the process another slot: it can never write with its present one again. If the process is alive, the
+        next Register to it names the new slot."""
         self.registrations.replace_slot(incarnation)
 
     def forget_slots(self, keep: set[str]) -> None:
-        """Drop the slots of processes that are neither known nor in ``keep``, once nobody can write with them."""
+        """Drop the slots of processes that are neither known nor in ``keep``, once no process can write with them."""
         for incarnation, slot in self.registrations.unused_slots(keep):
             if self._sessions.retire_writer(slot):
                 del self.registrations.slots[incarnation]
@@ -151,7 +153,7 @@ class EncoderDirectory:
             self._control.send(incarnation, encode(Retire(mooncake_session_id=offered.session_id, epoch=epoch)))
 
     def _make_register(self, action: SendRegister) -> None:
-        """On the pool."""
+        """On the thread pool: make the Register and send it."""
         try:
             message = self._sessions.register_message(action.path, action.slot, action.number)
         except Exception as error:
@@ -163,7 +165,7 @@ class EncoderDirectory:
         self._control.send(action.incarnation, encode(message))
 
     def _look_up(self, url: str) -> None:
-        """On the pool."""
+        """On the thread pool: look the encoder up, and pass the answer to the control thread."""
         try:
             answer: BootstrapInfo | Exception = self._runtime.look_up(url, self._key, insecure=self._insecure)
         except Exception as error:

@@ -1,9 +1,9 @@
-"""The language rank's end: the core, the control thread, and the one lock around what the core decides.
+"""Owns the language rank's endpoint: the core, the lock that guards it, and the control thread.
 
 It offers blocks, has rows copied out of them (connector.language.results) and hands finished embeddings over. Threads:
-``embedding_thread`` owns the control sockets and makes small copies, a few copiers the others; a small pool looks up
-encoders. Callers (the scheduler's tick) only read states and take results. The lock is never held during a copy or a
-socket operation.
+``embedding_thread`` is the control thread: it owns the control sockets and makes small copies. Copier threads make the
+others. A small thread pool looks up encoders. Callers (the scheduler's tick) only read states and take results. The
+lock is never held during a copy or a socket operation.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class LanguageEndpoint:
         make_result: ResultMaker = PrivateResult,
         runtime: Runtime | None = None,
     ) -> None:
-        """``server``: incarnation of the language server, the prefix of its rooms. ``host``: where Mooncake peers
-        reach this process. ``make_result``: where rows are copied to, if not to memory of this process alone.
-        Raises MemoryUnavailable, DataPathUnavailable."""
+        """``server``: incarnation of the language server, the prefix of its rooms. ``host``: the address at which
+        Mooncake peers reach this process. ``make_result``: makes the memory that rows are copied to; private memory by
+        default. Raises MemoryUnavailable, DataPathUnavailable."""
         runtime = runtime or Runtime()
         runtime.device.require(settings)
         memory = ResultMemory(settings, runtime.device, make_result)
@@ -100,7 +100,7 @@ class LanguageEndpoint:
         self._encoders, self._control = self._new_connections(runtime)
         self._revoker = runtime.executor(1, "mm-conn-revoker")
         self.revocations = self._new_revocations()
-        # The thread starts last: it uses everything above.
+        # Start the thread last: it uses everything above.
         self._thread = runtime.start_thread(self.embedding_thread, "mm-conn-embedding")
 
     def _new_core(self, runtime: Runtime) -> ReceiverCore:
@@ -114,7 +114,7 @@ class LanguageEndpoint:
     def _new_connections(self, runtime: Runtime) -> tuple[EncoderDirectory, ControlClient]:
         settings = self.settings
         key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
-        # The control thread starts after both are there, so it may name the directory before that is made.
+        # The callbacks may name the directory before it is made: the control thread starts after both exist.
         callbacks = ControlCallbacks(
             on_frame=self._on_frame, on_tick=self._on_tick, tick_seconds=min(_TICK_SECONDS, settings.heartbeat / 2),
             on_connected=lambda incarnation: self._encoders.on_connected(incarnation),
@@ -138,14 +138,14 @@ class LanguageEndpoint:
         made = (path.revocation(doubts) for path in self._sessions.paths.values())
         return [revocation for revocation in made if revocation is not None]
 
-    # -- what a receiver asks for --------------------------------------------------------------------------------
+    # -- what a receiver calls -----------------------------------------------------------------------------------
 
     def use_encoder(self, url: str) -> None:
-        """Connect to the encoder at ``url``, where that has not been done."""
+        """Connect to the encoder at ``url`` if it is not connected."""
         self._encoders.use(url)
 
     def expect(self, room: str, encoder: str, timeout: float, label: str) -> None:
-        """A request waits for ``room`` from ``encoder`` (its URL) for ``timeout`` seconds. ``label`` is for logs."""
+        """Wait for ``room`` from ``encoder`` (its URL) for ``timeout`` seconds. ``label`` is for logs."""
         now = self._clock()
         with self._lock:
             actions = self.core.expect(room, encoder, now + timeout, now, required_dst_info_num=self._size)
@@ -154,23 +154,23 @@ class LanguageEndpoint:
         self._encoders.use(encoder)
 
     def poll(self, room: str) -> Poll:
-        """Raises ConnError where the room is unknown.
+        """The state of ``room``. Raises ConnError if the room is unknown.
 
-        Without the lock, on purpose: the scheduler polls every room in every tick, and must not wait for a thread that
-        decides. To look a room up is one operation of a dict. A state that changes meanwhile is seen at the next poll,
-        and answers keep the order of the states.
+        This deliberately takes no lock: the scheduler polls every room in every tick, and must not wait for a thread
+        that holds it. Looking a room up is one dict operation. If the state changes meanwhile, the next poll sees it;
+        polls never see states out of order.
         """
         return self._room(room).poll()
 
     def outcome(self, room: str) -> Outcome:
-        """Why the room failed."""
+        """The outcome of an ended room: why it failed, or SUCCEEDED."""
         return self._room(room).outcome or SUCCEEDED
 
     def take(self, room: str) -> tuple[torch.Tensor, bytes]:
-        """The embedding [tokens, width] and metadata of a room that ended in Success; the memory is the caller's.
+        """The embedding [tokens, width] and metadata of a room that ended in Success. The caller may keep the memory.
 
-        With the lock, on purpose: it is taken once per room, and state and rows must be of one moment. ``publish``
-        replaces the rows of a shared result in the section that makes the room succeed; others drop results.
+        This deliberately takes the lock, once per room: state and rows must belong together. ``publish`` replaces the
+        rows of a shared result in the critical section that makes the room succeed, and other threads drop results.
         """
         with self._lock:
             entry = self._room(room)
@@ -180,19 +180,19 @@ class LanguageEndpoint:
         return embedding_of(rows, entry.total_tokens, entry.dtype), entry.metadata
 
     def abort(self, room: str, reason: str, code: int = FailureCode.ABORTED) -> None:
-        """Give the room up. Its blocks are reused only when nobody can write them any more."""
+        """Give the room up. Its blocks are reused only when no process can write them any more."""
         with self._lock:
             self._perform(self.core.abort(room, reason, code, self._clock()))
 
     def resume_transfer(self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int) -> None:
-        """Offer the next window of a room that waits for blocks (see EmbeddingReceiver.resume_transfer)."""
+        """Offer the next window of a room that waits for blocks: see EmbeddingReceiver.resume_transfer."""
         with self._lock:
             entry = self._room(room)
             offer = self.core.resume_transfer(entry, embedding_indices, sent_tokens, allocated_tokens, self._clock())
             self._perform([offer])
 
     def forget(self, room: str) -> None:
-        """Drop what is kept of an ended room."""
+        """Drop everything that is kept for an ended room."""
         with self._lock:
             self.core.forget(room)
             self._results.drop(room)
@@ -203,31 +203,34 @@ class LanguageEndpoint:
         return self._encoders.is_registered(url)
 
     def fragment_pool(self) -> None:
-        """For benchmarks: take every other free block for good, so that no two free blocks are adjacent."""
+        """For benchmarks: take every other free block permanently, so that no two free blocks are adjacent."""
         with self._lock:
             blocks = self.core.allocator.allocate("fragment_pool", self.core.allocator.free_count)
             self.core.allocator.release("fragment_pool", blocks[1::2])
 
     def report(self) -> dict[str, Any]:
-        """For operators: see ReceiverCore.report."""
+        """A report for operators: see ReceiverCore.report."""
         with self._lock:
             return self.core.report()
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
-        """For sglang_plugin.scheduler, which joins the parts of a request: that copies too much for the scheduler's
-        tick, and copiers may wait for a GPU. Notifies ``completions`` when it is done."""
+        """Run ``work`` on a copier and notify ``completions`` when it is done.
+
+        sglang_plugin.scheduler joins the parts of a request with it: joining copies too much for the scheduler's tick,
+        and copiers may wait for a GPU.
+        """
         return self._results.submit(work, self.completions.notify)
 
     def _room(self, room: str) -> ReceiverRoom:
         entry = self.core.rooms.get(room)
         if entry is None:
-            raise ConnError(f"room {room} is unknown here")
+            raise ConnError(f"room {room} is unknown to this rank")
         return entry
 
-    # -- embedding thread ----------------------------------------------------------------------------------------
+    # -- control thread ------------------------------------------------------------------------------------------
 
     def embedding_thread(self) -> None:
-        """Owns the control sockets until ``close``."""
+        """Run the control thread, which owns the control sockets, until ``close``."""
         self._control.run()
 
     def _on_frame(self, incarnation: str, frame: bytes) -> None:
@@ -290,8 +293,10 @@ class LanguageEndpoint:
     # -- copies ---------------------------------------------------------------------------------------------------
 
     def _copy_out(self, copy: CopyOut, metadata: bytes) -> None:
-        """Not under the lock: on a copier, or on the control thread."""
-        # The release is told on the control thread, since finalizers must not wait.
+        """Without the lock, on a copier or on the control thread: copy the rows out and report the result to the
+        core."""
+        # A finalizer reports that a view was released. It must not wait for the lock, so it leaves that to the control
+        # thread.
         on_view_released = partial(self._control.call, partial(self._view_released, copy.room))
         copied = self._results.copy_out(copy, metadata, on_view_released)
         error = copied.error
@@ -314,9 +319,11 @@ class LanguageEndpoint:
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _perform(self, actions: list[Action], inline: list[Callable[[], None]] | None = None) -> None:
-        """Under the lock, so that messages leave in the order of the decisions.
+        """Carry ``actions`` out. Call this under the lock, so that messages are sent in the order of the core's
+        decisions.
 
-        Copies that take no longer than waking a copier are left in ``inline``, where there is one.
+        If ``inline`` is given, copies that take no longer than waking a copier are added to it. The caller makes them
+        once the lock is released.
         """
         for action in actions:
             if isinstance(action, Send):
@@ -330,7 +337,7 @@ class LanguageEndpoint:
             elif isinstance(action, Ended):
                 self._ended(action)
             elif isinstance(action, TransferEmbeddingChunk | Release):
-                raise ConnError("unexpected action in a language rank")
+                raise ConnError(f"unexpected action {type(action).__name__} in a language rank")
 
     def _ended(self, action: Ended) -> None:
         if not action.success:
@@ -339,7 +346,7 @@ class LanguageEndpoint:
         self.completions.notify()
 
     def close(self) -> None:
-        """Stop all threads and unlink the segment; for tests and orderly shutdown."""
+        """Stop all threads and unlink the segment. For tests and an orderly shutdown."""
         self._control.stop()
         self._thread.join(10)
         self._encoders.close()
@@ -347,4 +354,4 @@ class LanguageEndpoint:
         self._revoker.shutdown(wait=True)
         self._sessions.close()
         self.pool.close()
-        self.completions.close()  # last: whatever ends until here notifies it
+        self.completions.close()  # last, because a room that ends until here notifies it

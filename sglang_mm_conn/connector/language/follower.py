@@ -1,14 +1,15 @@
-"""A language rank that is not the first of its host: it reads what that rank, its leader, receives.
+"""Owns the endpoint of a follower: a language rank that reads the results of its host's first rank, the leader.
 
-It awaits the same rooms under the same names as the leader (connector.language), but has no pool, no session and no
-socket. Who holds the memory:
+It waits for the same rooms under the same names as the leader (connector.language), but has no pool, no session and no
+socket. Who holds the memory of a result:
 
-- the leader's process makes the result, and gives it its name when every row is in it;
-- from its first successful ``poll`` of a room on, this process has the result mapped, whatever the leader does;
-- the leader takes the name away when it forgets the room. It must not do so before every rank of its host has mapped
-  the result or given the room up; sglang's ranks agree on that in every tick (sglang_plugin.scheduler).
+- The leader's process creates the result, and gives it a name when every row is in it.
+- Once a ``poll`` of the room has returned Success, this process has mapped the result. It stays mapped, whatever the
+  leader does.
+- The leader removes the name when it forgets the room. It must not do so before every rank of its host has mapped the
+  result or given the room up. sglang's ranks agree on that in every tick (sglang_plugin.scheduler).
 
-A leader that fails, or dies, never publishes: the room ends here at its deadline, or when the ranks agree.
+If the leader fails or dies, it never publishes. The room then ends here at its deadline, or when the ranks agree on it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class _Room:
-    """One room; ``outcome`` where it failed, ``result`` where it succeeded."""
+    """One room. ``outcome`` is set if it failed, ``result`` if it succeeded."""
 
     encoder: str
     label: str
@@ -55,12 +56,12 @@ class _Room:
 
 
 class FollowerEndpoint:
-    """One per language rank that does not lead its host; in the shape of a LanguageEndpoint."""
+    """One per language rank that does not lead its host. It has the methods of a LanguageEndpoint."""
 
     def __init__(
         self, settings: Settings, *, rank: int = 1, host_index: int = 0, runtime: Runtime | None = None
     ) -> None:
-        """``rank``: for logs. ``host_index``: as the leader's results have it (memory.results)."""
+        """``rank``: for logs. ``host_index``: number of the host, part of the names of the leader's results."""
         runtime = runtime or Runtime()
         self.settings = settings
         self._rank = rank
@@ -72,10 +73,10 @@ class FollowerEndpoint:
         self._readers = runtime.executor(settings.copiers, "mm-conn-reader")
 
     def use_encoder(self, url: str) -> None:
-        """The leader connects to encoders, this rank does not."""
+        """Do nothing: only the leader connects to encoders."""
 
     def expect(self, room: str, encoder: str, timeout: float, label: str) -> None:
-        """A request waits for ``room`` for ``timeout`` seconds. ``label`` and ``encoder`` are for logs."""
+        """Wait for ``room`` for ``timeout`` seconds. ``label`` and ``encoder`` are for logs."""
         now = self._clock()
         with self._lock:
             if room in self._rooms:
@@ -83,10 +84,10 @@ class FollowerEndpoint:
             self._rooms[room] = _Room(encoder, label, now, now + timeout)
 
     def poll(self, room: str) -> Poll:
-        """Looks for the leader's result: one ``open`` as long as it is not there. Raises ConnError where the room is
-        unknown.
+        """The state of ``room``. Success means that this process has mapped the leader's result.
 
-        Success means that the result is mapped here. No row is touched: that is left to ``take``.
+        As long as the leader has not published, each poll costs one ``open``. It touches no row: ``take`` does. Raises
+        ConnError if the room is unknown.
         """
         with self._lock:
             entry = self._room(room)
@@ -98,9 +99,7 @@ class FollowerEndpoint:
         try:
             entry.result = read_result(room, self._host_index)
         except (OSError, ValueError, ProtocolError) as error:
-            self._fail(
-                room, entry, f"rank {self._rank} cannot read what its leader received: {error}", FailureCode.INTERNAL
-            )
+            self._fail(room, entry, f"rank {self._rank} cannot read its leader's result: {error}", FailureCode.INTERNAL)
             return
         now = self._clock()
         if entry.result is not None:
@@ -112,7 +111,7 @@ class FollowerEndpoint:
         elif now >= entry.deadline:
             waited = now - entry.started
             self._fail(
-                room, entry, f"rank {self._rank} got nothing from its leader in {waited:.1f} s", FailureCode.TIMED_OUT
+                room, entry, f"rank {self._rank} got no result from its leader in {waited:.1f} s", FailureCode.TIMED_OUT
             )
 
     def _fail(self, room: str, entry: _Room, reason: str, code: int) -> None:
@@ -122,13 +121,13 @@ class FollowerEndpoint:
         )
 
     def outcome(self, room: str) -> Outcome:
-        """Why the room failed."""
+        """The outcome of an ended room: why it failed, or SUCCEEDED."""
         return self._room(room).outcome or SUCCEEDED
 
     def take(self, room: str) -> tuple[torch.Tensor, bytes]:
-        """The embedding [tokens, width] and metadata of a room that ended in Success; the memory is the caller's.
+        """The embedding [tokens, width] and metadata of a room that ended in Success. The caller may keep the memory.
 
-        Touches every page, so not for the scheduler's tick.
+        This touches every page, so the scheduler's tick must not call it.
         """
         result = self._room(room).result
         if result is None:
@@ -138,28 +137,28 @@ class FollowerEndpoint:
         return rows.view(dtype_of(contents.dtype)).reshape(contents.tokens, -1), contents.metadata
 
     def abort(self, room: str, reason: str, code: int = FailureCode.ABORTED) -> None:
-        """Give the room up. The leader tells the encoder, and the log."""
+        """Give the room up. The leader notifies the encoder and writes the log line."""
         with self._lock:
             entry = self._rooms.get(room)
             if entry is not None and entry.poll() is Poll.Bootstrapping:
                 entry.outcome = Outcome(reason, code)
 
     def resume_transfer(self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int) -> None:
-        """Only the leader has blocks to offer."""
+        """Raises ConnError: only the leader has blocks to offer."""
         raise ConnError(f"room {room}: rank {self._rank} has no blocks, its leader offers them")
 
     def forget(self, room: str) -> None:
-        """Drop what is kept of the room. Whoever took its rows keeps them."""
+        """Drop everything that is kept for the room. Rows that were taken stay valid."""
         with self._lock:
             self._rooms.pop(room, None)
 
     def report(self) -> dict[str, Any]:
-        """For operators: rooms by what a poll of them says. The leader reports the pool."""
+        """A report for operators: the number of rooms in each state. The leader reports the pool."""
         with self._lock:
             return {"rooms": dict(Counter(entry.poll().name.lower() for entry in self._rooms.values()))}
 
     def submit(self, work: Callable[[], Value]) -> Future[Value]:
-        """Run something large off the caller's thread; notifies ``completions`` when it is done."""
+        """Run ``work`` on another thread and notify ``completions`` when it is done."""
         future = self._readers.submit(work)
         future.add_done_callback(lambda _: self.completions.notify())
         return future
@@ -167,9 +166,10 @@ class FollowerEndpoint:
     def _room(self, room: str) -> _Room:
         entry = self._rooms.get(room)
         if entry is None:
-            raise ConnError(f"room {room} is unknown here")
+            raise ConnError(f"room {room} is unknown to this rank")
         return entry
 
     def close(self) -> None:
-        """Stop the threads; for tests and orderly shutdown."""
+        """Stop the threads. For tests and an orderly shutdown."""
         self._readers.shutdown(wait=True)
+        self.completions.close()  # last, because work that ends until here notifies it

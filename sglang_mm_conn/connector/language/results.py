@@ -1,6 +1,6 @@
-"""A language rank's results: their memory, the copies into it, the threads that copy, what the log says of each.
+"""Owns a language rank's results: their memory, the copies into it, the copier threads, the log line of each.
 
-Results tell nobody: what came of a copy is returned, and the endpoint tells the core. The endpoint's lock guards the
+``Results`` returns the result of each copy, and the endpoint reports it to the core. The endpoint's lock guards the
 table; it is never held during a copy.
 """
 
@@ -29,13 +29,13 @@ from sglang_mm_conn.memory.results import Contents, PrivateResult, Result, Resul
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 16  # of memory that tensors of any dtype may begin in
+_ALIGNMENT = 16  # of memory in which a tensor of any dtype may begin
 
 Value = TypeVar("Value")
 
 
 class ResultMemory:
-    """Where results are made: in warm memory of the host, in a GPU's, or wherever another ``make`` makes them."""
+    """Makes results: in host memory from the buffer cache, in GPU memory, or with another ``make``."""
 
     def __init__(self, settings: Settings, device: Device, make: ResultMaker) -> None:
         """Raises MemoryUnavailable."""
@@ -43,27 +43,29 @@ class ResultMemory:
         on_gpu = settings.resolved_embedding_device != "cpu"
         if on_gpu and not private:
             raise MemoryUnavailable(
-                f"SGLANG_MM_CONN_EMBEDDING_DEVICE={settings.resolved_embedding_device}: what ranks share is in host "
+                f"SGLANG_MM_CONN_EMBEDDING_DEVICE={settings.resolved_embedding_device}: ranks share results in host "
                 "memory, set it to cpu"
             )
-        # The control thread waits for no GPU, and a copy from a view to one may be under way when its last tensor goes.
+        # Not with a GPU: the control thread must not wait for it, and when the last tensor of a view is released, a
+        # copy from its blocks to the GPU may still be under way.
         self.allows_inline_and_views = private and device.synchronous
         self._buffer_cache = BufferCache(settings.result_cache_bytes)
         empty = self._buffer_cache.tensor
-        if on_gpu:  # torch keeps GPU memory warm by itself
+        if on_gpu:  # torch caches GPU memory itself
             empty = partial(device.empty, memory_device=settings.resolved_embedding_device)
         self.make: ResultMaker = partial(PrivateResult, empty=empty) if private else make
 
     def trim(self) -> None:
-        """Give warm memory beyond the limit back to the system."""
+        """Return cached memory above the limit to the system."""
         self._buffer_cache.trim()
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What came of a copy. ``error`` is empty where every row is in place; ``view``: the rows stay in their blocks.
+    """The result of a copy. ``error`` is empty if every row is in place. ``view``: the rows stay in their blocks.
 
-    ``rows`` keeps a view alive: hold it until the core knows of the view, or its release comes before it.
+    ``rows`` keeps a view alive. Hold it until the view was reported to the core: otherwise the view may be released
+    before the core has recorded it.
     """
 
     error: str
@@ -72,12 +74,12 @@ class Copied:
 
 
 class Results:
-    """The results of all rooms, from their first copy until they are dropped."""
+    """Holds the result of every room, from its first copy until it is dropped."""
 
     def __init__(
         self, settings: Settings, memory: ResultMemory, pool: BlockPool, *, lock: threading.Lock, runtime: Runtime
     ) -> None:
-        """``lock``: the endpoint's."""
+        """``lock``: the endpoint's lock."""
         self._settings = settings
         self._memory = memory
         self._pool = pool
@@ -89,7 +91,7 @@ class Results:
 
     @property
     def view_blocks(self) -> int:
-        """Most blocks that may hold results as views of them."""
+        """How many blocks views may hold together."""
         geometry = self._pool.geometry
         if not self._memory.allows_inline_and_views or geometry.block_bytes % _ALIGNMENT != 0:
             return 0
@@ -101,7 +103,7 @@ class Results:
     def should_copy_inline(self, copy: CopyOut) -> bool:
         """Whether ``copy`` takes no longer than waking a copier.
 
-        A view copies nothing, whatever its size. A checksum reads the whole embedding, after its last window.
+        A view copies nothing, whatever its size. A checksum reads the whole embedding after the last window.
         """
         if copy.view and not self._settings.checksum:
             return self._inline_limit_bytes > 0
@@ -115,12 +117,12 @@ class Results:
         self._copiers.submit(work)
 
     def submit(self, work: Callable[[], Value], done: Callable[[], None]) -> Future[Value]:
-        """Run ``work``, which makes tensors of results, on a copier. ``done`` is called when they are complete."""
+        """Run ``work``, which makes tensors from results, on a copier. Calls ``done`` when they are complete."""
 
         def finish() -> Value:
             value = work()
             if self._settings.resolved_embedding_device != "cpu":
-                self._device.drain()  # what it made is there for every stream
+                self._device.drain()  # so that work on any stream may read what it made
             return value
 
         future = self._copiers.submit(finish)
@@ -128,9 +130,9 @@ class Results:
         return future
 
     def copy_out(self, copy: CopyOut, metadata: bytes, on_view_released: Callable[[], None]) -> Copied:
-        """Bring the rows of a window into the room's result, which the first copy makes. Takes the lock.
+        """Copy the rows of a window into the room's result, which the first copy creates. Takes the lock.
 
-        ``on_view_released`` is called where the result is a view, once nothing refers to it: see memory.buffer_cache.
+        If the result is a view, ``on_view_released`` is called once nothing refers to it: see memory.buffer_cache.
         """
         rows, view = None, False
         try:
@@ -150,7 +152,7 @@ class Results:
             result = self._results.get(copy.room)
         if result is None:
             if (copy.row_bytes % dtype_of(copy.dtype).itemsize) != 0:
-                raise ProtocolError(f"a row of {copy.row_bytes} bytes is not whole values of {copy.dtype}")
+                raise ProtocolError(f"a row of {copy.row_bytes} bytes is not a whole number of {copy.dtype} values")
             nbytes = copy.total_tokens * copy.row_bytes
             if copy.view:
                 result = ViewResult(self._pool.view(copy.blocks, nbytes, on_view_released))
@@ -162,12 +164,12 @@ class Results:
 
     def _checksum_error(self, rows: torch.Tensor, expected: int | None) -> str:
         if expected is None:
-            return "no checksum came: set SGLANG_MM_CONN_CHECKSUM=1 on the encoder too"
+            return "the encoder sent no checksum: set SGLANG_MM_CONN_CHECKSUM=1 on the encoder too"
         actual = self._device.checksum(rows)
-        return "" if actual == expected else f"checksum {actual:#010x}, but {expected:#010x} was sent"
+        return "" if actual == expected else f"received checksum {actual:#010x}, expected {expected:#010x}"
 
     def trim(self) -> None:
-        """Give warm memory beyond the limit back to the system."""
+        """Return cached memory above the limit to the system."""
         self._memory.trim()
 
     def close(self) -> None:
@@ -180,13 +182,13 @@ class Results:
     # -- under the lock ------------------------------------------------------------------------------------------
 
     def rows(self, room: str) -> torch.Tensor | None:
-        """The rows (uint8, one dimension) of the room's result; None where it has none."""
+        """The rows (uint8, one dimension) of the room's result; None if it has no result."""
         result = self._results.get(room)
         return None if result is None else result.rows
 
     def publish(self, room: str) -> str:
-        """Every row is in place. Under the lock, so that no result gets a name after it was dropped. Returns why it
-        could not be done."""
+        """Publish the room's result, whose rows are all in place. Under the lock, so that a dropped result gets no
+        name. Returns why that failed, or an empty text."""
         try:
             self._results[room].publish()
         except OSError as error:
@@ -194,19 +196,19 @@ class Results:
         return ""
 
     def drop(self, room: str) -> None:
-        """Whoever took the rows keeps them."""
+        """Drop the room's result. Rows that were taken stay valid."""
         result = self._results.pop(room, None)
         if result is not None:
             result.close()
 
 
 def embedding_of(rows: torch.Tensor, tokens: int, dtype: str) -> torch.Tensor:
-    """``rows`` as [tokens, width]; copies nothing."""
+    """``rows`` as [tokens, width], without a copy."""
     return rows.view(dtype_of(dtype)).reshape(tokens, -1)
 
 
 def log_end(action: Ended, entry: ReceiverRoom, label: str) -> None:
-    """One line for an embedding that was received, or was not."""
+    """Log one line for an embedding that was received or has failed."""
     if not action.success:
         logger.warning(
             "Embedding failed: room=%s rid=%s peer=%s code=%d reason=%s",

@@ -1,4 +1,4 @@
-"""The language rank's sessions, one for each data path into its pool: what a Register says of them."""
+"""Owns the language rank's sessions, one per data path into its pool, and makes their Register messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_mm_conn.datapath.base import ReceivePath
 
 
 class LocalSessions:
-    """What this rank presents: the same to everybody, but for the path, the slot and the number."""
+    """Makes Register messages. They differ only in the path, the writer slot and the number."""
 
     def __init__(
         self,
@@ -28,9 +28,10 @@ class LocalSessions:
         widest_row_bytes: int,
         dtype: str,
     ) -> None:
-        """``paths``: at least one; a new encoder is tried over the first, and after each refusal over the next.
+        """``paths``: at least one. This rank registers with a new encoder over the first, and after each refusal over
+        the next.
 
-        Raises DataPathUnavailable where the first path cannot be had.
+        Raises DataPathUnavailable if the first path cannot be started.
         """
         self.paths = paths
         self._common: dict[str, Any] = {
@@ -56,19 +57,19 @@ class LocalSessions:
         return next(iter(self.paths))
 
     def other_path(self, refused: str) -> str | None:
-        """What to try after ``refused`` was impossible; None where nothing else is left."""
+        """The path to try after ``refused``; None if no path is left."""
         names = [*self.paths]
         return dict(itertools.pairwise(names)).get(refused)
 
     def retire_writer(self, slot: int) -> bool:
-        """Whether nobody can write with ``slot`` any more, now and ever after. A process may have locked it over each
-        path that has a lock, so all of them must prove it."""
+        """Whether it is proved that no process can write with ``slot`` now or later. A process may have locked the slot
+        over each path that has a lock, so all of them must prove it."""
         return all(path.prove_writer_gone(slot) for path in self.paths.values() if path.exclusive_lock)
 
     def register_message(self, path: str, slot: int, number: int) -> Register:
-        """How this rank presents itself over ``path``, for the ``number``-th time.
+        """The ``number``-th Register of this rank, over ``path``.
 
-        A path that is started here may take a while. Raises DataPathUnavailable, MemoryUnavailable.
+        This starts the path if necessary, which may take long. Raises DataPathUnavailable, MemoryUnavailable.
         """
         description = self.paths[path].describe(slot)
         return Register(

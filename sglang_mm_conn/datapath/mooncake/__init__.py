@@ -1,5 +1,5 @@
-"""The Mooncake data path: RDMA or TCP writes between hosts, both of its halves.
+"""Owns the Mooncake data path: RDMA or TCP writes between hosts.
 
-``engine``: how engines are made. ``writer``, ``staging``, ``semaphore``: the encoder's half. ``exposure``,
-``revocation``: the language rank's half.
+``engine`` makes engines. ``writer``, ``staging`` and ``semaphore`` are the encoder's half, ``exposure`` and
+``revocation`` the language rank's half.
 """

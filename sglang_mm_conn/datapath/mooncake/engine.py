@@ -1,10 +1,12 @@
-"""Engines of the Mooncake Transfer Engine: how either side makes one and registers memory with it.
+"""Owns how either side creates a Mooncake Transfer Engine and registers memory with it.
 
-What was measured of the engine (0.3.13) and decides this module (each module of this package lists what decides it):
+Measured properties of the engine (0.3.13) that determine this module; each module of this package lists such
+properties:
 
-- GPU memory is registered like any other; the non-CUDA build would write to its addresses as if they were the host's;
-- nothing authenticates a write: extents are checked against what was registered before they come here;
-- calls before ``initialize`` crash, a fork()ed child that uses the engine hangs (spawn only).
+- GPU memory is registered like any other. Hazard: the build without CUDA would write to GPU addresses as if they were
+  host addresses.
+- The engine does not authenticate writes. So callers check extents against the registered memory first.
+- Calls before ``initialize`` crash. A fork()ed child that uses the engine hangs, so only spawned children may use it.
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ EngineFactory = Callable[[], Any]
 
 
 def engine_factory(host: str, *, protocol: str, device: str = "", memory_device: str = "cpu") -> EngineFactory:
-    """How to make an engine that peers reach at ``host``. ``protocol``, ``device``: what it is asked for.
-    ``memory_device``: where the memory is that it reads and writes (cpu, cuda).
+    """A function that makes an engine, which peers reach at ``host``. ``protocol``, ``device``: passed to the engine.
+    ``memory_device``: the kind of memory that it reads and writes (cpu, cuda).
 
-    Raises DataPathUnavailable where the library is missing, or the one that is there cannot reach that memory.
+    Raises DataPathUnavailable if the library is missing, or if the installed build cannot access that memory.
     """
     if memory_device != "cpu" and _is_installed(_WITHOUT_CUDA):
         raise DataPathUnavailable(
-            f"SGLANG_MM_CONN_POOL_DEVICE={memory_device}, but {_WITHOUT_CUDA} is installed, which knows no GPU "
-            "memory: pip install mooncake-transfer-engine instead"
+            f"SGLANG_MM_CONN_POOL_DEVICE={memory_device}, but {_WITHOUT_CUDA} is installed, which cannot access "
+            "GPU memory: pip install mooncake-transfer-engine instead"
         )
-    # Read by the library when it is imported or initialized.
+    # The library reads these when it is imported or initialized.
     os.environ.setdefault("MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER", "65535")
     os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     if ":" in host:
@@ -71,7 +73,7 @@ def session_id(engine: Any, host: str) -> str:
 
 
 def register_memory(engine: Any, memory: torch.Tensor) -> None:
-    """Register memory once. Raises MemoryUnavailable."""
+    """Register ``memory`` with ``engine``. Call this once per memory. Raises MemoryUnavailable."""
     code = engine.register_memory(memory.data_ptr(), memory.numel())
     if code != 0:
         raise MemoryUnavailable(f"Mooncake engine: registering {memory.numel()} bytes returned {code}")

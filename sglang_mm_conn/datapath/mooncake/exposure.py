@@ -1,8 +1,9 @@
-"""The language rank's half of the Mooncake path: the pool, registered with an engine for each epoch.
+"""Owns the language rank's half of the Mooncake path: one engine per epoch, with the pool registered.
 
-Its proof (P2) is a revocation: an epoch is revoked by destroying its engine. What was measured of the engine (0.3.13)
-and decides this module: unregistering memory does not stop a write that is under way (over TCP its bytes go on
-landing), destroying the engine does. tests/datapath/test_mooncake_revocation.py shows both.
+Its proof that no write lands any more (P2) is a revocation, which destroys the engine of an epoch. The measured
+property of the engine (0.3.13) that determines this module: unregistering memory does not stop a write that is under
+way (over TCP its bytes continue to land), but destroying the engine does. tests/datapath/test_mooncake_revocation.py
+shows both.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ logger = logging.getLogger(__name__)
 
 
 class MooncakeReceivePath:
-    """One session for life; its engines by epoch, of which the newest is offered.
+    """One session with one engine per epoch. Encoders get the newest.
 
-    The first engine is made when it is first needed: it listens on all interfaces, so a deployment on one host never
-    makes it. The session keeps the id that the first engine gave it; whom to write to is said by ``target``.
+    The first engine is made only when it is needed, since it listens on all interfaces: a deployment on one host never
+    makes it. The session keeps the id of the first engine. ``target`` names the engine that encoders must write to.
     """
 
     name = "mooncake"
     exclusive_lock = False
 
     def __init__(self, make_engine: EngineFactory, host: str, regions: Sequence[torch.Tensor]) -> None:
-        """``regions``: the pool's, which must outlive every engine."""
+        """``regions``: of the pool. They must outlive every engine."""
         self._make_engine = make_engine
         self._host = host
         self._regions = regions
         self._lock = threading.Lock()
         self._engines: dict[int, Any] = {}
         self._newest_epoch = self._oldest_epoch = 0
-        self.session_id = ""  # until there is an engine
+        self.session_id = ""  # empty until the first engine is made
 
     def start(self) -> None:
         with self._lock:
@@ -57,7 +58,7 @@ class MooncakeReceivePath:
         return engine
 
     def describe(self, slot: int) -> Description:
-        """The first time this makes the engine, which takes a while."""
+        """Describe the newest engine. The first call makes an engine, which takes long."""
         self.start()
         with self._lock:
             epoch, engine = max(self._engines.items())
@@ -73,25 +74,25 @@ class MooncakeReceivePath:
         return self._oldest_epoch - 1 if self._oldest_epoch > 0 else None
 
     def prove_writer_gone(self, slot: int) -> bool:
-        """What a process that is gone has sent may still be on its way here."""
+        """Always False: bytes that a process sent before it was gone may still be in flight."""
         return False
 
     def revocation(self, doubts: Doubts) -> Revocation:
         return Revocation(self, doubts)
 
     def renew(self) -> int:
-        """Make the engine of the next epoch. Returns the epoch of the one it replaces (which stays)."""
+        """Make the engine of the next epoch. Returns the replaced epoch, whose engine stays."""
         with self._lock:
             replaced = max(self._engines)
             self._new_engine(replaced + 1)
         return replaced
 
     def revoke(self, epoch: int) -> None:
-        """Destroy the engine of ``epoch``. When this returns, no write through it lands any more; it takes a second."""
+        """Destroy the engine of ``epoch``, which takes about a second. When this returns, no write through it lands."""
         with self._lock:
             engine = self._engines.pop(epoch)
             self._oldest_epoch = min(self._engines)
         del engine  # the last reference: its destructor closes every connection and joins its threads
 
     def close(self) -> None:
-        """The engine ends with the process."""
+        """Nothing to do: engines end with the process."""

@@ -1,17 +1,18 @@
-"""Proof for the Mooncake path that nothing lands any more: the engine is replaced, and the old one destroyed.
+"""Owns revocations, which prove for the Mooncake path that no write lands any more: they replace and destroy the
+engine.
 
-After a data call that failed, and after an encoder that was lost in mid-write, bytes may land for as long as the old
-connection exists, whatever the encoder says. Unregistering memory does not stop them (measured over TCP: the rest of a
-write goes on landing in unregistered memory); destroying the engine does. So, when blocks have been in doubt for a
-while:
+After a data call has failed, or an encoder was lost during a write, bytes may land for as long as the old connection
+exists, whatever the encoder sends. Unregistering memory does not stop them (measured over TCP: the rest of a write
+continues to land in unregistered memory). Destroying the engine does. So when blocks have been in doubt for some time:
 
-1. another engine is made and the pool registered with it (the next *epoch*);
-2. every encoder registers anew; windows offered from then on belong to the new epoch and are written through it only;
-3. when no healthy window of the old epoch is open and no encoder can be offered one, the old engine is destroyed;
-4. the quarantined blocks of the old epoch are free, and the encoders are told to forget it.
+1. The revocation makes another engine and registers the pool with it (the next *epoch*).
+2. The rank registers the new epoch with every encoder. Windows that are offered from then on belong to the new epoch,
+   and are written only through its engine.
+3. When no healthy window of the old epoch is open, and no encoder can be offered one, it destroys the old engine.
+4. The quarantined blocks of the old epoch are free. The rank notifies the encoders that the epoch is gone.
 
-Healthy rooms go on meanwhile. An encoder that is suspended meanwhile resumes with the address of an engine that does
-not exist.
+Healthy rooms continue meanwhile. An encoder that was suspended during all this resumes with the address of an engine
+that no longer exists.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stage(Enum):
-    """How far a revocation has come."""
+    """The steps of a revocation."""
 
     IDLE = "idle"
     RENEWING = "renewing"
@@ -36,7 +37,7 @@ class Stage(Enum):
 
 
 class Revocation:
-    """One revocation at a time; ``tick`` drives it and never blocks."""
+    """Runs one revocation at a time. ``tick`` drives it and never blocks."""
 
     def __init__(self, path: RevocablePath, doubts: Doubts) -> None:
         self._path = path
@@ -76,12 +77,12 @@ class Revocation:
         self._work = self._doubts.executor.submit(work)
 
     def _finished(self) -> object | None:
-        """The result of the work under way; None while it runs. Work that failed is begun anew at a later tick."""
+        """The result of the work under way; None while it runs. If the work failed, a later tick starts it again."""
         if self._work is None or not self._work.done():
             return None
         error = self._work.exception()
         if error is not None:
-            logger.error("Mooncake: no new engine could be made: %s", error)
+            logger.error("Mooncake: could not make a new engine: %s", error)
             self.stage, self._work = Stage.IDLE, None
             return None
         return self._work.result()

@@ -1,4 +1,4 @@
-"""Permits of a link, in the order of arrival."""
+"""Owns the semaphore that limits the batches of a link, and serves threads in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections import deque
 
 
 class FairSemaphore:
-    """A semaphore of ``count`` permits that serves waiting threads in the order of their arrival. A large write takes
-    many permits one after the other; with an unfair semaphore the small writes would wait until it ends."""
+    """A semaphore with ``count`` permits that serves waiting threads in the order of their arrival.
+
+    A large write acquires many permits one after the other. With an unfair semaphore, small writes would wait until the
+    large one ends."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
@@ -16,7 +18,7 @@ class FairSemaphore:
         self._waiting: deque[threading.Event] = deque()
 
     def acquire(self, *, wait: bool) -> bool:
-        """Whether the caller has a permit now; with ``wait`` it waits until it has."""
+        """Acquire a permit. Returns whether the caller has one; with ``wait``, this waits until it has."""
         with self._lock:
             if self._free:
                 self._free -= 1

@@ -1,19 +1,21 @@
-"""The encoder's half of the Mooncake path: engines shared by all links, rows leave through registered staging memory.
+"""Owns the encoder's half of the Mooncake path: engines that all links share, which send rows from staging memory.
 
-What was measured of the engine (0.3.13) and decides this module:
+Measured properties of the engine (0.3.13) that determine this module:
 
-- every piece of a batch costs about 50 us, whatever its size: contiguous blocks come merged;
-- over TCP a batch of one large piece takes up to five times as long as the same bytes in several, which travel side by
-  side (16 MiB in batches of 4 MiB: 121 ms in pieces of 4 MiB, 25 in 1 MiB, 22 in 256 KiB; 19 without
-  staging): large pieces are cut;
-- the status of a batch is asked for exactly once (a second time crashes), also when another has failed, so that none
-  is under way when its engine is destroyed. Beside a peer that hangs or dies, that of the second follows the first's
-  within milliseconds. (By its source, the engine repeats a failed batch of the synchronous call only, once for each
-  RDMA device; a failed piece takes another path in either.);
-- more than about 2048 pieces outstanding to one peer can wedge the link for ever: at most 1024 here, by batch;
-- after a non-zero return bytes may still land: such an error is ``in_doubt``, and the engine is given up;
-- a peer that comes back on the same session id cannot be reached through an engine that knew its predecessor: it is
-  served through another engine.
+- Each slice of a batch costs about 50 us, whatever its size. So contiguous blocks arrive here as one merged extent.
+- Over TCP, a batch of one large slice takes up to five times as long as the same bytes in several slices, which travel
+  in parallel (16 MiB in batches of 4 MiB: 121 ms in slices of 4 MiB, 25 ms in 1 MiB, 22 ms in 256 KiB, 19 ms without
+  staging). So large extents are cut into slices.
+- Hazard: the status of a batch must be fetched exactly once; a second time crashes. It is fetched even if another batch
+  of the write has failed, so that no batch is under way when its engine is destroyed. If the peer hangs or dies, the
+  second batch's status follows the first's within milliseconds. (According to its source code, the engine repeats a
+  failed batch only in the synchronous call, once per RDMA device. In either call it retries a failed slice over another
+  path.)
+- Hazard: more than about 2048 outstanding slices to one peer can block the link for ever. So at most 1024 are sent
+  here, spread over the batches in flight.
+- Hazard: after a non-zero return, bytes may still land. So such an error is ``in_doubt``, and the engine is retired.
+- If a peer comes back with the same session id, an engine that has contacted its predecessor cannot reach it. So
+  another engine is used for it.
 """
 
 from __future__ import annotations
@@ -37,24 +39,25 @@ from sglang_mm_conn.memory.device import Device
 
 logger = logging.getLogger(__name__)
 
-BATCHES = 2  # on their way to one peer at the same time: one on the wire while the next is copied
-MAX_PIECES = 1024 // BATCHES  # in a batch
-PIECE_BYTES = 256 << 10
-# 0.3.13 says 0 where it refuses a batch, its source has other codes below zero too; asking for such a batch crashes.
+BATCHES = 2  # in flight to one peer at the same time: one is sent while the next is copied
+MAX_SLICES = 1024 // BATCHES  # in a batch
+SLICE_BYTES = 256 << 10
+# If 0.3.13 refuses a batch it returns 0; its source code has negative codes too. Fetching the status of a refused batch
+# crashes.
 _NO_NUMBER = 1 << 63
 
 
 class _Engine:
-    """One engine with its staging, the sessions it has contacted, and the writes that go through it now.
+    """One engine with its staging memory, the targets that it has contacted, and a count of the writes through it.
 
-    After a write that failed, what the engine still does with the staging memory is unknown. So no further write
-    begins (``retired``), and when the last one has returned the engine is destroyed, which closes its connections:
-    only then is its memory given back. Other links go on through another engine.
+    Hazard: after a failed write the engine may still read the staging memory. So no further write begins (``retired``).
+    When the last one has returned, the engine is destroyed, which closes its connections. Only then is its staging
+    memory freed. Other links continue through another engine.
     """
 
     def __init__(self, engine: Any, staging: Staging, only: str = "") -> None:
         self.engine = engine
-        self.only = only  # the one target that it serves, if it is not for all
+        self.only = only  # the only target that it serves; empty if it serves all
         self.staging = staging
         try:
             register_memory(engine, staging.memory)
@@ -67,7 +70,7 @@ class _Engine:
 
 
 class MooncakeLink:
-    """Writes to one session, through whichever of the path's engines can reach it."""
+    """Writes to one session, through an engine of the path that can reach it."""
 
     name = "mooncake"
     synchronous = False
@@ -76,79 +79,81 @@ class MooncakeLink:
         self._path = path
         self._memory = memory
         self._incarnation = incarnation
-        self._permits = FairSemaphore(BATCHES)  # pieces outstanding to one peer count over all threads
-        self._one_waits = threading.Lock()  # the engine keeps a core busy with it: not one for each thread
+        self._permits = FairSemaphore(BATCHES)  # limits the slices outstanding to one peer, over all threads
+        self._one_waits = threading.Lock()  # waiting for a batch keeps a core busy, so only one thread waits
 
     def write(self, source: torch.Tensor, extents: Sequence[Extent]) -> None:
         under_way: deque[ExitStack] = deque()  # oldest first
         try:
-            for pieces in _batches(extents, self._path.slot_bytes):
+            for slices in _batches(extents, self._path.slot_bytes):
                 # Never wait for a permit while holding one: two writers could wait for each other.
                 while not self._permits.acquire(wait=not under_way):
                     under_way.popleft().close()
                 batch = ExitStack()
-                batch.enter_context(self._batch(source, pieces))
+                batch.enter_context(self._batch(source, slices))
                 under_way.append(batch)
         finally:
-            with ExitStack() as rest:  # every one of them, whatever becomes of the others
+            with ExitStack() as rest:  # closes every batch, even if closing another raises
                 for batch in reversed(under_way):
                     rest.callback(batch.close)
 
     @contextmanager
-    def _batch(self, source: torch.Tensor, pieces: Sequence[Extent]) -> Iterator[None]:
-        """One batch, on its way inside, complete at the end. Releases the caller's permit."""
+    def _batch(self, source: torch.Tensor, slices: Sequence[Extent]) -> Iterator[None]:
+        """Send one batch. It is in flight inside the ``with`` block, and complete after it. Releases the caller's
+        permit."""
         try:
-            # Each batch may go through another engine: they are complete, or not, independently.
+            # Each batch may use another engine, and completes or fails independently of the others.
             with self._path.engine_for(self._memory.target, self._incarnation) as entry:
                 slot = entry.staging.take()
-                entry.staging.fill(slot, source, pieces)
-                number = self._begin(entry.engine, slot, pieces)
+                entry.staging.fill(slot, source, slices)
+                number = self._begin(entry.engine, slot, slices)
                 code = -1
                 if 0 < number < _NO_NUMBER:
                     yield
                     with self._one_waits:
                         code = entry.engine.get_batch_transfer_status([number])
                 if code != 0:
-                    raise DataPathError(f"Mooncake write of {len(pieces)} pieces returned {code}", in_doubt=True)
+                    raise DataPathError(f"Mooncake write of {len(slices)} slices returned {code}", in_doubt=True)
                 entry.staging.give_back(slot)
         finally:
             self._permits.release()
 
-    def _begin(self, engine: Any, slot: torch.Tensor, pieces: Sequence[Extent]) -> int:
-        """The batch's number; 0 or a negative code, as it may be without its sign, where the engine has refused it."""
+    def _begin(self, engine: Any, slot: torch.Tensor, slices: Sequence[Extent]) -> int:
+        """Start sending a batch. Returns its number. If the engine has refused it: 0, or a negative code, perhaps as an
+        unsigned number."""
         at, addresses, targets, lengths = 0, [], [], []
-        for piece in pieces:
+        for slice_ in slices:
             addresses.append(slot.data_ptr() + at)
-            targets.append(self._memory.addresses[piece.region] + piece.offset)
-            lengths.append(piece.length)
-            at += piece.length
+            targets.append(self._memory.addresses[slice_.region] + slice_.offset)
+            lengths.append(slice_.length)
+            at += slice_.length
         return int(engine.batch_transfer_async_write(self._memory.target, addresses, targets, lengths))
 
     def close(self) -> None:
-        """The engines are shared with other links and stay."""
+        """Forget the target. The engines stay, because other links share them."""
         self._path.forget(self._memory.target)
 
 
 def _batches(extents: Sequence[Extent], slot_bytes: int) -> list[list[Extent]]:
-    """Cut ``extents`` into pieces, and these into batches that fit a staging slot and the limit on pieces."""
+    """Cut ``extents`` into slices, and group these into batches that fit a staging slot and the limit on slices."""
     batches: list[list[Extent]] = [[]]
-    room = slot_bytes
+    free = slot_bytes
     for extent in extents:
         done = 0
         while done < extent.length:
-            if room == 0 or len(batches[-1]) == MAX_PIECES:
+            if free == 0 or len(batches[-1]) == MAX_SLICES:
                 batches.append([])
-                room = slot_bytes
-            length = min(extent.length - done, room, PIECE_BYTES)
+                free = slot_bytes
+            length = min(extent.length - done, free, SLICE_BYTES)
             batches[-1].append(Extent(extent.region, extent.offset + done, length, extent.start + done))
             done += length
-            room -= length
+            free -= length
     return batches
 
 
 class MooncakePath:
-    """The encoder's half. Owns its engines: one; another where a session id comes back with another process or a write
-    failed."""
+    """The encoder's half. Owns its engines: usually one, and another one if a session id comes back with another
+    process or if a write has failed."""
 
     name = "mooncake"
 
@@ -160,8 +165,8 @@ class MooncakePath:
         device: Device | None = None,
         memory_device: str = "cpu",
     ) -> None:
-        """``writers``: threads that may write at the same time; the staging memory is shared out among their batches.
-        ``memory_device``: where it is (cpu, cuda)."""
+        """``writers``: threads that may write at the same time. Their batches divide the staging memory.
+        ``memory_device``: the kind of staging memory (cpu, cuda)."""
         self._make_engine = make_engine
         self._device = device
         self._memory_device = memory_device
@@ -169,26 +174,30 @@ class MooncakePath:
         self.slot_bytes = staging_bytes // self._slots
         self._lock = threading.Lock()
         self._engines: list[_Engine] = []
-        # Targets whose last write failed. The first contact to one that hangs blocks an engine for a minute, so they
-        # are tried through an engine of their own.
+        # Targets whose last write failed. The first contact to a target that hangs blocks an engine for a minute, so
+        # each of these targets gets a separate engine.
         self._failing_targets: set[str] = set()
 
     def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> MooncakeLink:
         if not isinstance(memory, MooncakeMemory) or len(memory.addresses) != geometry.regions:
             raise DataPathUnavailable("the language server registered no memory with Mooncake")
         with self._lock:
-            self._failing_targets.discard(memory.target)  # it has just spoken
+            self._failing_targets.discard(memory.target)  # it has just sent a Register
         with self.engine_for(memory.target, incarnation):
-            pass  # an engine that cannot be had is noticed here, not at the first write
+            pass  # an engine that cannot be made fails the registration, not the first write
         return MooncakeLink(self, memory, incarnation)
 
     @contextmanager
     def engine_for(self, target: str, incarnation: str) -> Iterator[_Engine]:
-        """An engine that may write to ``target``, where the process ``incarnation`` is: not retired, and no other
-        process was known there."""
+        """An engine that may write to ``target``, which is the process ``incarnation``. It is not retired, and has
+        contacted no other process at this target."""
+        # Find an engine or make one, and count the write, in one critical section: a retired engine is destroyed when
+        # its last write has returned.
         with self._lock:
             entry = next((one for one in self._engines if self._fits(one, target, incarnation)), None)
             if entry is None:
+                # A failing target gets an engine with a few slots that serves only this target, so that it does not
+                # block the shared engine.
                 only = target if target in self._failing_targets else ""
                 engine = self._make_engine()
                 staging = Staging(BATCHES if only else self._slots, self.slot_bytes, self._device, self._memory_device)
@@ -199,15 +208,19 @@ class MooncakePath:
                 )  # fmt: skip
             entry.known[target] = incarnation
             entry.writes += 1
+        # The caller writes. If a write through a separate engine succeeds, the target works again: retire that engine,
+        # so that the next write uses the shared one. If a write fails, retire the engine: it may still read the staging
+        # memory.
         try:
             yield entry
-            if entry.only and not entry.retired:  # it works again: back to the engine that all share
+            if entry.only and not entry.retired:
                 self._failing_targets.discard(target)
                 entry.retired = True
         except BaseException:
-            entry.retired = True  # what it still does with the staging memory is unknown
+            entry.retired = True
             self._failing_targets.add(target)
             raise
+        # Destroy a retired engine once its last write has returned, so that no call is under way in it.
         finally:
             with self._lock:
                 entry.writes -= 1
@@ -218,7 +231,8 @@ class MooncakePath:
                 destroy(entry)
 
     def forget(self, target: str) -> None:
-        """Nobody writes to ``target`` any more. Waits for nothing: an engine may be in the making under the lock."""
+        """Forget ``target``, to which no link writes any more. Takes no lock: another thread may hold it for long while
+        it makes an engine."""
         self._failing_targets.discard(target)
 
     def _fits(self, entry: _Engine, target: str, incarnation: str) -> bool:
@@ -227,11 +241,11 @@ class MooncakePath:
         return not entry.retired and entry.only == only and known == incarnation
 
     def close(self) -> None:
-        """Engines end with the process: ending one while a call is under way would crash."""
+        """Nothing to do: engines end with the process. Destroying one while a call is under way would crash."""
 
 
 def destroy(entry: _Engine) -> None:
-    """Destroy a retired engine, on a thread of its own: it takes a second. Its staging memory lives until then."""
+    """Destroy a retired engine on a separate thread, since it takes a second. Its staging memory lives until then."""
 
     def work() -> None:
         entry.engine = None  # the last reference: its destructor closes every connection and joins its threads
