@@ -42,5 +42,5 @@ def _contradiction(register: Register) -> str:
     except ProtocolError as error:
         return str(error)
     if register.rank >= register.size:
-        return f"invalid rank: {register.rank} of {register.size}"
+        return f"invalid registration: rank {register.rank} of {register.size}"
     return ""

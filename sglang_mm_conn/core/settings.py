@@ -1,4 +1,4 @@
-"""Owns the settings: environment variable, default, allowed range and meaning of each, declared once."""
+"""Owns the settings of the connector: the environment variable, default, allowed range and meaning of each."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from sglang_mm_conn.datapath.mooncake.writer import (
     MAX_SLICES,
     SLICE_BYTES,
 )
-from sglang_mm_conn.memory.device import Device, Piece
+from sglang_mm_conn.memory.device import Device, Slice
 from tests.datapath.fake_engine import REFUSED, REFUSED_WITH_A_CODE, SESSION, SLOTS, WRITERS, Bed
 
 
@@ -211,7 +211,7 @@ class FailingCopies(Device):
     def __init__(self) -> None:
         self.copies = 0
 
-    def copy(self, pieces: Iterable[Piece]) -> None:
+    def copy(self, pieces: Iterable[Slice]) -> None:
         self.copies += 1
         if self.copies == 2:
             raise MemoryError("copy")
