@@ -168,7 +168,7 @@ def test_a_session_whose_process_lives_is_not_given_to_another(ground: Ground) -
     ground.register("victim")
     thief = {"incarnation": "thief", "server": "thief"}
     answer = ground.register("thief", **thief)
-    assert isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST and "which lives" in answer.reason
+    assert isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST and "which is alive" in answer.reason
     assert ground.endpoint.core.sessions[REGISTER.mooncake_session_id].peer == "victim"
     assert len(ground.path.links) == 1 and not ground.path.links[0].closed
     ground.say("victim", Abort(room=f"{'0' * 16}-{'0' * 16}", mooncake_session_id="10.9.9.9:1", reason=""))

@@ -114,7 +114,7 @@ class Transfer:
         - the embedding is uncontended, and its offers are not large in total. With several embeddings, the workers
           write in parallel.
 
-        The control thread makes the inline writes that its own messages complete. The thread that hands an embedding
+        The control thread makes the inline writes that become possible by a message. The thread that hands an embedding
         over has other work: it writes a small embedding, and leaves every window of a larger one to the control thread.
         """
         entry = self._core.rooms[chunk.room]
