@@ -7,11 +7,11 @@ import pytest
 from sglang_mm_conn.__main__ import parser
 from sglang_mm_conn.bench import transports
 from sglang_mm_conn.bench.defaults import TRANSPORTS
-from sglang_mm_conn.bench.transfers import plan_of, stream_above
+from sglang_mm_conn.bench.transfers import Plan, plan_of, stream_above
 from sglang_mm_conn.bench.transports.base import Config
 
 
-def plan(*arguments: str):  # type: ignore[no-untyped-def]
+def plan(*arguments: str) -> Plan:
     return plan_of(parser().parse_args(["bench", *arguments]))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -256,7 +258,7 @@ def test_an_encoder_outlives_many_language_processes_killed_in_mid_write(world: 
         language.expect(part, encoder)
         encoder.hold(part)
         encoder.offer(part)
-        wait_for(lambda part=part: encoder.calls(part), "the data call has begun")
+        wait_for(partial(encoder.calls, part), "the data call has begun")
         language.kill()
         encoder.release(part)
         encoder.wait_ended(part, timeout=NOTICED)  # on shared memory the write may well have been a success
@@ -270,7 +272,7 @@ def test_a_language_process_frozen_for_longer_than_the_peer_timeout_comes_back(w
     part = world.part(language, TOKENS)
     language.expect(part, encoder)
     encoder.announce(part)
-    wait_for(lambda: (room := encoder.room(part)) and room["infos"], "Init is there")
+    encoder.wait_init(part)
     language.freeze()
     ended = encoder.wait_ended(part, timeout=NOTICED)
     assert not ended["success"] and "silent" in ended["reason"]
@@ -288,7 +290,7 @@ def freeze_in_mid_write(world: World, encoder: Encoder, language: Language, room
     for part in parts:
         language.expect(part, encoder)
         encoder.announce(part)
-        wait_for(lambda part=part: (room := encoder.room(part)) and room["infos"], "Init is there")
+        encoder.wait_init(part)
     language.freeze()
     for part in parts:
         encoder.send(part)
@@ -502,7 +504,7 @@ def test_a_failed_data_call_ends_its_room_and_the_worker_lives_on(world: World, 
     ],
 )
 def test_two_sides_that_do_not_fit_refuse_at_once_and_name_both_values(
-    shm_world: World, encoder_has: dict[str, object], language_has: dict[str, object], named: tuple[str, ...]
+    shm_world: World, encoder_has: dict[str, Any], language_has: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     encoder, fitting = shm_world.encoder(**encoder_has), shm_world.encoder(**language_has)
     language = shm_world.language(fitting, **language_has)
@@ -529,7 +531,7 @@ def test_an_encoder_that_was_restarted_with_the_right_settings_is_not_refused_fo
 
 
 @pytest.mark.parametrize("fault", [{"tamper": ("shm",)}, {"refusals": {"shm": "another mount namespace"}}])
-def test_a_forced_shared_memory_that_cannot_be_had_is_an_error(shm_world: World, fault: dict[str, object]) -> None:
+def test_a_forced_shared_memory_that_cannot_be_had_is_an_error(shm_world: World, fault: dict[str, Any]) -> None:
     encoder, other = shm_world.encoder(**fault), shm_world.encoder()
     language = shm_world.language(other)
     safe = bystander(shm_world, other, language)
@@ -541,7 +543,7 @@ def test_a_forced_shared_memory_that_cannot_be_had_is_an_error(shm_world: World,
 
 
 @pytest.mark.parametrize("fault", [{"tamper": ("shm",)}, {"refusals": {"shm": "another mount namespace"}}])
-def test_auto_takes_mooncake_where_the_segment_cannot_be_opened(shm_world: World, fault: dict[str, object]) -> None:
+def test_auto_takes_mooncake_where_the_segment_cannot_be_opened(shm_world: World, fault: dict[str, Any]) -> None:
     remote, local = shm_world.encoder(data_path="auto", **fault), shm_world.encoder(data_path="auto")
     language = shm_world.language(local, remote, data_path="auto")
     paths = {process["incarnation"]: process["path"] for process in language.call("processes")}
@@ -678,7 +680,7 @@ def test_a_failed_encode_lost_with_the_connection_is_said_again(world: World, an
     cut.language.expect(cut.part, cut.encoder)
     if announced:
         cut.encoder.announce(cut.part)
-        wait_for(lambda: (room := cut.encoder.room(cut.part)) and room["infos"], "Init is there")
+        cut.encoder.wait_init(cut.part)
     cut.proxy.mute("to_language")
     cut.encoder.call("fail", room=cut.part.room, reason="the image is no image", code=422)
     cut.proxy.cut()

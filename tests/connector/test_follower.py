@@ -198,8 +198,8 @@ def test_two_hosts_get_two_copies_each_in_windows_of_its_own(shm_world: World) -
         assert rank.wait_end(part) is Poll.Success, rank.outcome(part)
         rank.has(part)
     calls = encoder.calls(part)
-    for rank, windows in ((0, 3), (1, 12)):
-        mine = [call["bytes"] for call in calls if call["rank"] == rank]
+    for number, windows in ((0, 3), (1, 12)):
+        mine = [call["bytes"] for call in calls if call["rank"] == number]
         assert len(mine) == windows and sum(mine) == TOKENS * part.row_bytes
     agreed(part, *leaders, *followers)
 

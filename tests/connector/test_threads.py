@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ class WatchedRuntime(Runtime):
         return self.executors[-1]
 
     def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
-        endpoint = (target.func if isinstance(target, partial) else target).__self__  # type: ignore[attr-defined]
+        method = cast("MethodType", target.func if isinstance(target, partial) else target)
+        endpoint = method.__self__
         if endpoint not in self.fields:
             self.fields[endpoint] = set(vars(endpoint))
             self._watch(endpoint)
@@ -216,9 +218,9 @@ class NotedPath:
         link.synchronous = self._synchronous
         write = link.write
 
-        def noted(source: torch.Tensor, runs: Sequence[Extent]) -> None:
+        def noted(source: torch.Tensor, extents: Sequence[Extent]) -> None:
             self.threads.append(threading.current_thread().name)
-            write(source, runs)
+            write(source, extents)
 
         link.write = noted  # type: ignore[method-assign]
         return link

@@ -38,19 +38,17 @@ LARGE = 100  # rows: 400 KiB, two blocks
 class Ends:
     """An encoder and a language rank with a pool of BLOCKS blocks."""
 
-    def __init__(self, make_result: Callable[[str, Contents], Result] | None = None, **settings: object) -> None:
-        self.settings = Settings(  # type: ignore[arg-type]
-            blocks=BLOCKS, block_size=BLOCK_ROWS, data_path="shm", checksum=True, **settings
-        )
+    def __init__(self, make_result: Callable[[str, Contents], Result] | None = None, **settings: Any) -> None:
+        self.settings = Settings(blocks=BLOCKS, block_size=BLOCK_ROWS, data_path="shm", checksum=True, **settings)
         self.encoder = EncoderEndpoint(
             self.settings, host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4, send_timeout=60.0,
             data_paths=encoder_data_paths(self.settings, HOST),
         )  # fmt: skip
         self.bootstrap = StandaloneBootstrap(HOST, 0, lambda: self.encoder.bootstrap_info)
-        extra = {} if make_result is None else {"make_result": make_result}
+        extra: dict[str, Any] = {} if make_result is None else {"make_result": make_result}
         self.language = LanguageEndpoint(
             self.settings, server=new_id(), host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4,
-            **extra,  # type: ignore[arg-type]
+            **extra,
         )  # fmt: skip
 
     def close(self) -> None:

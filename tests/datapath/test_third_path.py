@@ -18,6 +18,7 @@ from sglang_mm_conn.connector.language.endpoint import LanguageEndpoint
 from sglang_mm_conn.connector.metadata import encode_metadata
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
+from sglang_mm_conn.core.actions import ProcessLost
 from sglang_mm_conn.core.errors import DataPathUnavailable, WriterSlotTaken
 from sglang_mm_conn.core.layout import Extent, Geometry
 from sglang_mm_conn.core.messages import Memory, OtherMemory
@@ -64,7 +65,7 @@ class TokenLink:
     synchronous = True
 
     # A test stops a write here, half-way.
-    on_write: Callable[[], None] = staticmethod(lambda: None)  # type: ignore[assignment]
+    on_write: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, exposed: Exposed, slot: int) -> None:
         self._exposed = exposed
@@ -239,9 +240,10 @@ def test_blocks_of_a_silent_writer_are_free_only_when_the_paths_own_proof_is_the
         assert reached.wait(30)
         (incarnation,) = ends.language.core._peers
         # Over the lock the language rank waits for a proof, whatever it hears of the process.
-        ends.language._on_lost(incarnation, "silent")
+        ends.language._on_encoder_event(ProcessLost(incarnation, "silent"))
         assert ends.language.poll(room) is Poll.Failed and allocator.quarantined_count == BLOCKS
         slot = ends.language._encoders.slot_of(incarnation)
+        assert slot is not None
         stays(lambda: allocator.quarantined_count == BLOCKS, "its writer holds the slot", 0.5)
         (exposed,) = EXPOSED.values()
         assert isinstance(exposed.slots[slot], TokenLink)
