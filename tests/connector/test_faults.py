@@ -79,7 +79,7 @@ def still_quarantined(language: Language, blocks: list[int], seconds: float = 0.
 # -- the encoder dies --------------------------------------------------------------------------------------------------
 
 
-def test_a_room_whose_encoder_dies_before_it_announces_fails_at_its_deadline_and_holds_no_blocks(world: World) -> None:
+def test_room_whose_encoder_dies_before_announcing_fails_at_its_deadline(world: World) -> None:
     encoder, other = world.encoder(), world.encoder()
     language = world.language(encoder, other)
     safe = bystander(world, other, language)
@@ -186,9 +186,7 @@ def test_an_encoder_frozen_for_less_than_the_peer_timeout_goes_on_in_mid_write(w
 
 
 @pytest.mark.parametrize("ending", ["killed", "thawed"])
-def test_blocks_of_a_writer_frozen_in_mid_write_are_not_reused_until_it_answers_or_is_gone(
-    world: World, ending: str
-) -> None:
+def test_blocks_of_a_writer_frozen_in_mid_write_wait_until_it_answers_or_is_gone(world: World, ending: str) -> None:
     encoder, other = world.encoder(), world.encoder()
     language = world.language(encoder, other)
     safe = bystander(world, other, language)
@@ -325,9 +323,7 @@ def test_an_encoder_still_serves_others_after_a_destination_froze_in_mid_write(w
 
 
 @pytest.mark.parametrize("phase", ["expected", "waiting", "offered", "mid_write", "resumed", "success"])
-def test_an_abort_in_any_phase_ends_the_encode_and_frees_the_blocks_when_nobody_writes_them(
-    world: World, phase: str
-) -> None:
+def test_abort_in_any_phase_ends_the_encode_and_frees_blocks_that_nobody_writes(world: World, phase: str) -> None:
     encoder = world.encoder()
     language = world.language(encoder)
     safe = bystander(world, encoder, language)
@@ -391,7 +387,7 @@ def test_an_encode_that_nobody_claims_is_released_after_the_claim_timeout(world:
     language.succeeds(late)
 
 
-def test_an_encode_for_a_language_server_that_is_not_there_is_released_after_the_claim_timeout(world: World) -> None:
+def test_encode_for_an_absent_language_server_is_released_after_the_claim_timeout(world: World) -> None:
     encoder = world.encoder()
     language = world.language(encoder)
     safe = bystander(world, encoder, language)
@@ -417,7 +413,7 @@ def test_a_room_that_outlives_its_deadline_fails_on_both_sides_in_time(world: Wo
     language.wait_all_free()
 
 
-def test_a_deadline_in_mid_write_leaves_the_blocks_in_quarantine_until_the_write_is_over(world: World) -> None:
+def test_deadline_in_mid_write_quarantines_the_blocks_until_the_write_is_over(world: World) -> None:
     encoder = world.encoder()
     language = world.language(encoder)
     safe = bystander(world, encoder, language)
@@ -453,7 +449,7 @@ def test_a_failed_encode_tells_the_language_side_its_code_and_reason(world: Worl
     language.wait_all_free()
 
 
-def test_a_failure_before_the_language_process_has_registered_reaches_it_when_it_does(world: World) -> None:
+def test_failure_before_the_language_process_registers_reaches_it_when_it_does(world: World) -> None:
     encoder = world.encoder(claim_timeout=20)
     language = world.language()
     part = world.part(language, TOKENS)
@@ -518,7 +514,7 @@ def test_two_sides_that_do_not_fit_refuse_at_once_and_name_both_values(
     language.wait_all_free()
 
 
-def test_an_encoder_that_was_restarted_with_the_right_settings_is_not_refused_for_the_old_ones(world: World) -> None:
+def test_encoder_restarted_with_the_right_settings_is_not_refused_for_the_old_ones(world: World) -> None:
     wrong = world.encoder(block_size=2 * BLOCK_SIZE)
     language = world.language()
     part = world.part(language, TOKENS)
@@ -707,7 +703,7 @@ def test_a_connection_that_breaks_again_and_again_loses_no_row(world: World) -> 
     cut.language.wait_all_free()
 
 
-def test_a_network_that_is_silent_for_too_long_fails_the_rooms_and_quarantines_their_blocks_to_the_last_write(
+def test_silent_network_fails_rooms_and_quarantines_their_blocks(
     world: World,
 ) -> None:
     encoder, other = world.encoder(), world.encoder()

@@ -262,7 +262,7 @@ def test_what_fails_on_the_leader_is_never_seen_by_the_others(who: str, world: W
     leader.wait_all_free()
 
 
-def test_a_leader_killed_in_mid_transfer_costs_its_ranks_the_deadline_and_leaves_nothing(shm_world: World) -> None:
+def test_leader_killed_in_mid_transfer_costs_its_ranks_the_deadline_only(shm_world: World) -> None:
     encoder = shm_world.encoder()
     leader = shm_world.language(encoder, leads=True)
     follower = shm_world.follower(leader)

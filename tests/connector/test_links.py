@@ -119,9 +119,7 @@ def test_a_new_epoch_stands_beside_the_old_one_until_that_is_retired(links: Link
         links.lease(SESSION, 0)
 
 
-def test_who_presents_anothers_session_without_memory_to_show_does_not_cost_it_its_link(
-    links: Links, path: FakePath
-) -> None:
+def test_session_presented_by_another_process_without_memory_keeps_its_link(links: Links, path: FakePath) -> None:
     links.open(REGISTER)
     path.refusal = DataPathUnavailable("cannot be opened here")
     with pytest.raises(DataPathUnavailable):

@@ -90,7 +90,7 @@ def ends() -> Iterator[Ends]:
     made.close()
 
 
-def test_a_large_result_is_a_view_of_its_blocks_which_are_free_when_the_last_tensor_is_gone(ends: Ends) -> None:
+def test_large_result_is_a_view_of_its_blocks_which_the_last_tensor_frees(ends: Ends) -> None:
     rows = ends.transfer(1)
     assert ends.in_pool(rows) and ends.free() == BLOCKS - 2
     part = rows[10:20]
@@ -144,7 +144,7 @@ def test_rows_that_a_request_changes_are_its_own(ends: Ends) -> None:
         rows.zero_()
 
 
-def test_a_view_of_a_room_that_is_given_up_before_the_core_knows_of_it_gives_its_blocks_back(
+def test_view_of_a_room_given_up_before_the_core_knows_it_gives_its_blocks_back(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its release must not come before the view."""

@@ -1,4 +1,4 @@
-"""The seed's worked example between two processes: 2000 tokens, 1024 allocated at first."""
+"""The worked example of docs/protocol.md between two processes: 2000 tokens, 1024 offered at first."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_a_batch_ends_where_the_staging_slot_is_full() -> None:
 
 
 @pytest.mark.parametrize("failure", [-1, 7, REFUSED, REFUSED_WITH_A_CODE, RuntimeError("engine")])
-def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_no_more(
+def test_after_a_failed_call_the_matter_is_in_doubt_and_the_engine_is_used_no_more(
     failure: int | Exception,
 ) -> None:
     bed = Bed(Geometry(64, 4, 1))
@@ -251,7 +251,7 @@ def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() ->
         assert time.monotonic() < deadline, "the engine is still there"
 
 
-def test_when_failed_writes_have_used_the_slots_up_a_write_fails_at_once_and_nothing_is_in_doubt() -> None:
+def test_write_fails_at_once_and_without_doubt_when_failed_writes_hold_all_slots() -> None:
     staging = Staging(4, 100)
     for _ in range(4):
         staging.take()
@@ -437,7 +437,7 @@ def test_a_session_id_that_returns_with_another_process_gets_another_engine() ->
     assert [len(engine.batches) for engine in bed.engines] == [2, 2, 1]
 
 
-def test_a_server_that_registered_no_memory_with_mooncake_is_refused_before_an_engine_is_made() -> None:
+def test_server_without_memory_at_mooncake_is_refused_before_an_engine_is_made() -> None:
     bed = Bed(Geometry(64, 4, 1))
     for memory in (
         ShmMemory(segment="name", nonce="nonce", writer_slot=0),

@@ -256,7 +256,7 @@ def test_blocks_of_a_silent_writer_are_free_only_when_the_paths_own_proof_is_the
 
 
 @pytest.mark.parametrize("refused", ["token", "shm"])
-def test_which_path_is_first_is_the_order_of_the_table_and_the_next_follows_a_refusal(
+def test_first_path_is_the_first_of_the_table_and_the_next_follows_a_refusal(
     refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = {"token": factory.PATHS["token"], "shm": factory.PATHS["shm"]}

@@ -12,7 +12,7 @@ from sglang_mm_conn.demo.media import SAMPLE_RATE, Sound, Video
 av = pytest.importorskip("av")
 
 
-def test_a_video_has_the_size_length_and_rate_that_it_says_and_every_frame_is_another() -> None:
+def test_video_has_the_size_length_and_rate_that_it_says_and_no_two_equal_frames() -> None:
     with av.open(io.BytesIO(Video(1, frames=9, fps=3, width=140, height=84).mp4())) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]

@@ -140,13 +140,8 @@ class Frames:
                 incarnation=known.incarnation,
             )  # fmt: skip
         if kind == "refused":
-            kinds = (
-                RefusalKind.MISMATCH,
-                RefusalKind.DATA_PATH,
-                RefusalKind.REGISTER_FIRST,
-                RefusalKind.REGISTER_FIRST,
-            )
-            why = dice.choice(kinds)
+            first = RefusalKind.REGISTER_FIRST
+            why = dice.choice((RefusalKind.MISMATCH, RefusalKind.DATA_PATH, first, first))
             path = dice.choice(("", "shm", "mooncake"))
             return Refused(reason="r" * dice.randrange(4096), kind=why, data_path=path)
         if kind == "announce":

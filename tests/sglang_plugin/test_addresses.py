@@ -21,7 +21,7 @@ OWN = own_address()
 
 
 @pytest.mark.skipif(not OWN, reason="this machine has no address but loopback; test_two_hosts.py makes some")
-def test_a_server_with_an_address_of_its_own_is_reached_there_whatever_sglang_takes_for_the_hosts(
+def test_server_with_its_own_address_is_reached_there_whatever_sglang_takes_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SGLANG_HOST_IP", "127.0.0.1")
