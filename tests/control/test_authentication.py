@@ -117,7 +117,7 @@ def test_a_peer_with_the_key_talks(
     _wait(lambda: friend.heard == [b"re: hello"])
 
 
-@pytest.mark.parametrize("stranger", ("another key", "no key", "the public half only"))
+@pytest.mark.parametrize("stranger", ["another key", "no key", "the public half only"])
 def test_a_stranger_is_refused_and_logged_once_with_its_address_while_friends_talk(
     stranger: str,
     echo: Echo,

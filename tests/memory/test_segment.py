@@ -179,8 +179,7 @@ def test_a_refused_attachment_leaves_no_lock(segment: Segment) -> None:
 
 
 def test_a_killed_writer_is_gone_and_a_living_one_is_not(segment: Segment, children: list[Child]) -> None:
-    for slot in (5, 6):
-        children.append(Child(attach_code(segment, slot)))
+    children += [Child(attach_code(segment, slot)) for slot in (5, 6)]
     assert not segment.retire_writer(5) and not segment.retire_writer(6)
     children[0].kill()
     assert segment.retire_writer(5) and not segment.retire_writer(6)

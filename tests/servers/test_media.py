@@ -81,7 +81,7 @@ def test_videos_answer_as_colocated_though_they_are_larger_than_the_pool(
     _check_transfers(group, path)
 
 
-@pytest.mark.parametrize("path", ("shm", "mooncake"))
+@pytest.mark.parametrize("path", ["shm", "mooncake"])
 def test_images_videos_and_sounds_of_one_request_come_from_two_encoders(
     path: str, reference: Callable[..., Any], shared_group: Callable[..., ServerGroup]
 ) -> None:

@@ -40,7 +40,7 @@ def _ask_in_background(url: str, question: Any) -> tuple[threading.Thread, list[
     return thread, answers
 
 
-@pytest.mark.parametrize("path", ("shm", "mooncake"))
+@pytest.mark.parametrize("path", ["shm", "mooncake"])
 def test_encoder_dead_frozen_and_killed_midway_then_restarted_on_the_same_port(
     path: str, reference: Callable[..., Any], new_group: Callable[..., ServerGroup], tmp_path: Any
 ) -> None:

@@ -128,7 +128,7 @@ def abort(group: ServerGroup, rid: str) -> None:
 # -- clients that leave, requests that are aborted or refused ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", (False, True), ids=("waiting", "streaming"))
+@pytest.mark.parametrize("stream", [False, True], ids=("waiting", "streaming"))
 def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
     stream: bool, group: ServerGroup, right: Callable[[Question], Answer]
 ) -> None:
