@@ -1,9 +1,8 @@
-"""What an earlier prototype of this connector got wrong, and the tests that rule each hazard out.
+"""What the original proposal of this connector got wrong, and the tests that rule each hazard out.
 
-The prototype stood in a public fork of sglang (sgl-project/sglang#7933 and #12665, never merged). Every line of what
-its author had to fix, and of what was still wrong at its end, is a hazard here. Where it cannot occur in this design
-any more, the test named shows the property that makes it so. A test that is renamed, removed or skipped breaks this
-file.
+The proposal is in a public fork of sglang (sgl-project/sglang#7933 and #12665, never merged). Every fault that its
+author fixed, and every one that remained, is a hazard here. Where this design excludes it, the named test shows the
+property that does. A test that is renamed, removed or skipped breaks this file.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ BOOTSTRAP = "tests/control/test_bootstrap.py"
 STAGING = "tests/datapath/test_mooncake_staging.py"
 ANSWERS = "tests/servers/test_answers.py::test_answers_equal_colocated_though_every_embedding_needs_resumes"
 
-# Fixed by the prototype along the way; the numbers are those of the list we were given.
+# Faults that the proposal's author fixed, numbered for reference.
 FIXED: dict[str, list[str]] = {
     "1 a resume changed the status but queued no work": [
         f"{CORE_SENDER}::test_a_resume_queues_new_work_on_the_stored_queue",
@@ -88,7 +87,7 @@ FIXED: dict[str, list[str]] = {
         f"{CORE_RECEIVER}::test_each_proof_frees_the_blocks_once",
     ],
     "15 a cached view pointed into a freed block": [
-        "tests/memory/test_pool.py::test_rows_that_were_copied_out_are_no_view_of_blocks_that_the_next_room_is_written_to",
+        "tests/memory/test_pool.py::test_rows_copied_out_are_no_view_of_blocks_that_the_next_room_is_written_to",
     ],
     "16 a warm-up wrote into a live block": [
         "tests/memory/test_pool.py::test_a_writer_that_comes_and_goes_changes_no_byte_of_the_pool",
@@ -106,12 +105,12 @@ FIXED: dict[str, list[str]] = {
     ],
 }
 
-# Still wrong at its end.
+# Faults that remained.
 CORRUPTION: dict[str, list[str]] = {
     "an abort freed blocks that were still written": [
         f"{CORE_RECEIVER}::test_a_late_write_of_an_aborted_room_lands_in_quarantine_not_in_reused_blocks",
         f"{CORE_RECEIVER}::test_what_is_no_proof_leaves_the_blocks_in_quarantine",
-        f"{FAULTS}::test_blocks_of_a_writer_frozen_in_mid_write_are_not_reused_until_it_answers_or_is_gone",
+        f"{FAULTS}::test_blocks_of_a_writer_frozen_in_mid_write_wait_until_it_answers_or_is_gone",
         RECEIVER_MACHINE,
         JOINED,
     ],
@@ -182,7 +181,7 @@ HANGS: dict[str, list[str]] = {
     ],
     "the head of the queue blocked all behind it": [
         f"{CORE_RECEIVER}::test_the_head_of_the_queue_does_not_block_what_is_behind_it",
-        f"{TRANSFER}::test_a_language_process_short_of_blocks_does_not_starve_another_at_the_same_encoder",
+        f"{TRANSFER}::test_language_process_short_of_blocks_does_not_starve_another_at_its_encoder",
     ],
 }
 
@@ -217,7 +216,7 @@ DESTINATIONS: dict[str, list[str]] = {
     ],
     "one error blacklisted the session": [
         f"{CORE_SENDER}::test_one_failure_does_not_blacklist_the_session",
-        f"{STAGING}::test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_no_more",
+        f"{STAGING}::test_after_a_failed_call_the_matter_is_in_doubt_and_the_engine_is_used_no_more",
     ],
     "an encoder restarted within the heartbeat was not noticed": [
         f"{CORE_RECEIVER}::test_an_encoder_restarted_within_the_heartbeat_is_noticed_and_its_rooms_fail",
@@ -264,7 +263,7 @@ ADDRESSING: dict[str, list[str]] = {
         f"{BOOTSTRAP}::test_the_control_address_has_the_host_of_the_url_also_of_ipv6",
     ],
     "a look-up of what was not ready answered 500": [
-        f"{BOOTSTRAP}::test_a_look_up_before_the_encoder_is_ready_is_told_to_come_again_and_not_that_something_broke",
+        f"{BOOTSTRAP}::test_look_up_before_the_encoder_is_ready_is_told_to_come_again_not_of_an_error",
         f"{TRANSFER}::test_a_language_process_that_registers_late_still_hears_the_announcement",
     ],
 }
@@ -311,15 +310,15 @@ def collected(path: str) -> frozenset[str]:
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
-def test_every_hazard_of_the_prototype_is_ruled_out_by_tests_that_exist(lesson: str) -> None:
+def test_every_hazard_is_ruled_out_by_tests_that_exist(lesson: str) -> None:
     assert LESSONS[lesson], "a hazard without a test"
     for shown in LESSONS[lesson]:
         path, _, name = shown.partition("::")
         assert name in collected(path), f"{shown} does not exist, or is skipped"
 
 
-def test_no_line_of_the_list_was_left_out() -> None:
-    """The list has 19 numbered lines, and this many under each heading of what was still wrong."""
+def test_no_hazard_was_left_out() -> None:
+    """19 faults were fixed, and so many of each kind remained."""
     assert [int(line.split()[0]) for line in FIXED] == list(range(1, 20))
     count = {chapter: len(lines) for chapter, lines in CHAPTERS.items()}
     assert count == {

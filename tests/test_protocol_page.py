@@ -100,5 +100,5 @@ def test_every_promise_that_code_tests_or_pages_cite_is_one_of_the_ten() -> None
         assert set(cited) <= set(PROMISES) or path.name == "test_protocol_page.py", (path, cited)
 
 
-def test_the_version_fits_the_byte_in_front_of_a_frame_and_is_not_the_mark_of_a_batch() -> None:
+def test_version_fits_the_byte_in_front_of_a_frame_and_is_not_the_mark_of_a_batch() -> None:
     assert 0 < PROTOCOL_VERSION < 0xFF

@@ -173,15 +173,13 @@ class Worker:
         for number, room in _rooms(run):
             while not free:
                 _check(until, "concurrent rooms sent")
-                for name in end.wait(_WAIT_SECONDS):
-                    free.append(busy.pop(name))
+                free += [busy.pop(name) for name in end.wait(_WAIT_SECONDS)]
             slot = busy[room.name] = free.pop()
             self._payload.mark(slot, number)
             side.times.append(time.monotonic())
             end.prepare(room)
             end.go(room, self._payload.tensor(slot, room))
-            for name in end.wait(0):
-                free.append(busy.pop(name))
+            free += [busy.pop(name) for name in end.wait(0)]
         while busy:
             _check(until, "the last rooms of a concurrent run sent")
             for name in end.wait(_WAIT_SECONDS):

@@ -1,4 +1,4 @@
-"""Owns one chat request to an OpenAI-style endpoint and what came back."""
+"""Owns one chat request to an OpenAI-style endpoint, and its answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Answer:
         return self.status == 200
 
     def same_as(self, other: "Answer") -> bool:
-        """Whether both are answers, and equal token by token."""
+        """Whether both are answers with equal text and equal tokens."""
         return self.ok and other.ok and (self.text, self.tokens) == (other.text, other.tokens)
 
 
@@ -34,12 +34,12 @@ def ask(
     timeout: float = 120.0,
     more: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Asks greedily, so that two servers of one model must answer alike. `rid` names the request in their logs; `more`
-    goes into the request's body as it is."""
+    """Sends one request with temperature 0, so that two servers of one model must answer alike. `rid` names the
+    request in their logs; `more` is added to the request's body."""
     import requests
 
     session = requests.Session()
-    session.trust_env = False  # a proxy from the environment has no business between two loopback sockets
+    session.trust_env = False  # no proxy of the environment: the servers are on this host
     with session:
         body = {**body_of(question, rid), **(more or {})}
         response = session.post(f"{url}/v1/chat/completions", json=body, timeout=timeout)
@@ -59,7 +59,7 @@ def body_of(question: Question, rid: str | None = None) -> dict[str, Any]:
     media: dict[str, tuple[Any, ...]] = {
         "image_url": question.images,
         "video_url": question.videos,
-        "audio_url": question.sounds,
+        "audio_url": question.audios,
     }
     content: list[dict[str, Any]] = [
         {"type": kind, kind: {"url": one.data_uri()}} for kind, several in media.items() for one in several

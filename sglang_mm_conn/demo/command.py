@@ -1,4 +1,4 @@
-"""Owns the `demo` command: three real servers, the same questions to both ways of serving, and the report."""
+"""Owns the `demo` command: asks a colocated server and an encoder with a language server the same questions."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sglang_mm_conn.demo.report import Outcome
 
-MOST_FIRST_OFFER = 1 << 30  # what the connector takes for this setting; larger than any embedding
+MOST_FIRST_OFFER = 1 << 30  # the setting's maximum; larger than any embedding
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,30 +25,30 @@ def add_parser(subparsers: Any) -> None:
         "demo",
         help="compare an encoder and a language server with a colocated one, on this machine",
         description="Starts three real sglang servers of one model: a colocated one, and an encoder and a language "
-        "server that are joined by this connector. Asks both ways the same questions about images, and shows whether "
-        "the answers are the same and how each embedding travelled. Exits with 1 if an answer differs, or if nothing "
-        "was resumed that should have been.",
+        "server that are joined by this connector. Asks both deployments the same questions about images, and shows "
+        "whether the answers are the same and how each embedding was transferred. Exits with 1 if an answer differs, "
+        "or if no transfer was resumed although --first-offer is smaller than an embedding.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--model",
         default="qwen2_5_vl",
         metavar="KIND|DIR",
-        help=f"a tiny random-weight model to be written ({', '.join(KINDS)}), or the directory of a model of your own",
+        help=f"a kind of tiny random-weight model to generate ({', '.join(KINDS)}), or the directory of your own model",
     )
     parser.add_argument(
         "--data-path",
         default="auto",
         choices=("auto", "shm", "mooncake"),
-        help="how embeddings travel: shm (shared memory, both servers on one host), mooncake (RDMA or TCP), "
-        "or auto: shm where both ends can prove that they share a host",
+        help="how embeddings are transferred: shm (shared memory, both servers on one host), mooncake (RDMA or TCP), "
+        "or auto: shm where both servers can open the same segment, mooncake otherwise",
     )
     parser.add_argument(
         "--block-size",
         type=_at_least(1),
         default=16,
         metavar="TOKENS",
-        help="tokens in one block of the language server's memory; both servers must agree",
+        help="tokens in one block of the language server's pool, set for both servers",
     )
     parser.add_argument(
         "--blocks",
@@ -62,21 +62,21 @@ def add_parser(subparsers: Any) -> None:
         type=_at_least(0),
         default=32,
         metavar="TOKENS",
-        help="most tokens offered for an embedding at first; the rest follows by resume, which this small default "
-        "provokes; 0: offer all that is needed and free",
+        help="most tokens of an embedding in the first transfer; the rest follows by resume. The default is small, so "
+        "that the demo shows resumes. 0: all that there are free blocks for",
     )
     parser.add_argument(
         "--work-dir",
         type=Path,
         default=Path("build/demo"),
         metavar="DIR",
-        help="where tiny models are kept for the next run, and the logs of this one",
+        help="directory for the generated models, which later runs use again, and for this run's logs",
     )
-    parser.add_argument("--keep-logs", action="store_true", help="keep the servers' logs of a run that went well, too")
+    parser.add_argument("--keep-logs", action="store_true", help="keep the servers' logs of a successful run too")
     parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where the models run; cuda puts all three on one GPU"
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the models run; cuda: all three on one GPU"
     )
-    # To see the servers without the connector: one of sglang's own transfer backends. Not for users of the demo.
+    # Hidden: one of sglang's own transfer backends instead of the connector, for comparison.
     parser.add_argument("--backend", default=OUR_BACKEND, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 

@@ -1,8 +1,8 @@
-"""Owns the promise that a server never outlives the process that wanted it.
+"""Owns the guard: a process that ends a server when the process that started it is gone.
 
-Runs as a process of its own between the two: `python guard.py GRACE COMMAND...`. It starts the command in a new process
-group, prints its process id, and ends it when standard input reaches its end, which the kernel brings about however the
-parent dies. Then, or when the command ends by itself, whatever is left of the group is killed. Standard library only.
+`python guard.py GRACE COMMAND...` starts the command in a new process group and prints its process id. When standard
+input ends, which it does however the parent dies, the guard sends SIGTERM, and SIGKILL to the group after GRACE
+seconds. When the command ends by itself, the guard kills the rest of the group. Standard library only.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     print(child.pid, flush=True)
     threading.Thread(target=_stop_at_end_of_input, args=(child, grace), daemon=True).start()
-    # The leader is reaped last: until then its id, which names the group, cannot be handed out again.
+    # Reaped only after the group is killed: until then the kernel cannot give its id, the group's, to another process.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     _kill_group(child.pid)
     status = child.wait()

@@ -1,4 +1,4 @@
-"""Owns the pictures of the demo and the tests: generated, and the same for the same seed and size on every machine."""
+"""Owns the images of the demo and the tests: generated, and the same for the same seed and size on every machine."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ CELL = 14  # pixels; one colour per cell, so that neighbouring patches differ
 
 @dataclass(frozen=True)
 class Image:
-    """A picture, named by what it is generated from."""
+    """An image, named by what it is generated from."""
 
     seed: int
     width: int = 112

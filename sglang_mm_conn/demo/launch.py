@@ -1,4 +1,4 @@
-"""Owns how a server of the demo is started: the command line and the environment of each role, on a CPU or a GPU."""
+"""Owns the command line and the environment of each server of the demo, on a CPU or a GPU."""
 
 import os
 import shlex
@@ -17,9 +17,9 @@ _COMMON_FLAGS = shlex.split(
     "--disable-cuda-graph"
 )
 
-# float32, because the KV cache would be float16 otherwise, and some greedy answers differ by that alone.
+# float32: in float16, the default of the KV cache, some greedy answers differ.
 _CPU_FLAGS = shlex.split("--device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch")
-# Three tiny servers share one GPU, so none may take the usual share of its memory.
+# Three tiny servers share one GPU.
 _GPU_FLAGS = ("--mem-fraction-static", "0.2")
 
 _COMMON_ENV = {
@@ -39,14 +39,14 @@ _CPU_ENV = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One server to be started. `flags` and `env` come last and win."""
+    """One server to be started. `flags` and `env` override the defaults."""
 
     role: Role
     model: Path
     backend: str = OUR_BACKEND  # ours, or one of sglang's own --encoder-transfer-backend names; unused when colocated
     device: str = "cpu"
     program: tuple[str, ...] = (sys.executable, "-m", "sglang.launch_server")
-    overlap: bool = False  # sglang's default is on; off, a server on a CPU answers sooner
+    overlap: bool = False  # the overlap schedule; sglang's default is on, but on a CPU a server answers sooner without
     encoder_urls: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +85,8 @@ class Launch:
         if self.role == "decode":  # gets its KV cache from a language server in prefill mode
             backup = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
             return ["--disaggregation-mode", "decode", "--disaggregation-transfer-backend", self.kv_backend, *backup]
-        # Every language server opens this second port, the same one unless told otherwise.
+        # Every language server opens this second port, by default the same one.
         bootstrap = ["--encoder-bootstrap-port", str(bootstrap_port)]
-        urls = ["--encoder-urls", *self.encoder_urls] if self.encoder_urls else []  # none: encoders register themselves
+        # Without --encoder-urls, encoders register themselves.
+        urls = ["--encoder-urls", *self.encoder_urls] if self.encoder_urls else []
         return ["--language-only", *urls, *bootstrap, *transfer]

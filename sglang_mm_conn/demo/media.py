@@ -1,6 +1,6 @@
-"""Owns the video clips and sounds of the demo and the tests: generated, and the same bytes for the same description.
+"""Owns the videos and audio of the demo and the tests: generated, and the same bytes for the same description.
 
-Both are made with PyAV, which only their making needs: a question without them can be asked where it is missing.
+Generating them needs PyAV. Questions without them can be asked where it is missing.
 """
 
 import base64
@@ -11,12 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 SAMPLE_RATE = 16000  # what models for speech want
-_TONE = 400  # samples that one tone of a sound lasts
+_TONE = 400  # samples of one tone
 
 
 @dataclass(frozen=True)
 class Video:
-    """A clip without sound in which every frame is another picture, named by what it is generated from."""
+    """A video without audio, named by what it is generated from. No two frames are equal."""
 
     seed: int
     frames: int = 8
@@ -39,20 +39,20 @@ class Video:
 
 
 @dataclass(frozen=True)
-class Sound:
+class Audio:
     """A sequence of tones, named by what it is generated from."""
 
     seed: int
     milliseconds: int = 1000
 
     def __post_init__(self) -> None:
-        _at_least_1("sound", "milliseconds", self.milliseconds)
+        _at_least_1("audio", "milliseconds", self.milliseconds)
 
     def m4a(self) -> bytes:
         return _m4a(self)
 
     def data_uri(self) -> str:
-        # In a container of video: sglang decodes those with PyAV, and needs torchaudio for a plain WAV file.
+        # MP4, which sglang decodes with PyAV: for a WAV file it needs torchaudio.
         return "data:audio/mp4;base64," + base64.b64encode(self.m4a()).decode()
 
 
@@ -73,19 +73,19 @@ def _mp4(video: Video) -> bytes:
         stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
         stream.codec_context.thread_count = 1  # several threads cut the stream differently from run to run
         for index in range(video.frames):
-            picture = pixels([video.seed, index], video.width, video.height)
-            _encode(container, stream, av.VideoFrame.from_ndarray(picture, format="rgb24"))
+            image = pixels([video.seed, index], video.width, video.height)
+            _encode(container, stream, av.VideoFrame.from_ndarray(image, format="rgb24"))
         _encode(container, stream, None)
     return out.getvalue()
 
 
 @lru_cache(maxsize=64)
-def _m4a(sound: Sound) -> bytes:
+def _m4a(audio: Audio) -> bytes:
     import av
     import numpy as np
 
-    count = SAMPLE_RATE * sound.milliseconds // 1000
-    pitches = np.random.default_rng(sound.seed).uniform(200, 4000, -(-count // _TONE)).repeat(_TONE)[:count]
+    count = SAMPLE_RATE * audio.milliseconds // 1000
+    pitches = np.random.default_rng(audio.seed).uniform(200, 4000, -(-count // _TONE)).repeat(_TONE)[:count]
     wave = (np.sin(2 * np.pi * np.cumsum(pitches) / SAMPLE_RATE) * 12000).astype(np.int16)
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:

@@ -1,20 +1,20 @@
-"""Owns the requests that the demo and the server tests ask, each about a different shape of traffic."""
+"""Owns the questions of the demo and of the server tests. Each has a different number or shape of images."""
 
 from dataclasses import dataclass
 
 from sglang_mm_conn.demo.images import Image
-from sglang_mm_conn.demo.media import Sound, Video
+from sglang_mm_conn.demo.media import Audio, Video
 
 
 @dataclass(frozen=True)
 class Question:
-    """One chat request: a text and what it is about."""
+    """One chat request: a text and its media."""
 
     name: str
     text: str
     images: tuple[Image, ...] = ()
     videos: tuple[Video, ...] = ()
-    sounds: tuple[Sound, ...] = ()
+    audios: tuple[Audio, ...] = ()
     max_tokens: int = 24
 
 

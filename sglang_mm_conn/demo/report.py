@@ -1,4 +1,4 @@
-"""Owns what the demo prints at its end, and the verdict whether all went as it should."""
+"""Owns the demo's report, and the decision whether the run was a success."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Outcome:
 
 
 def print_report(console: Console, outcomes: Sequence[Outcome], language_log: str, first_offer: int | None) -> bool:
-    """Prints answers and timeline. `first_offer` is None where the servers are not joined by this connector."""
+    """Prints answers and timeline. Returns whether all went well. `first_offer` is None with a backend of sglang."""
     rooms = timeline.received(language_log)
     console.print(_answers(outcomes))
     if rooms:
@@ -41,7 +41,7 @@ def print_report(console: Console, outcomes: Sequence[Outcome], language_log: st
 
 
 def verdict(outcomes: Sequence[Outcome], rooms: Sequence[timeline.Received], first_offer: int | None) -> list[str]:
-    """What went wrong, in words; empty when nothing did."""
+    """What went wrong, one sentence each; empty when nothing did."""
     faults = [f"{outcome.question.name}: the answers differ" for outcome in outcomes if not outcome.same]
     if first_offer is None:
         return faults

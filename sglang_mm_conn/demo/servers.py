@@ -1,4 +1,4 @@
-"""Owns real sglang server processes: their ports, logs, readiness and end."""
+"""Owns real sglang server processes: their start, ports, logs, readiness and end."""
 
 import contextlib
 import os
@@ -22,8 +22,8 @@ from sglang_mm_conn.demo.launch import OUR_BACKEND, Launch
 STOP_GRACE = 5.0  # seconds between asking a server to end and killing its process group
 READY_TIMEOUT = 300.0  # on two busy cores a language server was seen to need more than a minute
 _TAIL_LINES = 30
-# Below the range that the kernel takes for outgoing connections, so that a port stays free until the server binds it,
-# and beside the one in which sglang looks for ports of its own (22000 to 29999), which it too binds only later.
+# Outside the kernel's range for outgoing connections and outside sglang's for its own ports (22000 to 29999), so that a
+# port stays free until the server binds it.
 _PORTS = range(12000, 22000)
 _taken_ports: set[int] = set()
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -32,11 +32,11 @@ OnReady = Callable[["Server", float], None]
 
 
 class ServerError(RuntimeError):
-    """A server that did not start, or ended by itself; the message carries the end of its log."""
+    """A server did not start, or ended by itself. The message has the end of its log."""
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on, and that this process has not handed out before."""
+    """A loopback port that nothing listens on, another one each time."""
     for port in random.sample(_PORTS, len(_PORTS)):
         if port in _taken_ports:
             continue
@@ -115,13 +115,13 @@ class Server:
         return found
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the server's process and its children, say SIGSTOP to freeze it or SIGKILL to crash it."""
+        """Sends a signal to the server's process and its children, for example SIGSTOP or SIGKILL."""
         if not self.alive:
             raise ServerError(f"{self.name} is not running, so {number.name} cannot be sent")
         os.killpg(self.pid, number)
 
     def stop(self) -> None:
-        """Ends the server and everything it started. Harmless when it has ended already."""
+        """Ends the server and everything it started. Does nothing when it has ended already."""
         process, self._guard = self._guard, None
         if process is None:
             return
@@ -136,7 +136,7 @@ class Server:
         process.stdout.close()
 
     def request_stop(self) -> None:
-        """Begins the end without waiting for it, so that several servers can end at the same time."""
+        """Makes the server end without waiting for it, so that several end at the same time."""
         if self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.close()
 
@@ -170,7 +170,7 @@ class Server:
 def wait_ready(
     servers: Sequence[Server], timeout: float = READY_TIMEOUT, on_ready: OnReady | None = None
 ) -> list[float]:
-    """Waits for all, whichever is ready first; raises as soon as one of them dies. Returns each one's seconds."""
+    """Waits until all are ready. Returns the seconds of each. Raises ServerError at the timeout or when one ends."""
     seconds: dict[str, float] = {}
     deadline = time.monotonic() + timeout
     while True:
@@ -190,7 +190,7 @@ def wait_ready(
 
 
 class ServerGroup:
-    """Encoders and language servers that know each other. A context manager: ready on entry, gone on exit."""
+    """Encoders and language servers that use them. As a context manager it is ready on entry and stops on exit."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class ServerGroup:
         encoder_flags: Sequence[str] = (),
         language_flags: Sequence[str] = (),
     ) -> None:
-        """`env` goes to all servers; the others to one role, and win."""
+        """`env` goes to all servers; `encoder_env` and `language_env` override it for one role."""
         self.encoders = [
             Server(
                 Launch(

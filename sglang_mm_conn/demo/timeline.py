@@ -1,4 +1,4 @@
-"""Owns the reading of the connector's log lines: one per finished room on either side, one per resume."""
+"""Owns the parsing of the connector's log lines: one for each finished room on either side, one for each resume."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A transfer that went on because the language server offered more blocks."""
+    """A transfer that continued because the language server offered more blocks."""
 
     room: str
     queue_idx: int
@@ -46,7 +46,7 @@ Event = Received | Sent | Resumed
 
 
 def parse(lines: Iterable[str]) -> Iterator[Event]:
-    """The connector's events among the lines of a server's log, in order; lines of other kinds are passed over."""
+    """The connector's events among the lines of a server's log, in order. Other lines are skipped."""
     for line in lines:
         match = _EVENT.search(line)
         if match:

@@ -1,4 +1,4 @@
-"""Owns the tiny random-weight multimodal models: written from nothing in seconds, with no download."""
+"""Owns the tiny random-weight multimodal models: generated in seconds, without a download."""
 
 import importlib.metadata
 import json
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-VERSION = 2  # raise it when what is written changes, so that directories of older runs are written anew
+VERSION = 2  # raise it when the generated files change, so that those of older runs are replaced
 STAMP = "tiny-model.json"
 
 BYTES = 256
@@ -55,7 +55,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What one model family needs beyond the parts that all share."""
+    """What one model family needs beyond the parts common to all."""
 
     classes: str  # prefix of its classes in transformers
     patch: int
@@ -65,7 +65,7 @@ class Kind:
     std: tuple[float, float, float]
     image_processor: str
     video_processor: str
-    audio: dict[str, Any] | None = None  # its audio tower, where it has one; the model is then a part ("thinker")
+    audio: dict[str, Any] | None = None  # its audio tower; with one, the model is a "thinker"
     video_pixels: tuple[int, int] | None = None  # fewest and most; unset: as for an image
     encoder_flags: tuple[str, ...] = ()  # what sglang needs to start an encoder of it
 
@@ -163,8 +163,8 @@ KINDS = {
         },
         # The processor of the whole model asks for these whatever the video processor's own are.
         video_pixels=(128 * 32 * 32, 768 * 32 * 32),
-        # Without, an encoder builds the language model too, and fails: sglang 0.5.23 looks for this in the thinker's
-        # config (models/qwen3_vl.py, line 1347), but sets it beside (configs/model_config.py, line 908).
+        # Without it an encoder builds the language model too, and fails: sglang 0.5.23 looks for this in the thinker's
+        # config (models/qwen3_vl.py, line 1347), but sets it outside of it (configs/model_config.py, line 908).
         encoder_flags=("--json-model-override-args", '{"thinker_config": {"encoder_only": true}}'),
     ),
 }
@@ -177,7 +177,7 @@ class Shape:
 
     hidden: int = HIDDEN
     layers: int = 2
-    thin: bool = False  # as little arithmetic for a row as there can be
+    thin: bool = False  # the least computation for a row
 
     def text(self) -> dict[str, Any]:
         heads = 2 if self.thin else self.hidden // 32  # the rotary sections of the kinds are for heads of 32
@@ -194,7 +194,7 @@ TINY = Shape()
 
 
 def write(kind: str, directory: Path, seed: int = 0, shape: Shape = TINY) -> Path:
-    """Writes the model into the directory unless a finished one of the same making is there. Returns the directory."""
+    """Writes the model into the directory, unless the same model is there already. Returns the directory."""
     if kind not in KINDS:
         raise ValueError(f"model kind must be one of {', '.join(KINDS)}, not {kind!r}")
     stamp = {
@@ -207,7 +207,7 @@ def write(kind: str, directory: Path, seed: int = 0, shape: Shape = TINY) -> Pat
     if _stamp_of(directory) == stamp:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there whole: a run cut short leaves nothing that looks finished.
+    # Written to another directory and renamed, so that an interrupted run leaves nothing that looks finished.
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         _write_tokenizer(draft)
@@ -338,7 +338,7 @@ def _randomise(model: Any, seed: int) -> None:
                 parameter.copy_(scale * noise)
             else:
                 parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * noise)
-        # Only printable ASCII can win: then the text names the token ids one to one, and equal texts are equal tokens.
+        # Only printable ASCII is ever generated, one token a character: equal texts are equal tokens.
         head = getattr(model, "thinker", model).get_output_embeddings().weight
         alphabet = _byte_alphabet()
         for index in range(VOCABULARY):

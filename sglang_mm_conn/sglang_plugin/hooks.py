@@ -82,9 +82,8 @@ def apply_and_verify() -> None:
     if not problems:
         HookRegistry.apply_hooks()
         _add_route()
-        for hook in HOOKS:
-            if not hasattr(_load(hook.target), "__wrapped__"):
-                problems.append(f"{hook.target} could not be hooked (see the log)")
+        unhooked = [hook.target for hook in HOOKS if not hasattr(_load(hook.target), "__wrapped__")]
+        problems += [f"{target} could not be hooked (see the log)" for target in unhooked]
     if problems:
         raise IncompatibleSglang(
             f"sglang-mm-conn supports sglang {', '.join(SUPPORTED)}; "

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,7 @@ def test_no_process_outlives_a_benchmark_that_is_killed_in_the_middle(tmp_path: 
     wait_for(lambda: not group_exists(bench.pid), "all of its processes are gone")
 
 
-def wait_for(condition, what: str) -> None:  # type: ignore[no-untyped-def]
+def wait_for(condition: Callable[[], bool], what: str) -> None:
     until = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < until, f"not within 90 s: {what}"

@@ -1,5 +1,7 @@
 """From seconds to figures."""
 
+from typing import Any
+
 import pytest
 
 from sglang_mm_conn.bench.cpu_cost import seconds_per_room, seconds_per_wake
@@ -7,7 +9,7 @@ from sglang_mm_conn.bench.measurement import comparisons, quantile, ratio_by_rou
 from sglang_mm_conn.bench.records import Result
 
 MIB = 1 << 20
-NOTHING = {"calls": {}}
+NOTHING: dict[str, Any] = {"calls": {}}
 
 
 def result(transport: str, seconds: list[float], *, in_flight: int = 0, number: int = 0, calls: int = 0) -> Result:

@@ -18,6 +18,6 @@ def test_transports_are_compared_within_rounds_so_that_noise_affects_all_alike()
     assert comparisons([builtin]) == []
 
 
-def test_a_row_shows_the_latency_of_all_requests_and_the_median_slowest_and_fastest_rate_of_the_rounds() -> None:
+def test_row_shows_latency_of_all_requests_and_median_and_extreme_rates_of_rounds() -> None:
     figures = Figures("mooncake", [one_round(0.1, 10), one_round(0.3, 20), one_round(0.2, 60)])
     assert figures.cells() == ("mooncake", "200", "300", "20.00", "10.00 to 60.00", "1000", "500")

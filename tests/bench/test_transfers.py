@@ -7,11 +7,11 @@ import pytest
 from sglang_mm_conn.__main__ import parser
 from sglang_mm_conn.bench import transports
 from sglang_mm_conn.bench.defaults import TRANSPORTS
-from sglang_mm_conn.bench.transfers import plan_of, stream_above
+from sglang_mm_conn.bench.transfers import Plan, plan_of, stream_above
 from sglang_mm_conn.bench.transports.base import Config
 
 
-def plan(*arguments: str):  # type: ignore[no-untyped-def]
+def plan(*arguments: str) -> Plan:
     return plan_of(parser().parse_args(["bench", *arguments]))
 
 
@@ -35,7 +35,7 @@ def test_variations_are_added_to_both_paths() -> None:
     assert transports.parse("shm+windows+key").name == "shm+key+windows"
 
 
-def test_with_a_gpu_every_transport_that_can_end_there_is_measured_and_no_special_case() -> None:
+def test_with_a_gpu_every_transport_that_can_end_there_is_measured_and_no_others() -> None:
     found = plan("--device", "cuda")
     names = [transport.name for transport in found.transports]
     assert {"memcpy", "shm", "mooncake", "mooncake+gpu_pool"} <= set(names) and not {"tcp", "engine"} & set(names)

@@ -31,7 +31,7 @@ def test_a_gpu_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str])
     assert "torch finds no GPU here" in capsys.readouterr().err
 
 
-def test_with_a_gpu_both_pools_are_compared_with_plain_copies_between_the_same_places() -> None:
+def test_with_a_gpu_both_pools_are_compared_with_plain_copies_of_the_same_places() -> None:
     found = {rate.way: rate for rate in rates.measure(AsynchronousDevice(), 1 << 20, 100_000, 1)}
     assert all(rate.right and rate.bytes_per_second > 0 and rate.plain in found for rate in found.values())
     assert {way: rate.plain for way, rate in found.items() if not way.startswith("plain")} == {

@@ -192,6 +192,9 @@ class Encoder(Child):
         answer: dict[str, Any] | None = self.call("room", room=part.room)
         return answer
 
+    def wait_init(self, part: Part) -> None:
+        wait_for(lambda: (self.room(part) or {}).get("infos"), f"Init of {part.room} is there")
+
     def wait_ended(self, part: Part, timeout: float = PATIENCE) -> dict[str, Any]:
         ended: dict[str, Any] = wait_for(
             lambda: self.call("ended", room=part.room), f"room {part.room} ends on the encoder", timeout

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -77,7 +79,7 @@ def still_quarantined(language: Language, blocks: list[int], seconds: float = 0.
 # -- the encoder dies --------------------------------------------------------------------------------------------------
 
 
-def test_a_room_whose_encoder_dies_before_it_announces_fails_at_its_deadline_and_holds_no_blocks(world: World) -> None:
+def test_room_whose_encoder_dies_before_announcing_fails_at_its_deadline(world: World) -> None:
     encoder, other = world.encoder(), world.encoder()
     language = world.language(encoder, other)
     safe = bystander(world, other, language)
@@ -184,9 +186,7 @@ def test_an_encoder_frozen_for_less_than_the_peer_timeout_goes_on_in_mid_write(w
 
 
 @pytest.mark.parametrize("ending", ["killed", "thawed"])
-def test_blocks_of_a_writer_frozen_in_mid_write_are_not_reused_until_it_answers_or_is_gone(
-    world: World, ending: str
-) -> None:
+def test_blocks_of_a_writer_frozen_in_mid_write_wait_until_it_answers_or_is_gone(world: World, ending: str) -> None:
     encoder, other = world.encoder(), world.encoder()
     language = world.language(encoder, other)
     safe = bystander(world, other, language)
@@ -256,7 +256,7 @@ def test_an_encoder_outlives_many_language_processes_killed_in_mid_write(world: 
         language.expect(part, encoder)
         encoder.hold(part)
         encoder.offer(part)
-        wait_for(lambda part=part: encoder.calls(part), "the data call has begun")
+        wait_for(partial(encoder.calls, part), "the data call has begun")
         language.kill()
         encoder.release(part)
         encoder.wait_ended(part, timeout=NOTICED)  # on shared memory the write may well have been a success
@@ -270,7 +270,7 @@ def test_a_language_process_frozen_for_longer_than_the_peer_timeout_comes_back(w
     part = world.part(language, TOKENS)
     language.expect(part, encoder)
     encoder.announce(part)
-    wait_for(lambda: (room := encoder.room(part)) and room["infos"], "Init is there")
+    encoder.wait_init(part)
     language.freeze()
     ended = encoder.wait_ended(part, timeout=NOTICED)
     assert not ended["success"] and "silent" in ended["reason"]
@@ -288,7 +288,7 @@ def freeze_in_mid_write(world: World, encoder: Encoder, language: Language, room
     for part in parts:
         language.expect(part, encoder)
         encoder.announce(part)
-        wait_for(lambda part=part: (room := encoder.room(part)) and room["infos"], "Init is there")
+        encoder.wait_init(part)
     language.freeze()
     for part in parts:
         encoder.send(part)
@@ -323,9 +323,7 @@ def test_an_encoder_still_serves_others_after_a_destination_froze_in_mid_write(w
 
 
 @pytest.mark.parametrize("phase", ["expected", "waiting", "offered", "mid_write", "resumed", "success"])
-def test_an_abort_in_any_phase_ends_the_encode_and_frees_the_blocks_when_nobody_writes_them(
-    world: World, phase: str
-) -> None:
+def test_abort_in_any_phase_ends_the_encode_and_frees_blocks_that_nobody_writes(world: World, phase: str) -> None:
     encoder = world.encoder()
     language = world.language(encoder)
     safe = bystander(world, encoder, language)
@@ -389,7 +387,7 @@ def test_an_encode_that_nobody_claims_is_released_after_the_claim_timeout(world:
     language.succeeds(late)
 
 
-def test_an_encode_for_a_language_server_that_is_not_there_is_released_after_the_claim_timeout(world: World) -> None:
+def test_encode_for_an_absent_language_server_is_released_after_the_claim_timeout(world: World) -> None:
     encoder = world.encoder()
     language = world.language(encoder)
     safe = bystander(world, encoder, language)
@@ -415,7 +413,7 @@ def test_a_room_that_outlives_its_deadline_fails_on_both_sides_in_time(world: Wo
     language.wait_all_free()
 
 
-def test_a_deadline_in_mid_write_leaves_the_blocks_in_quarantine_until_the_write_is_over(world: World) -> None:
+def test_deadline_in_mid_write_quarantines_the_blocks_until_the_write_is_over(world: World) -> None:
     encoder = world.encoder()
     language = world.language(encoder)
     safe = bystander(world, encoder, language)
@@ -451,7 +449,7 @@ def test_a_failed_encode_tells_the_language_side_its_code_and_reason(world: Worl
     language.wait_all_free()
 
 
-def test_a_failure_before_the_language_process_has_registered_reaches_it_when_it_does(world: World) -> None:
+def test_failure_before_the_language_process_registers_reaches_it_when_it_does(world: World) -> None:
     encoder = world.encoder(claim_timeout=20)
     language = world.language()
     part = world.part(language, TOKENS)
@@ -502,7 +500,7 @@ def test_a_failed_data_call_ends_its_room_and_the_worker_lives_on(world: World, 
     ],
 )
 def test_two_sides_that_do_not_fit_refuse_at_once_and_name_both_values(
-    shm_world: World, encoder_has: dict[str, object], language_has: dict[str, object], named: tuple[str, ...]
+    shm_world: World, encoder_has: dict[str, Any], language_has: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     encoder, fitting = shm_world.encoder(**encoder_has), shm_world.encoder(**language_has)
     language = shm_world.language(fitting, **language_has)
@@ -516,7 +514,7 @@ def test_two_sides_that_do_not_fit_refuse_at_once_and_name_both_values(
     language.wait_all_free()
 
 
-def test_an_encoder_that_was_restarted_with_the_right_settings_is_not_refused_for_the_old_ones(world: World) -> None:
+def test_encoder_restarted_with_the_right_settings_is_not_refused_for_the_old_ones(world: World) -> None:
     wrong = world.encoder(block_size=2 * BLOCK_SIZE)
     language = world.language()
     part = world.part(language, TOKENS)
@@ -529,7 +527,7 @@ def test_an_encoder_that_was_restarted_with_the_right_settings_is_not_refused_fo
 
 
 @pytest.mark.parametrize("fault", [{"tamper": ("shm",)}, {"refusals": {"shm": "another mount namespace"}}])
-def test_a_forced_shared_memory_that_cannot_be_had_is_an_error(shm_world: World, fault: dict[str, object]) -> None:
+def test_a_forced_shared_memory_that_cannot_be_had_is_an_error(shm_world: World, fault: dict[str, Any]) -> None:
     encoder, other = shm_world.encoder(**fault), shm_world.encoder()
     language = shm_world.language(other)
     safe = bystander(shm_world, other, language)
@@ -541,7 +539,7 @@ def test_a_forced_shared_memory_that_cannot_be_had_is_an_error(shm_world: World,
 
 
 @pytest.mark.parametrize("fault", [{"tamper": ("shm",)}, {"refusals": {"shm": "another mount namespace"}}])
-def test_auto_takes_mooncake_where_the_segment_cannot_be_opened(shm_world: World, fault: dict[str, object]) -> None:
+def test_auto_takes_mooncake_where_the_segment_cannot_be_opened(shm_world: World, fault: dict[str, Any]) -> None:
     remote, local = shm_world.encoder(data_path="auto", **fault), shm_world.encoder(data_path="auto")
     language = shm_world.language(local, remote, data_path="auto")
     paths = {process["incarnation"]: process["path"] for process in language.call("processes")}
@@ -678,7 +676,7 @@ def test_a_failed_encode_lost_with_the_connection_is_said_again(world: World, an
     cut.language.expect(cut.part, cut.encoder)
     if announced:
         cut.encoder.announce(cut.part)
-        wait_for(lambda: (room := cut.encoder.room(cut.part)) and room["infos"], "Init is there")
+        cut.encoder.wait_init(cut.part)
     cut.proxy.mute("to_language")
     cut.encoder.call("fail", room=cut.part.room, reason="the image is no image", code=422)
     cut.proxy.cut()
@@ -705,7 +703,7 @@ def test_a_connection_that_breaks_again_and_again_loses_no_row(world: World) -> 
     cut.language.wait_all_free()
 
 
-def test_a_network_that_is_silent_for_too_long_fails_the_rooms_and_quarantines_their_blocks_to_the_last_write(
+def test_silent_network_fails_rooms_and_quarantines_their_blocks(
     world: World,
 ) -> None:
     encoder, other = world.encoder(), world.encoder()

@@ -200,8 +200,8 @@ def test_two_hosts_get_two_copies_each_in_windows_of_its_own(shm_world: World) -
         assert rank.wait_end(part) is Poll.Success, rank.outcome(part)
         rank.has(part)
     calls = encoder.calls(part)
-    for rank, windows in ((0, 3), (1, 12)):
-        mine = [call["bytes"] for call in calls if call["rank"] == rank]
+    for number, windows in ((0, 3), (1, 12)):
+        mine = [call["bytes"] for call in calls if call["rank"] == number]
         assert len(mine) == windows and sum(mine) == TOKENS * part.row_bytes
     agreed(part, *leaders, *followers)
 
@@ -264,7 +264,7 @@ def test_what_fails_on_the_leader_is_never_seen_by_the_others(who: str, world: W
     leader.wait_all_free()
 
 
-def test_a_leader_killed_in_mid_transfer_costs_its_ranks_the_deadline_and_leaves_nothing(shm_world: World) -> None:
+def test_leader_killed_in_mid_transfer_costs_its_ranks_the_deadline_only(shm_world: World) -> None:
     encoder = shm_world.encoder()
     leader = shm_world.language(encoder, leads=True)
     follower = shm_world.follower(leader)

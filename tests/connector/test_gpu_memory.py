@@ -175,11 +175,15 @@ def test_an_embedding_that_could_not_be_computed_fails_its_room_alone(transport:
 @pytest.mark.parametrize("make", ["language", "encoder"])
 def test_gpu_memory_is_refused_at_start_in_a_process_without_a_gpu(variable: str, make: str) -> None:
     settings = Settings(**{variable: "cuda"})  # type: ignore[arg-type]
-    with pytest.raises(MemoryUnavailable, match=f"SGLANG_MM_CONN_{variable.upper()}=cuda, but this process"):
+
+    def start() -> None:
         if make == "encoder":
             encoder_data_paths(settings, HOST)
         else:
             LanguageEndpoint(settings, server="1", host=HOST, dtype="float32", widest_row_bytes=ROW_BYTES)
+
+    with pytest.raises(MemoryUnavailable, match=f"SGLANG_MM_CONN_{variable.upper()}=cuda, but this process"):
+        start()
 
 
 def test_ranks_that_share_results_in_host_memory_are_refused_gpu_memory_for_them() -> None:

@@ -168,7 +168,9 @@ def test_a_session_whose_process_lives_is_not_given_to_another(ground: Ground) -
     ground.register("victim")
     thief = {"incarnation": "thief", "server": "thief"}
     answer = ground.register("thief", **thief)
-    assert isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST and "which is alive" in answer.reason
+    assert (
+        isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST and "which is alive" in answer.reason
+    )
     assert ground.endpoint.core.sessions[REGISTER.mooncake_session_id].peer == "victim"
     assert len(ground.path.links) == 1 and not ground.path.links[0].closed
     ground.say("victim", Abort(room=f"{'0' * 16}-{'0' * 16}", mooncake_session_id="10.9.9.9:1", reason=""))
@@ -281,7 +283,7 @@ def test_the_grant_of_a_session_that_is_not_this_ranks_is_refused() -> None:
     assert not rank.ready
 
 
-def test_grants_of_an_epoch_that_is_not_the_newest_are_answered_at_the_next_tick_only() -> None:
+def test_grants_of_an_epoch_older_than_the_newest_are_answered_at_the_next_tick_only() -> None:
     rank = Rank()
     for _ in range(100):
         rank.encoders.on_registered("encoder", msgspec.structs.replace(GRANT, epoch=7))
@@ -291,7 +293,7 @@ def test_grants_of_an_epoch_that_is_not_the_newest_are_answered_at_the_next_tick
     assert rank.registrations() == 2
 
 
-def test_a_process_that_was_registering_while_an_epoch_was_revoked_is_told_when_it_is_ready() -> None:
+def test_process_registering_while_an_epoch_is_revoked_is_told_when_it_is_ready() -> None:
     """Those that were ready are told at that moment; this one would keep its old link for ever."""
     rank = Rank()
     rank.sessions.paths["shm"].retired_epoch = 3
@@ -312,7 +314,7 @@ def test_a_process_whose_writer_slot_was_taken_from_it_registers_with_another() 
     assert rank.slots() == [first, rank.encoders.slot_of("encoder")] and len(set(rank.slots())) == 2
 
 
-def test_the_writer_slot_of_a_lost_process_is_kept_as_long_as_it_can_write_or_is_suspected() -> None:
+def test_writer_slot_of_a_lost_process_is_kept_while_it_can_write_or_is_suspected() -> None:
     rank = Rank()
     slot = rank.encoders.slot_of("encoder")
     assert slot is not None

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ class WatchedRuntime(Runtime):
         return self.executors[-1]
 
     def start_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
-        endpoint = (target.func if isinstance(target, partial) else target).__self__  # type: ignore[attr-defined]
+        method = cast("MethodType", target.func if isinstance(target, partial) else target)
+        endpoint = method.__self__
         if endpoint not in self.fields:
             self.fields[endpoint] = set(vars(endpoint))
             self._watch(endpoint)
@@ -216,9 +218,9 @@ class NotedPath:
         link.synchronous = self._synchronous
         write = link.write
 
-        def noted(source: torch.Tensor, runs: Sequence[Extent]) -> None:
+        def noted(source: torch.Tensor, extents: Sequence[Extent]) -> None:
             self.threads.append(threading.current_thread().name)
-            write(source, runs)
+            write(source, extents)
 
         link.write = noted  # type: ignore[method-assign]
         return link
@@ -282,7 +284,7 @@ def test_who_hands_over_an_embedding_that_is_not_small_writes_none_of_its_window
     assert path.threads[0].startswith(first)
 
 
-def test_windows_are_left_to_the_workers_beside_another_embedding_unless_it_is_small_as_a_whole() -> None:
+def test_windows_beside_another_embedding_go_to_workers_unless_it_is_small() -> None:
     """They write several embeddings in parallel."""
     with noting_ends(33, 100) as (ends, path):
         encoder, language, *_ = ends
@@ -298,7 +300,7 @@ def test_windows_are_left_to_the_workers_beside_another_embedding_unless_it_is_s
 
 
 @pytest.mark.parametrize(("checksum", "tokens", "copies"), [(False, 16, 0), (True, 16, 1), (False, 20, 1)])
-def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_bytes_are_read(
+def test_embedding_left_in_its_blocks_wakes_no_mover_unless_its_bytes_are_read(
     checksum: bool, tokens: int, copies: int
 ) -> None:
     """Half of the pool, 16 rows, may be views; copying one row is too much for the control thread here."""
@@ -313,7 +315,7 @@ def test_no_mover_is_woken_for_an_embedding_that_stays_in_its_blocks_unless_its_
 @pytest.mark.parametrize(
     ("checksum", "inline_rows", "copies"), [(False, 32, 0), (False, 31, 3), (True, 32, 1), (True, 31, 4)]
 )
-def test_no_mover_is_woken_for_a_small_window_unless_the_whole_embedding_is_read_after_it(
+def test_small_window_wakes_no_mover_unless_the_whole_embedding_is_read_after_it(
     checksum: bool, inline_rows: int, copies: int
 ) -> None:
     """The pool holds 32 rows: three windows, and one of four rows."""

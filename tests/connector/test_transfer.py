@@ -91,7 +91,7 @@ def test_several_language_processes_share_one_encoder(world: World) -> None:
         receive_all(language, mine)
 
 
-def test_a_language_process_short_of_blocks_does_not_starve_another_at_the_same_encoder(world: World) -> None:
+def test_language_process_short_of_blocks_does_not_starve_another_at_its_encoder(world: World) -> None:
     encoder = world.encoder(queues=1)  # both on one queue
     poor, rich = world.language(encoder), world.language(encoder)
     taken = poor.call("take_blocks", count=BLOCKS)
@@ -105,7 +105,7 @@ def test_a_language_process_short_of_blocks_does_not_starve_another_at_the_same_
     receive_all(poor, waiting)
 
 
-def test_both_ranks_of_one_language_server_get_all_rows_and_neither_waits_for_the_other_to_resume(
+def test_both_ranks_of_a_language_server_get_all_rows_without_awaiting_each_other(
     world: World,
 ) -> None:
     encoder = world.encoder()

@@ -38,19 +38,17 @@ LARGE = 100  # rows: 400 KiB, two blocks
 class Ends:
     """An encoder and a language rank with a pool of BLOCKS blocks."""
 
-    def __init__(self, make_result: Callable[[str, Contents], Result] | None = None, **settings: object) -> None:
-        self.settings = Settings(  # type: ignore[arg-type]
-            blocks=BLOCKS, block_size=BLOCK_ROWS, data_path="shm", checksum=True, **settings
-        )
+    def __init__(self, make_result: Callable[[str, Contents], Result] | None = None, **settings: Any) -> None:
+        self.settings = Settings(blocks=BLOCKS, block_size=BLOCK_ROWS, data_path="shm", checksum=True, **settings)
         self.encoder = EncoderEndpoint(
             self.settings, host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4, send_timeout=60.0,
             data_paths=encoder_data_paths(self.settings, HOST),
         )  # fmt: skip
         self.bootstrap = StandaloneBootstrap(HOST, 0, lambda: self.encoder.bootstrap_info)
-        extra = {} if make_result is None else {"make_result": make_result}
+        extra: dict[str, Any] = {} if make_result is None else {"make_result": make_result}
         self.language = LanguageEndpoint(
             self.settings, server=new_id(), host=HOST, dtype="float32", widest_row_bytes=WIDTH * 4,
-            **extra,  # type: ignore[arg-type]
+            **extra,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -92,7 +90,7 @@ def ends() -> Iterator[Ends]:
     made.close()
 
 
-def test_a_large_result_is_a_view_of_its_blocks_which_are_free_when_the_last_tensor_is_gone(ends: Ends) -> None:
+def test_large_result_is_a_view_of_its_blocks_which_the_last_tensor_frees(ends: Ends) -> None:
     rows = ends.transfer(1)
     assert ends.in_pool(rows) and ends.free() == BLOCKS - 2
     part = rows[10:20]
@@ -146,7 +144,7 @@ def test_rows_that_a_request_changes_are_its_own(ends: Ends) -> None:
         rows.zero_()
 
 
-def test_a_view_of_a_room_that_is_given_up_before_the_core_knows_of_it_gives_its_blocks_back(
+def test_view_of_a_room_given_up_before_the_core_knows_it_gives_its_blocks_back(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its release must not come before the view."""

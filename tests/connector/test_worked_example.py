@@ -1,6 +1,8 @@
-"""The seed's worked example between two processes: 2000 tokens, 1024 allocated at first."""
+"""The worked example of docs/protocol.md between two processes: 2000 tokens, 1024 offered at first."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from sglang_mm_conn.core.sharding import port_sum_queue_index
 from sglang_mm_conn.core.states import Poll
@@ -11,7 +13,7 @@ QUEUES = 5
 
 
 def test_2000_tokens_arrive_in_windows_of_1024_and_976_by_one_resume_on_one_queue(world: World) -> None:
-    settings = {"block_size": 128, "blocks": 16, "first_offer": FIRST, "queues": QUEUES}
+    settings: dict[str, Any] = {"block_size": 128, "blocks": 16, "first_offer": FIRST, "queues": QUEUES}
     encoder = world.encoder(**settings)
     language = world.language(encoder, **settings)
     part = world.part(language, TOKENS)

@@ -25,7 +25,7 @@ def descriptors() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "family, host",
+    ("family", "host"),
     [
         (socket.AF_INET, "127.0.0.1"),
         pytest.param(

@@ -67,7 +67,7 @@ def test_a_language_rank_that_is_busy_does_not_collect_frames() -> None:
         client.run()
 
 
-def test_a_message_of_several_frames_makes_a_language_rank_connect_anew_and_its_rest_is_not_read() -> None:
+def test_message_of_several_frames_is_not_read_and_the_language_rank_reconnects() -> None:
     """Read to its end, a connection that broke meanwhile ended the process: "Assertion failed: !_more (fq.cpp)"."""
     context: zmq.Context[Any] = zmq.Context()
     router = context.socket(zmq.ROUTER)

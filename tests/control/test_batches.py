@@ -157,7 +157,7 @@ def test_the_frames_of_batches_count_when_others_get_their_turn(context: zmq.Con
 
 
 @pytest.mark.parametrize("side", ["encoder", "language rank"])
-def test_what_is_no_batch_is_dropped_and_complained_of_a_few_times_and_the_loop_goes_on(
+def test_invalid_batch_is_dropped_and_logged_a_few_times_and_the_loop_goes_on(
     context: zmq.Context[Any], caplog: pytest.LogCaptureFixture, side: str
 ) -> None:
     with Ends(context) as ends:

@@ -62,7 +62,7 @@ def has_ipv6_loopback() -> bool:
     return True
 
 
-def test_a_look_up_before_the_encoder_is_ready_is_told_to_come_again_and_not_that_something_broke() -> None:
+def test_look_up_before_the_encoder_is_ready_is_told_to_come_again_not_of_an_error() -> None:
     ready: list[tuple[BootstrapInfo, DeploymentKey | None]] = []
     server = StandaloneBootstrap("127.0.0.1", 0, lambda: ready[0] if ready else None)
     try:

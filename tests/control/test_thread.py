@@ -59,7 +59,11 @@ def test_work_that_fails_is_logged_and_the_next_is_done(
     control: ControlThread, caplog: pytest.LogCaptureFixture
 ) -> None:
     done = threading.Event()
-    control.call(lambda: {}["nothing"])
+
+    def fail() -> None:
+        raise KeyError("nothing")
+
+    control.call(fail)
     control.call(done.set)
     assert done.wait(PATIENCE) and "one event failed" in caplog.text
 
@@ -92,7 +96,12 @@ def test_a_connection_that_cannot_be_looked_at_hurts_nobody(
 
 def test_work_that_was_left_before_the_end_is_done(control: ControlThread) -> None:
     begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
-    control.call(lambda: (begun.set(), go_on.wait(PATIENCE)))
+
+    def wait() -> None:
+        begun.set()
+        go_on.wait(PATIENCE)
+
+    control.call(wait)
     assert begun.wait(PATIENCE)
     control.stop()
     control.call(done.set)

@@ -33,10 +33,13 @@ def test_it_is_heard_until_it_is_cleared_and_again_after_that() -> None:
 
 def test_no_work_that_was_added_before_a_ring_is_left_undone() -> None:
     wakeup, work, done = Wakeup(), deque[int](), 0
-    threads = [
-        threading.Thread(target=lambda: [(work.append(number), wakeup.notify()) for number in range(20_000)])
-        for _ in range(3)
-    ]
+
+    def add_work() -> None:
+        for number in range(20_000):
+            work.append(number)
+            wakeup.notify()
+
+    threads = [threading.Thread(target=add_work) for _ in range(3)]
     for thread in threads:
         thread.start()
     while done < 60_000:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from sglang_mm_conn.core import offers, receiver, unclaimed
@@ -479,7 +481,7 @@ def test_drained_of_another_process_does_not_fail_a_room_that_nobody_announced()
 # -- quarantine and its proofs -------------------------------------------------------------------------------------
 
 
-PROOFS = {
+PROOFS: dict[str, Callable[[str], Progress | Drained | Failed]] = {
     "Progress of that window": lambda room: Progress(room=room, window=0, sent_tokens=1024),
     "Drained": lambda room: Drained(room=room),
     "Failed, drained": lambda room: Failed(room=room, reason="x", code=500, drained=True),

@@ -27,7 +27,7 @@ def test_2000_tokens_with_1024_offered_go_in_two_windows_on_the_stored_queue() -
 
     # T1: the worker saves source and total, sends 1024 tokens; partial, Transferring on both sides.
     info = entry.transfer_infos[rank.session_id]
-    assert info.src_embedding_indices is None and info.total_tokens == 0
+    assert (info.src_embedding_indices, info.total_tokens) == (None, 0)
     write = wire.begin_write()
     assert write is not None and (write.window, write.first_token, write.tokens) == (0, 0, 1024)
     assert info.src_embedding_indices == (0, 1, 2) and info.total_tokens == 2000

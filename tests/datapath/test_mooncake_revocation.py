@@ -93,7 +93,7 @@ def test_bytes_go_on_landing_in_memory_that_was_unregistered() -> None:
         assert _wait_for_more(memory, before, 20) > before
 
 
-def test_nothing_lands_after_the_engine_was_destroyed_and_another_serves_the_same_memory() -> None:
+def test_nothing_lands_after_the_engine_is_destroyed_and_another_serves_its_memory() -> None:
     memory = torch.zeros(BYTES, dtype=torch.uint8)
     engines = [_engine(memory)]
     with _writer_frozen_in_mid_write(engines[0], memory) as writer:

@@ -72,7 +72,7 @@ def test_a_batch_ends_where_the_staging_slot_is_full() -> None:
 
 
 @pytest.mark.parametrize("failure", [-1, 7, REFUSED, REFUSED_WITH_A_CODE, RuntimeError("engine")])
-def test_after_a_call_that_fails_the_matter_is_in_doubt_and_the_engine_is_used_no_more(
+def test_after_a_failed_call_the_matter_is_in_doubt_and_the_engine_is_used_no_more(
     failure: int | Exception,
 ) -> None:
     bed = Bed(Geometry(64, 4, 1))
@@ -150,7 +150,7 @@ def test_a_failed_engine_is_destroyed_only_when_its_last_write_has_returned() ->
         assert time.monotonic() < deadline, "the engine is still there"
 
 
-def test_when_failed_writes_have_used_the_slots_up_a_write_fails_at_once_and_nothing_is_in_doubt() -> None:
+def test_write_fails_at_once_and_without_doubt_when_failed_writes_hold_all_slots() -> None:
     staging = Staging(4, 100)
     for _ in range(4):
         staging.take()

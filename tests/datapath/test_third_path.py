@@ -65,7 +65,7 @@ class TokenLink:
     synchronous = True
 
     # A test stops a write here, half-way.
-    on_write: Callable[[], None] = staticmethod(lambda: None)  # type: ignore[assignment]
+    on_write: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, exposed: Exposed, slot: int) -> None:
         self._exposed = exposed
@@ -243,6 +243,7 @@ def test_blocks_of_a_silent_writer_are_free_only_when_the_paths_own_proof_is_the
         ends.language._on_encoder_event(ProcessLost(incarnation, "silent"))
         assert ends.language.poll(room) is Poll.Failed and allocator.quarantined_count == BLOCKS
         slot = ends.language._encoders.slot_of(incarnation)
+        assert slot is not None
         stays(lambda: allocator.quarantined_count == BLOCKS, "its writer holds the slot", 0.5)
         (exposed,) = EXPOSED.values()
         assert isinstance(exposed.slots[slot], TokenLink)
@@ -255,7 +256,7 @@ def test_blocks_of_a_silent_writer_are_free_only_when_the_paths_own_proof_is_the
 
 
 @pytest.mark.parametrize("refused", ["token", "shm"])
-def test_which_path_is_first_is_the_order_of_the_table_and_the_next_follows_a_refusal(
+def test_first_path_is_the_first_of_the_table_and_the_next_follows_a_refusal(
     refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = {"token": factory.PATHS["token"], "shm": factory.PATHS["shm"]}

@@ -1,4 +1,4 @@
-"""The generated pictures."""
+"""The generated images."""
 
 import base64
 import io

@@ -72,7 +72,8 @@ def as_json(attempts: Sequence[Attempt], run: dict[str, Any]) -> dict[str, Any]:
 def in_markdown(attempts: Sequence[Attempt], summary: str) -> str:
     lines = [summary, "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows(attempts):
-        lines.append("| " + " | ".join(cell.replace("<", "&lt;").replace("|", "/") for cell in row.cells()) + " |")
+        cells = [cell.replace("<", "&lt;").replace("|", "/") for cell in row.cells()]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

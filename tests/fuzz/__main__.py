@@ -67,8 +67,12 @@ Ends with 1 where a promise was broken; the seed is printed and the logs of both
     return parser
 
 
+def problems(outcomes: Sequence[Outcome], floods: Sequence[Measured]) -> list[str]:
+    return [outcome.problem for outcome in outcomes] + [flood.problem for flood in floods]
+
+
 def summary(outcomes: Sequence[Outcome], floods: Sequence[Measured]) -> str:
-    broken = sum(bool(item.problem) for item in (*outcomes, *floods))
+    broken = sum(bool(problem) for problem in problems(outcomes, floods))
     texts = []
     if outcomes:
         frames = sum(outcome.frames for outcome in outcomes)
@@ -160,7 +164,7 @@ class Run:
 
     @property
     def broken(self) -> bool:
-        return any(item.problem for item in (*self.outcomes, *self.floods))
+        return any(problems(self.outcomes, self.floods))
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from sglang_mm_conn.core.messages import (
     Init,
     Message,
     Progress,
+    RefusalKind,
     Refused,
     Register,
     Registered,
@@ -139,7 +140,8 @@ class Frames:
                 incarnation=known.incarnation,
             )  # fmt: skip
         if kind == "refused":
-            why = dice.choice(("mismatch", "data_path", "register_first", "register_first"))
+            first = RefusalKind.REGISTER_FIRST
+            why = dice.choice((RefusalKind.MISMATCH, RefusalKind.DATA_PATH, first, first))
             path = dice.choice(("", "shm", "mooncake"))
             return Refused(reason="r" * dice.randrange(4096), kind=why, data_path=path)
         if kind == "announce":

@@ -94,7 +94,8 @@ class RogueLanguage:
         """Waits until the encoder takes it. Raises Stuck where it does not, on a new connection neither."""
         for _ in range(STUCK_MS // _TRY_MS):
             try:
-                return self._socket.send_multipart(parts)
+                self._socket.send_multipart(parts)
+                return
             except zmq.Again:
                 # libzmq here does not notice that the encoder has closed the connection as long as answers wait.
                 if not self.read():

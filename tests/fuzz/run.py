@@ -143,7 +143,8 @@ class Ground:
 
     def reject_malicious_peers(self) -> None:
         """Their connections close; their rooms end by themselves."""
-        for rogue in (*self.rogue_languages, *self.rogue_encoders):
+        rogues: list[RogueLanguage | RogueEncoder] = [*self.rogue_languages, *self.rogue_encoders]
+        for rogue in rogues:
             rogue.close()
         for expected in self._expected.values():
             self._to_forget += expected
@@ -215,6 +216,10 @@ class Ground:
             else:
                 self._to_forget.append(room)
 
+    def _all_forgotten(self) -> bool:
+        self.forget_ended()
+        return not self._to_forget
+
     # -- what must hold ------------------------------------------------------------------------------------------------
 
     def start_traffic(self) -> None:
@@ -243,7 +248,7 @@ class Ground:
         assert self.route is not None
         self.route.one_more()
         with self.route.paused():
-            wait_for(lambda: (self.forget_ended(), not self._to_forget)[1], "rooms of rogues have ended")
+            wait_for(self._all_forgotten, "rooms of rogues have ended")
             for name, tables, baseline in (
                 ("encoder", ENCODER_TABLES, {"sessions": 1, "links": 1, "peers": 1}),
                 ("language", LANGUAGE_TABLES, {"processes": 1}),

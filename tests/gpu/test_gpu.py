@@ -100,5 +100,5 @@ def test_memory_that_cannot_be_pinned_is_a_warning(device: CudaDevice, caplog: p
 def test_every_copy_gives_the_right_bytes_at_a_rate_that_is_printed(device: CudaDevice) -> None:
     found = measure(device, 64 << 20, 896 << 10, 3)
     for rate in found:
-        print(f"{rate.transport}: {rate.bytes_per_second / 1e9:.2f} GB/s")
+        print(f"{rate.way}: {rate.bytes_per_second / 1e9:.2f} GB/s")
     assert all(rate.right for rate in found)

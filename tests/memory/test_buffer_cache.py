@@ -77,7 +77,7 @@ def test_a_buffer_is_reused_only_after_the_last_tensor_over_it_is_gone(warm: Buf
     assert warm.tensor(NBYTES).data_ptr() == at
 
 
-def test_rows_that_a_module_has_shared_or_pickled_are_a_copy_and_the_memory_comes_back(warm: BufferCache) -> None:
+def test_rows_that_a_module_shared_or_pickled_are_a_copy_and_the_memory_comes_back(warm: BufferCache) -> None:
     rows = warm.tensor(NBYTES)
     rows.fill_(1)
     copy = pickle.loads(pickle.dumps(rows))

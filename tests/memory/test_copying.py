@@ -161,7 +161,7 @@ def test_a_fragmented_window_is_one_copy_and_its_end_and_not_one_for_every_block
 
 
 @pytest.mark.parametrize("way", sorted(WINDOWS))
-def test_others_run_while_a_fragmented_window_is_copied_and_no_copy_of_it_is_made_on_the_way(way: str) -> None:
+def test_fragmented_window_is_copied_once_and_other_threads_run_meanwhile(way: str) -> None:
     block_bytes = 1 << 20
     pool, window = bytes_of(128 * block_bytes), bytes_of(64 * block_bytes)
     slices = slices_of(way, pool, window, list(range(127, 0, -2)), block_bytes)

@@ -75,7 +75,7 @@ def test_a_process_computes_on_the_gpu_that_it_was_given_or_on_none() -> None:
         assert isinstance(gpu, CudaDevice) and gpu.name == "cuda:3"
 
 
-def test_whose_settings_keep_transfers_off_the_gpu_waits_for_nothing_and_pins_nothing() -> None:
+def test_settings_that_keep_transfers_off_the_gpu_wait_for_nothing_and_pin_nothing() -> None:
     assert type(device_of(torch.device("cuda", 3), Settings())) is Device
 
 
@@ -111,7 +111,7 @@ def test_the_same_with_a_device_that_does_not_wait_would_give_other_bytes() -> N
 
 
 @pytest.mark.parametrize("memory_device", ["cpu", "cuda"])
-def test_a_gpu_pool_is_read_after_what_an_engine_copies_into_it_on_the_default_stream(memory_device: str) -> None:
+def test_gpu_pool_is_read_after_what_an_engine_copies_into_it_on_the_default_stream(memory_device: str) -> None:
     class Engine(AsynchronousDevice):
         """Its write lands when the default stream is waited for."""
 

@@ -77,9 +77,7 @@ def test_a_window_is_written_from_the_middle_of_an_embedding(pool: BlockPool, li
     assert torch.equal(result, embedding[30:70])
 
 
-def test_rows_that_were_copied_out_are_no_view_of_blocks_that_the_next_room_is_written_to(
-    pool: BlockPool, link: ShmLink
-) -> None:
+def test_rows_copied_out_are_no_view_of_blocks_that_the_next_room_is_written_to(pool: BlockPool, link: ShmLink) -> None:
     result = PrivateResult("room", Contents(5, "float32", 40, b"")).rows
     link.write(torch.full((40,), 1, dtype=torch.uint8), window_extents(GEOMETRY, [9, 2], 40))
     pool.read([9, 2], result, 40)

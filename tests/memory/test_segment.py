@@ -141,7 +141,7 @@ def test_only_this_user_can_open_a_segment(segment: Segment) -> None:
 # -- the writer's lock ---------------------------------------------------------------------------------------------
 
 
-def test_a_writer_is_seen_until_it_closes_even_while_something_still_refers_to_its_mapping(segment: Segment) -> None:
+def test_writer_is_seen_until_it_closes_even_while_its_mapping_is_referred_to(segment: Segment) -> None:
     attached = AttachedSegment(segment.name, segment.nonce, PAYLOAD, slot=3)
     view = memoryview(attached.data)
     assert not segment.retire_writer(3) and segment.retire_writer(2) and segment.retire_writer(4)
@@ -179,8 +179,7 @@ def test_a_refused_attachment_leaves_no_lock(segment: Segment) -> None:
 
 
 def test_a_killed_writer_is_gone_and_a_living_one_is_not(segment: Segment, children: list[Child]) -> None:
-    for slot in (5, 6):
-        children.append(Child(attach_code(segment, slot)))
+    children += [Child(attach_code(segment, slot)) for slot in (5, 6)]
     assert not segment.retire_writer(5) and not segment.retire_writer(6)
     children[0].kill()
     assert segment.retire_writer(5) and not segment.retire_writer(6)
@@ -197,7 +196,7 @@ def test_close_unlinks_the_name_and_may_be_repeated() -> None:
     assert segment.name not in names()
 
 
-def test_the_segment_of_a_killed_process_is_swept_by_the_next_start_and_a_living_ones_is_not(
+def test_segment_of_a_killed_process_is_swept_by_the_next_start_but_no_living_ones(
     segment: Segment, children: list[Child]
 ) -> None:
     children.append(Child(f"s = Segment({PAYLOAD}); print(s.name, flush=True)"))
@@ -210,7 +209,7 @@ def test_the_segment_of_a_killed_process_is_swept_by_the_next_start_and_a_living
     following.close()
 
 
-def test_a_process_that_ends_in_good_order_leaves_no_segment_though_a_forked_child_of_it_ended_before() -> None:
+def test_process_that_ends_in_good_order_leaves_no_segment_after_its_fork_ended() -> None:
     program = (
         f"import os, sys\nfrom sglang_mm_conn.memory import segment\nsegment.DIRECTORY = {module.DIRECTORY!r}\n"
         f"kept = segment.Segment({PAYLOAD})\nchild = os.fork()\nif not child: sys.exit()\nos.waitpid(child, 0)\n"
@@ -239,7 +238,7 @@ def test_too_much_memory_is_refused_naming_what_is_free_and_the_setting() -> Non
     assert names() == before
 
 
-def test_pages_are_reserved_at_the_start_so_that_a_full_filesystem_cannot_kill_a_copy() -> None:
+def test_pages_are_reserved_at_the_start_so_a_full_filesystem_cannot_kill_a_copy() -> None:
     before = os.statvfs(module.DIRECTORY).f_bfree
     segment = Segment(64 << 20)
     status = os.stat(at(segment.name))

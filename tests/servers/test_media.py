@@ -12,7 +12,7 @@ import pytest
 
 from sglang_mm_conn.demo.chat import ask
 from sglang_mm_conn.demo.images import Image
-from sglang_mm_conn.demo.media import Sound, Video
+from sglang_mm_conn.demo.media import Audio, Video
 from sglang_mm_conn.demo.questions import Question
 from sglang_mm_conn.demo.servers import ServerGroup
 from sglang_mm_conn.demo.timeline import received
@@ -36,25 +36,25 @@ VIDEOS = (
     Question("videos of different lengths", "compare", videos=(Video(5), Video(6, frames=12, fps=5))),
     Question("images and a video", "compare", (Image(1), Image(2, 140, 112)), (Video(7),)),
 )
-# Two sounds of one request are of one length: the last frame of a shorter one is made with the padding that the longer
-# needs where both are preprocessed together (colocated, or on one encoder), without it where each has its encoder.
-SOUNDS = (
-    Question("one sound", "what is it?", sounds=(Sound(1),)),
-    Question("long sound", "what is it?", sounds=(Sound(2, 9000),)),
-    Question("two sounds", "compare", sounds=(Sound(3), Sound(4))),
-    Question("image and sound", "compare", (Image(3),), (), (Sound(5),)),
-    Question("two of each", "compare", (Image(4), Image(5, 140)), (Video(8), Video(9, 6)), (Sound(6), Sound(7))),
+# The audio items of one request have the same length. Where they are preprocessed together (colocated, or on one
+# encoder), the shorter one is padded, and its last frame differs from the one without padding.
+AUDIOS = (
+    Question("one audio", "what is it?", audios=(Audio(1),)),
+    Question("long audio", "what is it?", audios=(Audio(2, 9000),)),
+    Question("two audios", "compare", audios=(Audio(3), Audio(4))),
+    Question("image and audio", "compare", (Image(3),), (), (Audio(5),)),
+    Question("two of each", "compare", (Image(4), Image(5, 140)), (Video(8), Video(9, 6)), (Audio(6), Audio(7))),
 )
 
 
 def _check(group: ServerGroup, reference: Any, questions: tuple[Question, ...]) -> None:
-    """One after the other, then those without sounds all at once: an encoder makes one batch of sounds that come at the
-    same time, and pads the shorter ones."""
+    """One after the other, then those without audio concurrently: an encoder makes one batch of concurrent audio and
+    pads the shorter items."""
     expected = [reference.answer(question) for question in questions]
     for question, right in zip(questions, expected, strict=True):
         got = ask(group.language.url, question)
         assert got.same_as(right), (question.name, got, right)
-    concurrent = [(question, right) for question, right in zip(questions, expected, strict=True) if not question.sounds]
+    concurrent = [(question, right) for question, right in zip(questions, expected, strict=True) if not question.audios]
     with ThreadPoolExecutor(4) as clients:
         answers = list(clients.map(lambda job: ask(group.language.url, job[0]), concurrent))
     for (question, right), got in zip(concurrent, answers, strict=True):
@@ -81,8 +81,8 @@ def test_videos_answer_as_colocated_though_they_are_larger_than_the_pool(
     _check_transfers(group, path)
 
 
-@pytest.mark.parametrize("path", ("shm", "mooncake"))
-def test_images_videos_and_sounds_of_one_request_come_from_two_encoders(
+@pytest.mark.parametrize("path", ["shm", "mooncake"])
+def test_images_videos_and_audio_of_one_request_come_from_two_encoders(
     path: str, reference: Callable[..., Any], shared_group: Callable[..., ServerGroup]
 ) -> None:
     """Rows of two widths, several parts of one request, each in windows."""
@@ -90,14 +90,14 @@ def test_images_videos_and_sounds_of_one_request_come_from_two_encoders(
     env = {**ENV, "SGLANG_MM_CONN_DATA_PATH": path}
     flags = KINDS["qwen3_omni_moe"].encoder_flags
     group = shared_group("qwen3_omni_moe", encoders=2, env=env, encoder_flags=flags)
-    _check(group, right, (*SOUNDS, *VIDEOS))
+    _check(group, right, (*AUDIOS, *VIDEOS))
     _check_transfers(group, path)
     widths = {room.bytes // room.tokens for room in received(group.language.log())}
     assert len(widths) == 2, widths
     assert all("Embedding sent" in encoder.log() for encoder in group.encoders)
 
 
-def test_the_clip_that_sglang_places_differently_in_time_where_it_is_colocated(reference: Callable[..., Any]) -> None:
+def test_the_video_that_sglang_places_differently_in_time_where_it_is_colocated(reference: Callable[..., Any]) -> None:
     """Why the comparison above needs CPU_BED_MEDIA_METADATA. When this fails, sglang has mended it: take that away."""
     alone = reference("qwen2_5_vl").answer(ONE_VIDEO)
     as_the_encoder = reference("qwen2_5_vl", **ENCODERS_METADATA).answer(ONE_VIDEO)

@@ -24,7 +24,7 @@ def _start_and_fail(model: Path, *flags: str, role: Role = "encoder", env: dict[
     return output
 
 
-@pytest.mark.parametrize("builtin", ("zmq_to_scheduler", "mooncake"))
+@pytest.mark.parametrize("builtin", ["zmq_to_scheduler", "mooncake"])
 def test_a_contradicting_encoder_transfer_backend_is_refused_naming_both_flags(
     builtin: str, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -95,7 +95,7 @@ def test_without_the_flag_the_plugin_hooks_nothing() -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("untested", ("--dp-size 2", "--pp-size 2", "--attn-cp-size 2"))
+@pytest.mark.parametrize("untested", ["--dp-size 2", "--pp-size 2", "--attn-cp-size 2"])
 def test_a_language_server_refuses_what_is_untested_with_tensor_parallel_ranks(
     untested: str, tiny_model: Callable[[str], Path]
 ) -> None:

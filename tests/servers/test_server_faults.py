@@ -40,8 +40,8 @@ def _ask_in_background(url: str, question: Any) -> tuple[threading.Thread, list[
     return thread, answers
 
 
-@pytest.mark.parametrize("path", ("shm", "mooncake"))
-def test_encoder_dead_frozen_and_killed_in_the_middle_then_restarted_on_the_same_port(
+@pytest.mark.parametrize("path", ["shm", "mooncake"])
+def test_encoder_dead_frozen_and_killed_midway_then_restarted_on_the_same_port(
     path: str, reference: Callable[..., Any], new_group: Callable[..., ServerGroup], tmp_path: Any
 ) -> None:
     group = new_group("qwen2_5_vl", env={**ENV, "SGLANG_MM_CONN_DATA_PATH": path})

@@ -54,7 +54,7 @@ def _cache_hits(encoder: Server) -> float:
     return sum(float(line.split()[-1]) for line in lines)
 
 
-def test_overlap_schedule_chunked_prefill_adaptive_dispatch_and_the_encoders_cache_and_profiler(
+def test_overlap_chunked_prefill_adaptive_dispatch_and_encoder_cache_and_profiler(
     encoder: Server, reference: Callable[..., Any], tmp_path: Path
 ) -> None:
     right = [reference("qwen2_5_vl").answer(question) for question in QUESTIONS]

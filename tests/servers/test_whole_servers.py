@@ -71,7 +71,7 @@ def group(request: pytest.FixtureRequest, shared_group: Callable[..., ServerGrou
 @pytest.fixture
 def right(reference: Callable[..., Any]) -> Callable[[Question], Answer]:
     """What a colocated server answers."""
-    return lambda question: reference("qwen2_5_vl").answer(question)  # type: ignore[no-any-return]
+    return lambda question: reference("qwen2_5_vl").answer(question)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def abort(group: ServerGroup, rid: str) -> None:
 # -- clients that leave, requests that are aborted or refused ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", (False, True), ids=("waiting", "streaming"))
+@pytest.mark.parametrize("stream", [False, True], ids=("waiting", "streaming"))
 def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
     stream: bool, group: ServerGroup, right: Callable[[Question], Answer]
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
     check_serves(group, right)
 
 
-def test_a_request_aborted_at_any_moment_is_answered_at_once_and_leaves_nothing_behind(
+def test_request_aborted_at_any_moment_is_answered_at_once_and_leaves_nothing_behind(
     group: ServerGroup, right: Callable[[Question], Answer]
 ) -> None:
     language = group.language
@@ -189,7 +189,7 @@ def test_a_request_aborted_at_any_moment_is_answered_at_once_and_leaves_nothing_
     check_serves(group, right)
 
 
-def test_a_request_refused_after_its_encode_was_dispatched_is_released_by_the_claim_timeout(
+def test_request_refused_after_dispatch_is_released_by_the_claim_timeout(
     group: ServerGroup, right: Callable[[Question], Answer]
 ) -> None:
     before = encodes_answered(group.encoder)
@@ -261,7 +261,7 @@ def check_concurrent(concurrent: ConcurrentRequests, right: Callable[[Question],
     return statuses
 
 
-def test_clients_that_ask_while_the_encoder_freezes_dies_and_returns_get_right_answers_or_clear_errors(
+def test_clients_get_answers_or_clear_errors_while_the_encoder_freezes_and_dies(
     group: ServerGroup, right: Callable[[Question], Answer]
 ) -> None:
     for question in CONCURRENT:
@@ -299,7 +299,7 @@ def test_clients_that_ask_while_the_encoder_freezes_dies_and_returns_get_right_a
 # -- language servers that die ----------------------------------------------------------------------------------------
 
 
-def test_a_language_server_that_dies_costs_the_encoder_nothing_and_the_next_one_is_served(
+def test_language_server_that_dies_costs_the_encoder_nothing_and_the_next_is_served(
     group: ServerGroup, right: Callable[[Question], Answer], request: pytest.FixtureRequest
 ) -> None:
     encoder, language = group.encoder, group.language

@@ -93,14 +93,17 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
             assert meta["img_grid_thw"].tolist() == [[1, 2, 3]], "the metadata came too"
             return SimpleNamespace(input_ids=[1], embedding=embeddings[Modality.IMAGE])
 
-    receiver = SchedulerReceiver.__new__(SchedulerReceiver)
+    class Receiver(SchedulerReceiver):
+        def create_req(self, recv_req: Any) -> Any:
+            return recv_req.rid
+
+    receiver = Receiver.__new__(Receiver)
     receiver.scheduler, receiver.mm_processor = SimpleNamespace(), Processor()
     receiver.tp_rank, receiver.tp_size, receiver.tp_group = rank, 2, Group()
     receiver.encode_urls, receiver.wait_timeout, receiver.hostname = [encoder_url], RECV_TIMEOUT, HOST
     receiver.model_type, receiver.waiting_list, receiver.waiting_by_rid = "qwen2_5_vl", [], {}
     receiver.scheduler_recv_socket = receiver.scheduler_context = receiver.scheduler_embedding_port = None
     receiver._joined_scheduler = True
-    receiver.create_req = lambda request: request.rid
     ranks: dict[str, Any] = {"rank": rank, "size": 2, "ranks_per_host": 2}
     receiver.manager = EmbeddingManager(
         EmbeddingArgs(SETTINGS, torch.float32, WIDTH * 4, HOST, RECV_TIMEOUT, server=server, **ranks),
@@ -130,7 +133,7 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
         if abort:
             receiver.abort_waiting_requests(SimpleNamespace(abort_all=False, rid=abort))
         ready, aborted = receiver.process_waiting_requests([incoming(one) for one in requests])
-        completions = receiver.manager.language.completions
+        completions = receiver.manager.language_endpoint.completions
         return Tick(
             {one.rid: zlib.crc32(one.mm_inputs.embedding.numpy().tobytes()) for one in ready},
             {rid: (text, int(code or 500)) for rid, text, code in aborted},

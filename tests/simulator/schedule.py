@@ -515,6 +515,7 @@ class Schedule:
     def _twist(self, frame: bytes, to_server: bool) -> Message | None:
         """A message that contradicts what the two have agreed upon; None where ``frame`` is not of a kind for that."""
         message: Any
+        changes: list[dict[str, Any]]
         message = decode_from_language(frame, FRAME_LIMIT) if to_server else decode_from_encoder(frame, FRAME_LIMIT)
         if not isinstance(message, Init | Resume | Progress):
             return None

@@ -158,7 +158,7 @@ class BuiltinSender:
         from sglang.srt.disaggregation.encoder import server
 
         encoder = self._encoder
-        encoder._embedding_dims = {modality: room.width for modality in _modalities()}
+        encoder._embedding_dims = dict.fromkeys(_modalities(), room.width)
         encoder._acquire_encode_ref(room.name)
         async with server.encode_state_condition:
             server.encode_state_condition.notify_all()
