@@ -211,34 +211,24 @@ class ServerGroup:
         self.encoders = [
             Server(
                 Launch(
-                    "encoder",
-                    model,
-                    backend,
-                    device,
-                    flags=tuple(encoder_flags),
+                    "encoder", model, backend, device, flags=tuple(encoder_flags),
                     env={**(env or {}), **(encoder_env or {})},
                 ),
-                log_dir,
-                _numbered("encoder", index, encoders),
+                log_dir, _numbered("encoder", index, encoders),
             )
             for index in range(encoders)
-        ]
+        ]  # fmt: skip
         self.languages = [
             Server(
                 Launch(
-                    "language",
-                    model,
-                    backend,
-                    device,
+                    "language", model, backend, device, flags=tuple(language_flags),
                     encoder_urls=tuple(server.url for server in self.encoders),
-                    flags=tuple(language_flags),
                     env={**(env or {}), **(language_env or {})},
                 ),
-                log_dir,
-                _numbered("language", index, languages),
+                log_dir, _numbered("language", index, languages),
             )
             for index in range(languages)
-        ]
+        ]  # fmt: skip
 
     @property
     def encoder(self) -> Server:

@@ -9,48 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_mm_conn.demo.tiny_tokenizer import BYTES, TOKEN_ID, VOCABULARY, byte_alphabet, dump, write_tokenizer
+
 VERSION = 2  # raise it when the generated files change, so that those of older runs are replaced
 STAMP = "tiny-model.json"
 
-BYTES = 256
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|audio_start|>",
-    "<|audio_end|>",
-    "<|audio_pad|>",
-)
-TOKEN_ID = {name: BYTES + index for index, name in enumerate(SPECIAL)}
-VOCABULARY = 320  # bytes and special tokens, rounded up
-# The names under which processors ask the tokenizer for them.
-NAMED_TOKENS = {
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-    "audio_token": "<|audio_pad|>",
-    "vision_bos_token": "<|vision_start|>",
-    "vision_eos_token": "<|vision_end|>",
-    "audio_bos_token": "<|audio_start|>",
-    "audio_eos_token": "<|audio_end|>",
-}
 HIDDEN = 128
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] in ('video', 'video_url') %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif part['type'] in ('audio', 'audio_url') %}<|audio_start|><|audio_pad|><|audio_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -210,10 +174,10 @@ def write(kind: str, directory: Path, seed: int = 0, shape: Shape = TINY) -> Pat
     # Written to another directory and renamed, so that an interrupted run leaves nothing that looks finished.
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write_tokenizer(draft)
+        write_tokenizer(draft)
         _write_weights(KINDS[kind], draft, seed, shape)
         _write_processors(KINDS[kind], draft)
-        _dump(draft / STAMP, stamp)
+        dump(draft / STAMP, stamp)
         draft.chmod(0o755)
         if directory.exists():
             if _stamp_of(directory) is None and any(directory.iterdir()):
@@ -232,49 +196,6 @@ def _stamp_of(directory: Path) -> Any:
         return None
 
 
-def _dump(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1))
-
-
-def _byte_alphabet() -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def _write_tokenizer(directory: Path) -> None:
-    """One token per byte, no merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {character: index for index, character in enumerate(_byte_alphabet())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.save(str(directory / "tokenizer.json"))
-    _dump(directory / "vocab.json", vocabulary)
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-    _dump(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2TokenizerFast",
-            "add_prefix_space": False,
-            "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "unk_token": None,
-            "additional_special_tokens": list(SPECIAL[1:]),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 4096,
-            "extra_special_tokens": NAMED_TOKENS,
-            "chat_template": CHAT_TEMPLATE,
-            "added_tokens_decoder": {str(index): {"content": name, **flags} for name, index in TOKEN_ID.items()},
-        },
-    )
-    _dump(directory / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-
-
 def _write_weights(kind: Kind, directory: Path, seed: int, shape: Shape) -> None:
     import torch
     import transformers
@@ -287,7 +208,7 @@ def _write_weights(kind: Kind, directory: Path, seed: int, shape: Shape) -> None
     transformers.utils.logging.disable_progress_bar()  # it writes into the middle of other output
     model.save_pretrained(directory, safe_serialization=True)
     saved = json.loads((directory / "config.json").read_text())
-    _dump(directory / "config.json", {**saved, "architectures": [model_class.__name__]})
+    dump(directory / "config.json", {**saved, "architectures": [model_class.__name__]})
 
 
 def _config(kind: Kind, shape: Shape) -> Any:
@@ -340,7 +261,7 @@ def _randomise(model: Any, seed: int) -> None:
                 parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * noise)
         # Only printable ASCII is ever generated, one token a character: equal texts are equal tokens.
         head = getattr(model, "thinker", model).get_output_embeddings().weight
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         for index in range(VOCABULARY):
             if index >= BYTES or not "!" <= alphabet[index] <= "~":
                 head[index].zero_()
@@ -362,10 +283,10 @@ def _write_processors(kind: Kind, directory: Path) -> None:
         "processor_class": f"{kind.classes}Processor",
     }
     audio = {} if kind.audio is None else _audio_processor(kind.audio["num_mel_bins"])
-    _dump(directory / "preprocessor_config.json", {**common, **audio, "image_processor_type": kind.image_processor})
+    dump(directory / "preprocessor_config.json", {**common, **audio, "image_processor_type": kind.image_processor})
     fewest, most = kind.video_pixels or (fewest, most)
     sizes = {"min_pixels": fewest, "max_pixels": most, "size": {"shortest_edge": fewest, "longest_edge": most}}
-    _dump(
+    dump(
         directory / "video_preprocessor_config.json",
         {**common, **sizes, "video_processor_type": kind.video_processor},
     )

@@ -45,7 +45,7 @@ def test_a_session_id_that_returns_with_another_process_gets_another_engine() ->
     assert [len(engine.batches) for engine in bed.engines] == [2, 2, 1]
 
 
-def test_a_server_that_registered_no_memory_with_mooncake_is_refused_before_an_engine_is_made() -> None:
+def test_server_without_memory_at_mooncake_is_refused_before_an_engine_is_made() -> None:
     bed = Bed(Geometry(64, 4, 1))
     for memory in (
         ShmMemory(segment="name", nonce="nonce", writer_slot=0),

@@ -71,7 +71,7 @@ def shm_of(pool: BlockPool) -> ShmReceivePath:
     return ShmReceivePath(pool.segment, HOST, reserve)  # type: ignore[arg-type]
 
 
-def test_a_writer_slot_is_proved_free_only_when_its_link_is_closed_and_then_taken_for_good(shared: BlockPool) -> None:
+def test_writer_slot_is_proved_free_only_after_its_link_is_closed(shared: BlockPool) -> None:
     path = shm_of(shared)
     assert path.session_id == "10.0.0.1:17999" and path.exclusive_lock and path.retired_epoch is None
     memory = path.describe(3).memory
