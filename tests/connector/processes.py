@@ -318,19 +318,19 @@ class Proxy:
         while not self._closing:
             self._rounds += 1
             with self._lock:
-                ways = {
+                far_ends = {
                     near: far
                     for client, encoder in self._pairs
                     for near, far, direction in ((client, encoder, "to_encoder"), (encoder, client, "to_language"))
                     if direction not in self._muted
                 }
             try:
-                readable, _, _ = select.select([self._listener, *ways], [], [], 0.01)
+                readable, _, _ = select.select([self._listener, *far_ends], [], [], 0.01)
                 for near in readable:
                     if near is self._listener:
                         self._accept()
                     else:
-                        self._forward(near, ways[near])
+                        self._forward(near, far_ends[near])
             except (OSError, ValueError):
                 continue  # cut meanwhile
 

@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz``: rogue peers at real processes, and what they could not do."""
+"""``python -m tests.fuzz``: malicious peers at real processes, and what they could not do."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def arguments() -> argparse.ArgumentParser:
         prog="python -m tests.fuzz",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"""\
-Starts an encoder and a language process (the connector alone, no model), and rogue peers at both: language ranks,
+Starts an encoder and a language process (the connector alone, no model), and malicious peers at both: language ranks,
 registered and not, one that reads no answers; encoders with a bootstrap route of their own; strangers without a key.
 They send random bytes, valid messages out of order, and mutated ones. It is done without a key and with one. What must
 be true:
 
   - rooms between the healthy two arrive all the while, byte for byte, each within {DEADLINE:g} s;
   - no process and no thread ends, and every block is accounted for;
-  - when the rogues are gone nothing of theirs is left: no session, link, room, or block in quarantine;
+  - when the malicious peers are gone nothing of theirs is left: no session, link, room, or block in quarantine;
   - neither process holds more than after the first tenth: memory ({RSS_MARGIN_KB >> 10} MiB and tombstones, which are
     bounded), descriptors, sockets, threads.
 

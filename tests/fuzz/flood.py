@@ -31,7 +31,7 @@ from tests.connector.processes import wait_for
 from tests.faults.baseline import RSS_MARGIN_KB, Holdings
 from tests.faults.traffic import one_room
 from tests.fuzz.frames import BATCH_MARK
-from tests.fuzz.malicious_peers import RogueEncoder, RogueLanguage, Stuck
+from tests.fuzz.malicious_peers import MaliciousEncoder, MaliciousLanguage, Stuck
 from tests.fuzz.run import DEADLINE, LIMIT, TOMBSTONE_BYTES, Ground
 
 # The median healthy room may take so many times as long beside a flood. Where it takes less than the floor without,
@@ -46,7 +46,7 @@ TOKENS = 300
 
 @dataclass(frozen=True)
 class Flood:
-    """What is sent: ``frames`` makes an endless row of frames for the rogue."""
+    """What is sent: ``frames`` makes an endless row of frames for the peer."""
 
     side: str  # "encoder" or "language": who is flooded
     name: str
@@ -54,12 +54,12 @@ class Flood:
     reads: bool = True
 
 
-def _init(rogue: RogueLanguage) -> Iterator[bytes]:
+def _init(peer: MaliciousLanguage) -> Iterator[bytes]:
     while True:
         yield encode(
             Init(
-                room=new_room_base(rogue.server),
-                mooncake_session_id=rogue.knowledge.session,
+                room=new_room_base(peer.server),
+                mooncake_session_id=peer.knowledge.session,
                 epoch=0,
                 dst_embedding_indices=[0],
                 allocated_tokens=1,
@@ -69,43 +69,43 @@ def _init(rogue: RogueLanguage) -> Iterator[bytes]:
         )
 
 
-def _abort(rogue: RogueLanguage) -> Iterator[bytes]:
+def _abort(peer: MaliciousLanguage) -> Iterator[bytes]:
     while True:
-        room = new_room_base(rogue.server)
-        yield encode(Abort(room=room, mooncake_session_id=rogue.knowledge.session, reason="r" * 4000))
+        room = new_room_base(peer.server)
+        yield encode(Abort(room=room, mooncake_session_id=peer.knowledge.session, reason="r" * 4000))
 
 
-def _register(rogue: RogueLanguage) -> Iterator[bytes]:
+def _register(peer: MaliciousLanguage) -> Iterator[bytes]:
     for number in itertools.count():
-        yield encode(msgspec.structs.replace(rogue.register, number=number))
+        yield encode(msgspec.structs.replace(peer.register, number=number))
 
 
-def _register_more(rogue: RogueLanguage) -> Iterator[bytes]:
+def _register_more(peer: MaliciousLanguage) -> Iterator[bytes]:
     for number in itertools.count():
         session = f"10.9.8.7:{1 + number % 65_535}"
-        memory = msgspec.structs.replace(rogue.register.memory, writer_slot=number)
-        yield encode(msgspec.structs.replace(rogue.register, mooncake_session_id=session, memory=memory))
+        memory = msgspec.structs.replace(peer.register.memory, writer_slot=number)
+        yield encode(msgspec.structs.replace(peer.register, mooncake_session_id=session, memory=memory))
 
 
-def _announce(rogue: RogueEncoder) -> Iterator[bytes]:
+def _announce(peer: MaliciousEncoder) -> Iterator[bytes]:
     while True:
         yield encode(Announce(room=new_room_base("0" * 16), total_tokens=10, row_bytes=64, dtype="float32"))
 
 
 def _same(message: Any) -> Callable[[Any], Iterator[bytes]]:
-    return lambda rogue: itertools.repeat(message if isinstance(message, bytes) else encode(message))
+    return lambda peer: itertools.repeat(message if isinstance(message, bytes) else encode(message))
 
 
-def _registered(rogue: RogueEncoder) -> Iterator[bytes]:
+def _registered(peer: MaliciousEncoder) -> Iterator[bytes]:
     while True:
         yield encode(
-            Registered(mooncake_session_id=rogue.knowledge.session, epoch=0, incarnation=rogue.knowledge.incarnation)
+            Registered(mooncake_session_id=peer.knowledge.session, epoch=0, incarnation=peer.knowledge.incarnation)
         )
 
 
 def _batched(frames: Callable[[Any], Iterator[bytes]]) -> Callable[[Any], Iterator[bytes]]:
-    def batches(rogue: Any) -> Iterator[bytes]:
-        single = frames(rogue)
+    def batches(peer: Any) -> Iterator[bytes]:
+        single = frames(peer)
         while True:
             yield BATCH_MARK + msgspec.msgpack.encode(list(itertools.islice(single, MOST_FRAMES)))
 
@@ -129,7 +129,7 @@ FLOODS = (
     Flood("language", "batches of announcements of unknown rooms", _batched(_announce)),
     Flood("language", "grants of registrations", _registered),
     Flood("language", "refusals", _same(Refused(reason="no", kind=RefusalKind.REGISTER_FIRST))),
-    Flood("language", "ends of unknown rooms", lambda rogue: _drained()),
+    Flood("language", "ends of unknown rooms", lambda peer: _drained()),
     Flood("language", "nonsense", _same(b"nonsense")),
     Flood("language", "nonsense of 2 MiB", _same(bytes(1 << 21))),
 )
@@ -171,19 +171,19 @@ def room_times(ground: Ground, rooms: int) -> list[float]:
 
 
 @contextmanager
-def flooding(ground: Ground, flood: Flood, rogue: Any) -> Iterator[list[int]]:
+def flooding(ground: Ground, flood: Flood, peer: Any) -> Iterator[list[int]]:
     """The flood, on a thread of its own; yields how many frames it has sent."""
     sent, stop, failed = [0], threading.Event(), []
 
     def send() -> None:
         try:
-            for frame in flood.frames(rogue):
+            for frame in flood.frames(peer):
                 if stop.is_set():
                     return
-                arrived = rogue.send([frame]) is not False
+                arrived = peer.send([frame]) is not False
                 sent[0] += arrived
                 if not arrived or sent[0] % 50 == 0:
-                    rogue.read()
+                    peer.read()
         except Stuck as error:
             failed.append(error)
 
@@ -199,9 +199,11 @@ def flooding(ground: Ground, flood: Flood, rogue: Any) -> Iterator[list[int]]:
 
 def measure(ground: Ground, flood: Flood, rooms: int = ROOMS) -> Measured:
     """Play one flood. What is broken is in ``problem``."""
-    wait_for(lambda: ground.encoder.stats()["sessions"] == 1, "the rogue before is forgotten")
-    rogue: Any = (
-        ground.rogue_language(registers=True, reads=flood.reads) if flood.side == "encoder" else ground.rogue_encoder()
+    wait_for(lambda: ground.encoder.stats()["sessions"] == 1, "the malicious peer before is forgotten")
+    peer: Any = (
+        ground.malicious_language(registers=True, reads=flood.reads)
+        if flood.side == "encoder"
+        else ground.malicious_encoder()
     )
     child = ground.children[flood.side]
     rate = before = during = 0.0
@@ -209,12 +211,12 @@ def measure(ground: Ground, flood: Flood, rooms: int = ROOMS) -> Measured:
     problem = ""
     try:
         if flood.side == "encoder":
-            wait_for(lambda: child.stats()["sessions"] == 2, "the rogue is registered")
+            wait_for(lambda: child.stats()["sessions"] == 2, "the malicious peer is registered")
         quiet, beside, frames, seconds = room_times(ground, 1), [], 0, 0.0
         held, stones = Holdings.of(child), child.stats()["tombstones"]
         for _ in range(ROUNDS):
             quiet += room_times(ground, rooms // ROUNDS)
-            with flooding(ground, flood, rogue) as sent:
+            with flooding(ground, flood, peer) as sent:
                 began = time.monotonic()
                 beside += room_times(ground, rooms // ROUNDS)
                 time.sleep(max(0.0, began + 0.5 - time.monotonic()))
@@ -233,6 +235,6 @@ def measure(ground: Ground, flood: Flood, rooms: int = ROOMS) -> Measured:
     except AssertionError as error:
         problem = str(error)
     finally:
-        rogue.close()
-        ground.rogue_languages, ground.rogue_encoders = [], []
+        peer.close()
+        ground.malicious_languages, ground.malicious_encoders = [], []
     return Measured(flood.side, flood.name, rate, before, during, growth, problem)

@@ -48,7 +48,7 @@ OTHERS: tuple[Any, ...] = (None, True, False, b"", b"\xff" * 64, [], {}, [[]], [
 
 @dataclass
 class Knowledge:
-    """What a rogue peer knows and puts into its messages."""
+    """What a malicious peer knows and puts into its messages."""
 
     session: str = "127.0.0.1:1"
     incarnation: str = "0" * 16
@@ -60,7 +60,7 @@ class Knowledge:
 
 
 class Frames:
-    """Makes the frames of one rogue peer. ``overlong``: more bytes than the receiver takes."""
+    """Makes the frames of one malicious peer. ``overlong``: more bytes than the receiver takes."""
 
     def __init__(self, dice: random.Random, knowledge: Knowledge, overlong: int) -> None:
         self.dice = dice

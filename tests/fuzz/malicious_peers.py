@@ -47,7 +47,7 @@ class Stuck(AssertionError):
     """The process under test takes no frames any more."""
 
 
-class RogueLanguage:
+class MaliciousLanguage:
     """A language rank's end with memory of its own to show. ``reads``: whether it takes answers from the socket."""
 
     def __init__(
@@ -118,7 +118,7 @@ class RogueLanguage:
         self._segment.close()
 
 
-class RogueEncoder:
+class MaliciousEncoder:
     """An encoder's end: the bootstrap route and the socket that a language process is sent to."""
 
     def __init__(self, context: zmq.Context[Any], key: DeploymentKey | None) -> None:
@@ -185,7 +185,7 @@ class RogueEncoder:
 
     def wait_connected(self) -> None:
         """Until the language process has registered (again)."""
-        wait_for(lambda: self.read() and self._peer, "the language process registers with the rogue encoder")
+        wait_for(lambda: self.read() and self._peer, "the language process registers with the malicious encoder")
 
     def close(self) -> None:
         self._socket.close(0)

@@ -1,4 +1,4 @@
-"""One fuzz: a healthy encoder and a healthy language process, rogues at both, and what must hold all the while."""
+"""One fuzz: a healthy encoder and language process, malicious peers at both, and what must hold all the while."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.faults.baseline import Holdings
 from tests.faults.processes import ENCODER_TABLES, LANGUAGE_TABLES
 from tests.faults.traffic import Route
 from tests.fuzz.frames import Frames
-from tests.fuzz.malicious_peers import RogueEncoder, RogueLanguage, Strangers, keyless_frames
+from tests.fuzz.malicious_peers import MaliciousEncoder, MaliciousLanguage, Strangers, keyless_frames
 
-# A healthy room arrives within this, whatever rogues do; far longer than it takes.
+# A healthy room arrives within this, whatever malicious peers do; far longer than it takes.
 DEADLINE = 20.0
-# Rooms of rogues, which hold blocks until then.
-ROGUE_SECONDS = 1.0
-ROGUE_ROOMS = 12
+# Rooms of malicious peers, which hold blocks until then.
+MALICIOUS_SECONDS = 1.0
+MALICIOUS_ROOMS = 12
 # Several: one that made the language process close the connection is away for a moment.
-ROGUE_ENCODERS = 5
+MALICIOUS_ENCODERS = 5
 BATCH = 50
 LIMIT = 1 << 20
 SETTINGS: dict[str, Any] = {
@@ -65,7 +65,7 @@ class Outcome:
 
 
 class WatchedWorld(World):
-    """Remembers the rooms of healthy traffic: rogues name them."""
+    """Remembers the rooms of healthy traffic: malicious peers name them."""
 
     def __init__(self, zygote: Zygote, path: str, directory: Path) -> None:
         super().__init__(zygote, path, directory)
@@ -80,7 +80,7 @@ class WatchedWorld(World):
 
 
 class Ground:
-    """The processes, and the rogues when there are any. Everything random comes from the seed."""
+    """The processes, and the malicious peers when there are any. Everything random comes from the seed."""
 
     def __init__(self, zygote: Zygote, directory: Path, seed: str, *, with_key: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -93,10 +93,10 @@ class Ground:
             settings["key_file"] = str(directory / "key")
             self.key = DeploymentKey.load(settings["key_file"])
         self._context: zmq.Context[Any] = zmq.Context()
-        self.rogue_languages: list[RogueLanguage] = []
-        self.rogue_encoders: list[RogueEncoder] = []
-        self._expected: dict[RogueEncoder, deque[str]] = {}
-        self._announced: dict[RogueLanguage, deque[Part]] = {}
+        self.malicious_languages: list[MaliciousLanguage] = []
+        self.malicious_encoders: list[MaliciousEncoder] = []
+        self._expected: dict[MaliciousEncoder, deque[str]] = {}
+        self._announced: dict[MaliciousLanguage, deque[Part]] = {}
         self._to_forget: deque[str] = deque()
         self.answers = 0
         try:
@@ -120,91 +120,93 @@ class Ground:
     def children(self) -> dict[str, Child]:
         return {"encoder": self.encoder, "language": self.language}
 
-    # -- rogues ------------------------------------------------------------------------------------------------------
+    # -- malicious peers --------------------------------------------------------------------------------------------
 
-    def let_rogues_in(self) -> None:
+    def let_malicious_peers_in(self) -> None:
         for registers, reads in ((False, True), (True, True), (True, True), (True, False)):
-            rogue = self.rogue_language(registers=registers, reads=reads)
-            self._announced[rogue] = deque()
-        for _ in range(ROGUE_ENCODERS):
-            self._expected[self.rogue_encoder()] = deque()
+            peer = self.malicious_language(registers=registers, reads=reads)
+            self._announced[peer] = deque()
+        for _ in range(MALICIOUS_ENCODERS):
+            self._expected[self.malicious_encoder()] = deque()
 
-    def rogue_language(self, *, registers: bool, reads: bool) -> RogueLanguage:
-        rogue = RogueLanguage(self._context, self.address, self.key, self.common, registers=registers, reads=reads)
-        self.rogue_languages.append(rogue)
-        return rogue
+    def malicious_language(self, *, registers: bool, reads: bool) -> MaliciousLanguage:
+        peer = MaliciousLanguage(self._context, self.address, self.key, self.common, registers=registers, reads=reads)
+        self.malicious_languages.append(peer)
+        return peer
 
-    def rogue_encoder(self) -> RogueEncoder:
-        rogue = RogueEncoder(self._context, self.key)
-        self.rogue_encoders.append(rogue)
-        self.language.call("use_encoder", url=rogue.url)
-        rogue.wait_connected()
-        return rogue
+    def malicious_encoder(self) -> MaliciousEncoder:
+        peer = MaliciousEncoder(self._context, self.key)
+        self.malicious_encoders.append(peer)
+        self.language.call("use_encoder", url=peer.url)
+        peer.wait_connected()
+        return peer
 
     def reject_malicious_peers(self) -> None:
         """Their connections close; their rooms end by themselves."""
-        rogues: list[RogueLanguage | RogueEncoder] = [*self.rogue_languages, *self.rogue_encoders]
-        for rogue in rogues:
-            rogue.close()
+        peers: list[MaliciousLanguage | MaliciousEncoder] = [*self.malicious_languages, *self.malicious_encoders]
+        for peer in peers:
+            peer.close()
         for expected in self._expected.values():
             self._to_forget += expected
-        self.rogue_languages, self.rogue_encoders = [], []
+        self.malicious_languages, self.malicious_encoders = [], []
         self._expected, self._announced = {}, {}
 
     def batch_at_encoder(self) -> None:
-        """BATCH frames of one rogue language rank, about rooms that the encoder announces to it."""
-        rogue = self.dice.choice(self.rogue_languages)
-        announced = self._announced[rogue]
-        if rogue.knowledge.register is not None:
-            part = Part(f"{rogue.server}-{self.dice.getrandbits(64):016x}", self.dice.choice((1, 60, 150)), WIDTH, 1)
+        """BATCH frames of one malicious language rank, about rooms that the encoder announces to it."""
+        peer = self.dice.choice(self.malicious_languages)
+        announced = self._announced[peer]
+        if peer.knowledge.register is not None:
+            part = Part(f"{peer.server}-{self.dice.getrandbits(64):016x}", self.dice.choice((1, 60, 150)), WIDTH, 1)
             self.encoder.offer(part)
             announced.append(part)
-            while len(announced) > ROGUE_ROOMS:
+            while len(announced) > MALICIOUS_ROOMS:
                 old = announced.popleft()
                 self.encoder.call("fail", room=old.room, reason="the fuzz has had enough of it", code=500)
                 self.encoder.call("forget", room=old.room)
-        known = rogue.knowledge
+        known = peer.knowledge
         known.rooms = [part.room for part in announced]
         known.other_rooms = list(self.world.recent)
-        known.sessions = [other.knowledge.session for other in self.rogue_languages] + self._healthy_sessions()
+        known.sessions = [other.knowledge.session for other in self.malicious_languages] + self._healthy_sessions()
         frames = Frames(self.dice, known, LIMIT)
         for _ in range(BATCH):
-            rogue.send(frames.to_encoder())
-        self.answers += rogue.read()
+            peer.send(frames.to_encoder())
+        self.answers += peer.read()
         if self.dice.random() < 0.02:
-            rogue.reconnect()
+            peer.reconnect()
 
     def batch_at_language(self) -> int:
-        """BATCH frames of one rogue encoder, about rooms that are expected from it. Returns how many were sent."""
-        rogue = self.dice.choice(self.rogue_encoders)
-        expected = self._expected[rogue]
+        """BATCH frames of one malicious encoder, about rooms that are expected from it. Returns how many were sent."""
+        peer = self.dice.choice(self.malicious_encoders)
+        expected = self._expected[peer]
         room = f"{self.language.config['server']}-{self.dice.getrandbits(64):016x}"
         if self.dice.random() < 0.8:
-            self.language.call("expect", room=room, url=rogue.url, timeout=ROGUE_SECONDS)
+            self.language.call("expect", room=room, url=peer.url, timeout=MALICIOUS_SECONDS)
         expected.append(room)
-        while len(expected) > ROGUE_ROOMS:
+        while len(expected) > MALICIOUS_ROOMS:
             self._to_forget.append(expected.popleft())
         self.forget_ended()
-        known = rogue.knowledge
+        known = peer.knowledge
         known.rooms = list(expected)
         known.other_rooms = list(self.world.recent)[:-3]  # whoever knew the name of one to come could answer for it
         frames = Frames(self.dice, known, 2 * LIMIT)
-        self.answers += len(rogue.read())
-        rogue.beat()
-        return sum(rogue.send(frames.to_language()) for _ in range(BATCH))
+        self.answers += len(peer.read())
+        peer.beat()
+        return sum(peer.send(frames.to_language()) for _ in range(BATCH))
 
     def batch_of_strangers(self) -> None:
         self.strangers.garbage()
         for _ in range(3):
             self.strangers.request()
         if self.key is not None:
-            keyless_frames(Frames(self.dice, self.rogue_languages[1].knowledge, LIMIT), self.address, self._context, 10)
+            keyless_frames(
+                Frames(self.dice, self.malicious_languages[1].knowledge, LIMIT), self.address, self._context, 10
+            )
 
     def _healthy_sessions(self) -> list[str]:
-        return [rogue.knowledge.session for rogue in self.rogue_encoders if rogue.knowledge.session]
+        return [peer.knowledge.session for peer in self.malicious_encoders if peer.knowledge.session]
 
     def forget_ended(self) -> None:
-        """The language process forgets rooms of rogues that have ended, as a request that ended does."""
+        """The language process forgets rooms of malicious peers that have ended, as a request that ended does."""
         for _ in range(len(self._to_forget)):
             room = self._to_forget.popleft()
             try:
@@ -243,12 +245,12 @@ class Ground:
         assert not self.route.problem, self.route.problem
 
     def settle(self) -> dict[str, tuple[Holdings, int]]:
-        """Without rogues: everything they brought is gone. Returns what each process holds, and its tombstones."""
+        """Asserts that nothing of malicious peers is left. Returns what each process holds, and its tombstones."""
         self.reject_malicious_peers()
         assert self.route is not None
         self.route.one_more()
         with self.route.paused():
-            wait_for(self._all_forgotten, "rooms of rogues have ended")
+            wait_for(self._all_forgotten, "rooms of malicious peers have ended")
             for name, tables, baseline in (
                 ("encoder", ENCODER_TABLES, {"sessions": 1, "links": 1, "peers": 1}),
                 ("language", LANGUAGE_TABLES, {"processes": 1}),
@@ -300,7 +302,7 @@ def fuzz(
     try:
         ground.start_traffic()
         before: dict[str, tuple[Holdings, int]] | None = None
-        ground.let_rogues_in()
+        ground.let_malicious_peers_in()
         next_check = 0.0
         while outcome.frames < frames:
             ground.batch_at_encoder()
@@ -315,7 +317,7 @@ def fuzz(
                 next_check = time.monotonic() + 0.5
             if before is None and outcome.frames >= frames // 10:
                 before = ground.settle()
-                ground.let_rogues_in()
+                ground.let_malicious_peers_in()
         ground.check()
         after = ground.settle()
         ground.check()

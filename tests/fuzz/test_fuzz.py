@@ -35,7 +35,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("with_key", [False, True])
-def test_rogue_peers_hurt_nobody_and_leave_nothing(zygote: Zygote, directory: Path, with_key: bool) -> None:
+def test_malicious_peers_hurt_nobody_and_leave_nothing(zygote: Zygote, directory: Path, with_key: bool) -> None:
     seed = str(time.time_ns())
     outcome = fuzz(zygote, directory, seed, FRAMES, with_key=with_key)
     assert not outcome.problem, f"seed {seed}: {outcome.problem}"
@@ -85,7 +85,7 @@ def test_a_flood_does_not_starve_others(zygote: Zygote, directory: Path, name: s
 def test_growth_in_a_flood_is_found(zygote: Zygote, directory: Path) -> None:
     ground = Ground(zygote, directory, "flood", with_key=False)
 
-    def frames(rogue: object) -> Iterator[bytes]:
+    def frames(peer: object) -> Iterator[bytes]:
         ground.encoder.call("harm", kind="memory")
         yield from itertools.repeat(encode(Heartbeat(incarnation="flood")))
 
