@@ -15,10 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CORE_RECEIVER = "tests/core/test_receiver.py"
-CORE_SENDER = "tests/core/test_sender.py"
-RECEIVER_MACHINE = "tests/core/test_receiver_machine.py::TestReceiver"
-SENDER_MACHINE = "tests/core/test_sender_machine.py::TestSender"
+CORE_RECEIVER = "tests/core/language/test_receiver.py"
+CORE_SENDER = "tests/core/encoder/test_sender.py"
+RECEIVER_MACHINE = "tests/core/language/test_receiver_machine.py::TestReceiver"
+SENDER_MACHINE = "tests/core/encoder/test_sender_machine.py::TestSender"
 JOINED = "tests/core/test_joined_machines.py::TestJoined"
 HERE = "tests/core/test_proposal_hazards.py"
 FAULTS = "tests/connector/test_faults.py"

@@ -14,12 +14,12 @@ import time
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.actions import Action, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.encoder.sender import RegisteredSession, SenderCore
+from sglang_mm_conn.core.language.receiver import Peer, ReceiverCore
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import decode_from_encoder, decode_from_language, encode
 from sglang_mm_conn.core.outcomes import LANDED
-from sglang_mm_conn.core.receiver import Peer, ReceiverCore
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import RegisteredSession, SenderCore
 
 _SESSION = "10.0.0.1:17001"
 _ENCODER, _LANGUAGE = "encoder process", "language process"

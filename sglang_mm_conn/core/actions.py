@@ -102,7 +102,7 @@ class Release(msgspec.Struct, frozen=True):
 Action: TypeAlias = Send | CopyOut | TransferEmbeddingChunk | Ended | Release
 
 
-# -- actions of core.registration --------------------------------------------------------------------------------------
+# -- actions of core.language.registration -----------------------------------------------------------------------
 
 
 class LookUp(msgspec.Struct, frozen=True):

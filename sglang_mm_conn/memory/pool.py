@@ -41,7 +41,7 @@ class BlockPool:
 
     Host memory is pinned if ``device`` is a GPU, so that copies between them run at full rate.
 
-    ``regions[i]`` is a uint8 tensor over region i. core.receiver decides which process may use which block.
+    ``regions[i]`` is a uint8 tensor over region i. core.language.receiver decides which process may use which block.
     """
 
     def __init__(

@@ -15,7 +15,11 @@ from typing import TypeVar
 
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Release, Send, TransferEmbeddingChunk
 from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.encoder.sender import SenderCore
+from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, WindowWrite
 from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.language.receiver import ReceiverCore
+from sglang_mm_conn.core.language.receiver_room import Peer
 from sglang_mm_conn.core.layout import Geometry, window_extents
 from sglang_mm_conn.core.messages import (
     Abort,
@@ -28,11 +32,7 @@ from sglang_mm_conn.core.messages import (
     encode,
 )
 from sglang_mm_conn.core.outcomes import LANDED, WriteResult, WriteStatus
-from sglang_mm_conn.core.receiver import ReceiverCore
-from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.rooms import new_room_base
-from sglang_mm_conn.core.sender import SenderCore
-from sglang_mm_conn.core.sender_room import RegisteredSession, WindowWrite
 from sglang_mm_conn.core.states import Poll
 
 SERVER = "5e" * 8

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_mm_conn.core.unclaimed import UNCLAIMED_LIMIT
+from sglang_mm_conn.core.language.unclaimed import UNCLAIMED_LIMIT
 from tests.core.harness import Rank, Wire
 
 Index = st.integers(0, 31)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from sglang_mm_conn.core.encoder.sender_room import SenderRoom
 from sglang_mm_conn.core.errors import IllegalTransition
-from sglang_mm_conn.core.receiver_room import ReceiverRoom
-from sglang_mm_conn.core.sender_room import SenderRoom
+from sglang_mm_conn.core.language.receiver_room import ReceiverRoom
 from sglang_mm_conn.core.states import (
     RECEIVER_TRANSITIONS,
     SENDER_TRANSITIONS,

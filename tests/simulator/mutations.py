@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_mm_conn.core import accounts, rooms
-from sglang_mm_conn.core.receiver import ReceiverCore
-from sglang_mm_conn.core.registration import Registrations
-from sglang_mm_conn.core.sender import SenderCore
-from sglang_mm_conn.core.views import Views
+from sglang_mm_conn.core import rooms
+from sglang_mm_conn.core.encoder.sender import SenderCore
+from sglang_mm_conn.core.language import accounts
+from sglang_mm_conn.core.language.receiver import ReceiverCore
+from sglang_mm_conn.core.language.registration import Registrations
+from sglang_mm_conn.core.language.views import Views
 from sglang_mm_conn.datapath.mooncake.revocation import Revocation
 from sglang_mm_conn.datapath.shm import ShmReceivePath
 from tests.simulator.scheduler import attribute

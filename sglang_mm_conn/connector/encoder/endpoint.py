@@ -32,7 +32,8 @@ from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.control.thread import ControlCallbacks
 from sglang_mm_conn.core.actions import Action, Ended, TransferEmbeddingChunk
-from sglang_mm_conn.core.compatibility import mismatch
+from sglang_mm_conn.core.encoder.compatibility import mismatch
+from sglang_mm_conn.core.encoder.sender import SenderCore
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
@@ -45,7 +46,6 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
 )
 from sglang_mm_conn.core.rooms import new_id
-from sglang_mm_conn.core.sender import SenderCore
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.datapath.base import DataPath

@@ -20,9 +20,9 @@ from sglang_mm_conn.connector.encoder.actions import ActionRunner
 from sglang_mm_conn.connector.encoder.links import LinkBusy, Links
 from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.actions import Ended
+from sglang_mm_conn.core.encoder.sender import RegisteredSession, SenderCore
 from sglang_mm_conn.core.errors import DataPathUnavailable, ProtocolError, WriterSlotTaken
 from sglang_mm_conn.core.messages import RefusalKind, Refused, Register, Registered, as_text
-from sglang_mm_conn.core.sender import RegisteredSession, SenderCore
 from sglang_mm_conn.core.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,9 @@ class Registrar:
         rate_limited_log: RateLimitedLog,
     ) -> None:
         """``peers``: by name; a peer that registers is added. ``incarnation``: of this encoder. ``mismatch``: returns
-        why a Register does not fit this encoder (``core.compatibility``). ``executor``: the registrar thread, which
-        attaches memory. ``rate_limited_log``: the endpoint's log, so that all lines about a peer count together."""
+        why a Register does not fit this encoder (``core.encoder.compatibility``). ``executor``: the registrar thread,
+        which attaches memory. ``rate_limited_log``: the endpoint's log, so that all lines about a peer count
+        together."""
         self.registering: set[str] = set()  # peers that get heartbeats while they wait
         self.waiting: dict[str, Register] = {}  # by peer
         self._lock = lock

@@ -21,11 +21,11 @@ from sglang_mm_conn.connector.encoder.source import Source
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.server import ControlServer
 from sglang_mm_conn.core.actions import Action, Ended, TransferEmbeddingChunk
+from sglang_mm_conn.core.encoder.sender import SenderCore, SenderRoom, WindowWrite
 from sglang_mm_conn.core.errors import DataPathError
 from sglang_mm_conn.core.layout import Extent, window_extents
 from sglang_mm_conn.core.messages import RefusalKind, Refused
 from sglang_mm_conn.core.outcomes import LANDED, FailureCode, WriteResult, WriteStatus
-from sglang_mm_conn.core.sender import SenderCore, SenderRoom, WindowWrite
 from sglang_mm_conn.datapath.base import WriteLink
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Owns a language rank's connections to encoders: carries out look-ups, connects, and sends Register messages.
 
-``core.registration`` decides; this module carries its actions out on the control thread. ``use`` may be called from any
-thread. Look-ups and Register messages may be slow, so a small thread pool makes them. Events that concern rooms (a
-process is ready or lost, an encoder was refused) go to one handler.
+``core.language.registration`` decides; this module carries its actions out on the control thread. ``use`` may be called
+from any thread. Look-ups and Register messages may be slow, so a small thread pool makes them. Events that concern
+rooms (a process is ready or lost, an encoder was refused) go to one handler.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from sglang_mm_conn.core.actions import (
     SendRetire,
 )
 from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.language.registration import Registrations
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, encode
-from sglang_mm_conn.core.registration import Registrations
 
 logger = logging.getLogger(__name__)
 

@@ -39,9 +39,9 @@ from sglang_mm_conn.core.actions import (
 )
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.language.receiver import Peer, ReceiverCore, ReceiverRoom
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, decode_from_encoder, encode
 from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome
-from sglang_mm_conn.core.receiver import Peer, ReceiverCore, ReceiverRoom
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll

@@ -20,7 +20,7 @@ from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.core.actions import CopyOut, Ended
 from sglang_mm_conn.core.errors import MemoryUnavailable, ProtocolError
-from sglang_mm_conn.core.receiver import ReceiverRoom
+from sglang_mm_conn.core.language.receiver import ReceiverRoom
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.buffer_cache import BufferCache
 from sglang_mm_conn.memory.device import Device

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_mm_conn.core import offers
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.language import offers
+from sglang_mm_conn.core.language.offers import Offers, offer_message
+from sglang_mm_conn.core.language.receiver_room import Peer, ReceiverRoom
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Announce, Init, Resume
-from sglang_mm_conn.core.offers import Offers, offer_message
-from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom
 from sglang_mm_conn.core.states import ReceiverState
 
 GEOMETRY = Geometry(block_bytes=40, blocks_per_region=8, regions=1)  # ten rows of four bytes each

@@ -8,10 +8,10 @@ from typing import Any
 
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError
-from sglang_mm_conn.core.quarantine import QuarantineTable
-from sglang_mm_conn.core.receiver_room import ReceiverRoom
-from sglang_mm_conn.core.unclaimed import UnclaimedRooms
-from sglang_mm_conn.core.views import Views
+from sglang_mm_conn.core.language.quarantine import QuarantineTable
+from sglang_mm_conn.core.language.receiver_room import ReceiverRoom
+from sglang_mm_conn.core.language.unclaimed import UnclaimedRooms
+from sglang_mm_conn.core.language.views import Views
 
 
 def report(

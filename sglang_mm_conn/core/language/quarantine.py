@@ -10,8 +10,8 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.language.receiver_room import Peer, ReceiverRoom, RoomMessage
 from sglang_mm_conn.core.messages import Done, Drained, Failed, Progress
-from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage
 
 # An Abort that was not answered is repeated after this.
 ABORT_AGAIN_SECONDS = 5.0

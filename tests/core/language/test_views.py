@@ -6,8 +6,8 @@ import pytest
 
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError
-from sglang_mm_conn.core.receiver_room import ReceiverRoom
-from sglang_mm_conn.core.views import Views
+from sglang_mm_conn.core.language.receiver_room import ReceiverRoom
+from sglang_mm_conn.core.language.views import Views
 
 
 def room(name: str, blocks: list[int], tokens: int = 100) -> ReceiverRoom:

@@ -35,8 +35,8 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
-from sglang_mm_conn.core.encoder_records import FIRST_DELAY_SECONDS, EncoderProcess, EncoderUrl
 from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.language.encoder_records import FIRST_DELAY_SECONDS, EncoderProcess, EncoderUrl
 from sglang_mm_conn.core.messages import RefusalKind, Refused, Registered
 from sglang_mm_conn.core.states import LookUpState, RegistrationState
 

@@ -22,10 +22,10 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
-from sglang_mm_conn.core.encoder_records import FIRST_DELAY_SECONDS, MOST_DELAY_SECONDS
 from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.language.encoder_records import FIRST_DELAY_SECONDS, MOST_DELAY_SECONDS
+from sglang_mm_conn.core.language.registration import FORGET_SECONDS, RETRY_SECONDS, Registrations
 from sglang_mm_conn.core.messages import RefusalKind, Refused, Registered
-from sglang_mm_conn.core.registration import FORGET_SECONDS, RETRY_SECONDS, Registrations
 from sglang_mm_conn.core.states import LookUpState, RegistrationState
 
 URL, OTHER = "http://encoder:1", "http://encoder.example:1"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_mm_conn.core import unclaimed
+from sglang_mm_conn.core.language import unclaimed
+from sglang_mm_conn.core.language.receiver_room import Peer
+from sglang_mm_conn.core.language.unclaimed import UnclaimedRooms
 from sglang_mm_conn.core.messages import Announce, Failed
-from sglang_mm_conn.core.receiver_room import Peer
-from sglang_mm_conn.core.unclaimed import UnclaimedRooms
 
 ONE, OTHER = Peer("e1", "10.0.0.1:17001", "shm", True), Peer("e2", "10.0.0.1:17001", "shm", True)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
+from sglang_mm_conn.core.encoder.write_slots import WriteSlots
 from sglang_mm_conn.core.layout import Geometry
-from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
 from sglang_mm_conn.core.states import SenderState, WindowState
-from sglang_mm_conn.core.write_slots import WriteSlots
 
 SESSION_ID = "10.0.0.1:17001"
 SESSION = RegisteredSession(

@@ -1,4 +1,4 @@
-"""Owns the records of core.registration: an encoder URL with its look-ups, a process with its registration. Pure."""
+"""Owns the records of registration: an encoder URL with its look-ups, a process with its registration. Pure."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sglang_mm_conn.core.blocks import BlockAllocator
+from sglang_mm_conn.core.language.quarantine import ABORT_AGAIN_SECONDS, QuarantineTable
+from sglang_mm_conn.core.language.receiver_room import Peer, ReceiverRoom, RoomMessage
 from sglang_mm_conn.core.messages import Announce, Done, Drained, Failed, Progress
-from sglang_mm_conn.core.quarantine import ABORT_AGAIN_SECONDS, QuarantineTable
-from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage
 
 SHM = Peer("e1", "10.0.0.1:17001", "shm", True)
 MOONCAKE = Peer("e2", "10.0.0.1:17002", "mooncake", False, epoch=2)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError
-from sglang_mm_conn.core.receiver_room import ReceiverRoom
+from sglang_mm_conn.core.language.receiver_room import ReceiverRoom
 
 
 class Views:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping
 
-from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom
+from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, SenderRoom
 from sglang_mm_conn.core.states import SenderState, WindowState
 
 

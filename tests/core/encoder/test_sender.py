@@ -7,8 +7,9 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from sglang_mm_conn.core import replies, sender
 from sglang_mm_conn.core.actions import Ended, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.encoder import replies, sender
+from sglang_mm_conn.core.encoder.sender_room import SenderRoom, WindowWrite
 from sglang_mm_conn.core.errors import ConnError, IllegalTransition, ProtocolError
 from sglang_mm_conn.core.messages import (
     Abort,
@@ -23,7 +24,6 @@ from sglang_mm_conn.core.messages import (
     decode_from_encoder,
 )
 from sglang_mm_conn.core.outcomes import LANDED, Outcome
-from sglang_mm_conn.core.sender_room import SenderRoom, WindowWrite
 from sglang_mm_conn.core.states import Poll, SenderState, WindowState
 from tests.core.harness import SERVER, Rank, Wire, metadata_of, only
 

@@ -7,10 +7,10 @@ from collections import deque
 from sglang_mm_conn.core.actions import Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.language.receiver_room import ReceiverRoom
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Announce, Init, Resume
 from sglang_mm_conn.core.outcomes import FailureCode, Outcome
-from sglang_mm_conn.core.receiver_room import ReceiverRoom
 from sglang_mm_conn.core.states import ReceiverState
 
 # An offer shortens the deadline that it carries by the share, but by no more than the seconds. The encoder counts from

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_mm_conn.core import replies
 from sglang_mm_conn.core.actions import Send
+from sglang_mm_conn.core.encoder import replies
+from sglang_mm_conn.core.encoder.replies import DONE_SECONDS, Replies, failed_message, status_reply
+from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Done, Failed, Progress
 from sglang_mm_conn.core.outcomes import Outcome
-from sglang_mm_conn.core.replies import DONE_SECONDS, Replies, failed_message, status_reply
 from sglang_mm_conn.core.rooms import new_room_base
-from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
 from sglang_mm_conn.core.states import WindowState
 from sglang_mm_conn.core.tombstones import Tombstones
 

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sglang_mm_conn.core.actions import Action, Ended, Release, Send, TransferEmbeddingChunk
+from sglang_mm_conn.core.encoder.sender import SenderCore
+from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, WindowWrite
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Message, Progress, Resume
 from sglang_mm_conn.core.rooms import new_room_base
-from sglang_mm_conn.core.sender import SenderCore
-from sglang_mm_conn.core.sender_room import RegisteredSession, WindowWrite
 from sglang_mm_conn.core.states import Poll
 from tests.core.harness import written
 

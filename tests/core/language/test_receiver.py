@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from sglang_mm_conn.core import offers, receiver, unclaimed
 from sglang_mm_conn.core.actions import Action, Ended, Send
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.language import offers, receiver, unclaimed
+from sglang_mm_conn.core.language.receiver_room import Peer
 from sglang_mm_conn.core.messages import (
     Abort,
     Announce,
@@ -22,7 +23,6 @@ from sglang_mm_conn.core.messages import (
     decode_from_language,
 )
 from sglang_mm_conn.core.outcomes import Outcome
-from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.states import Poll, ReceiverState
 from tests.core.harness import ENCODER, LIMIT, Wire, metadata_of, only, sends

@@ -8,11 +8,12 @@ The owner of a block:
   block. The encoder confirms a window after its data call has returned 0, and writes it once.
 - left as a **view** (the embedding came in one window of contiguous blocks): the result, later the request, until
   nothing refers to the block any more (``view_released``). All views together hold at most ``view_blocks`` blocks, and
-  none is made while a room waits, so the other blocks keep circulating (core.views).
-- offered when its room failed: **quarantine**, until a proof that no write will come (core.quarantine, datapath.base).
+  none is made while a room waits, so the other blocks keep circulating (core.language.views).
+- offered when its room failed: **quarantine**, until a proof that no write will come (core.language.quarantine,
+  datapath.base).
 
-A room that waits for blocks (core.offers) holds none, because its rows were copied out first. So rooms never wait for
-one another in a circle.
+A room that waits for blocks (core.language.offers) holds none, because its rows were copied out first. So rooms never
+wait for one another in a circle.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sglang_mm_conn.core import accounts
 from sglang_mm_conn.core.actions import Action, Ended, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.core.language import accounts
+from sglang_mm_conn.core.language.offers import Offers, offer_message
+from sglang_mm_conn.core.language.quarantine import QuarantineTable
+from sglang_mm_conn.core.language.receiver_room import Peer, ReceiverRoom, RoomMessage, abort_message
+from sglang_mm_conn.core.language.unclaimed import UnclaimedRooms
+from sglang_mm_conn.core.language.views import Views
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Announce, Done, Drained, Failed, Progress
-from sglang_mm_conn.core.offers import Offers, offer_message
 from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome
-from sglang_mm_conn.core.quarantine import QuarantineTable
-from sglang_mm_conn.core.receiver_room import Peer, ReceiverRoom, RoomMessage, abort_message
 from sglang_mm_conn.core.states import ReceiverState
 from sglang_mm_conn.core.tombstones import Tombstones
-from sglang_mm_conn.core.unclaimed import UnclaimedRooms
-from sglang_mm_conn.core.views import Views
 
 # Longer than any encode: an encode may run on after its room has failed, and a late Announce must find the tombstone.
 TOMBSTONE_SECONDS = 3600.0

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sglang_mm_conn.core.actions import Action, Ended, Release, Send
+from sglang_mm_conn.core.encoder.replies import Replies, announcement, failed_message, status_reply
+from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo, WindowWrite
+from sglang_mm_conn.core.encoder.write_slots import WriteSlots
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import Abort, Drained, Init, Progress, Resume
 from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome, WriteResult, WriteStatus
-from sglang_mm_conn.core.replies import Replies, announcement, failed_message, status_reply
 from sglang_mm_conn.core.rooms import server_of
-from sglang_mm_conn.core.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo, WindowWrite
 from sglang_mm_conn.core.sharding import port_sum_queue_index
 from sglang_mm_conn.core.states import SenderState, WindowState
 from sglang_mm_conn.core.tombstones import Tombstones
-from sglang_mm_conn.core.write_slots import WriteSlots
 
 # Longer than any request or encode that may still name the room.
 TOMBSTONE_SECONDS = 3600.0

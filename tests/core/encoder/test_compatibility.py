@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_mm_conn.core.compatibility import mismatch
+from sglang_mm_conn.core.encoder.compatibility import mismatch
 from sglang_mm_conn.core.messages import MooncakeMemory, Register, ShmMemory
 from sglang_mm_conn.core.settings import Settings
 

@@ -26,10 +26,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sglang_mm_conn.core.actions import Action, CopyOut, Ended, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ProtocolError
+from sglang_mm_conn.core.language.receiver import ReceiverCore
+from sglang_mm_conn.core.language.receiver_room import Peer
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Init, Message, Progress, Resume
-from sglang_mm_conn.core.receiver import ReceiverCore
-from sglang_mm_conn.core.receiver_room import Peer
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.states import Poll
 
