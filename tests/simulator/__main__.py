@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--prove", action="store_true",
-        help="take every protection out in turn and say after how many schedules it is missed (at most --schedules)",
+        help="remove each protection in turn and print after how many schedules a violation is reported (at most --schedules)",
     )  # fmt: skip
     parser.add_argument("--most", type=int, default=5, metavar="N", help="violations to stop at (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
@@ -110,23 +110,23 @@ def summary(run: Run, seed: str, jobs: int) -> str:
 
 
 def prove(seed: str, schedules: int, jobs: int, *, as_json: bool, into_document: bool) -> int:
-    """Play without each protection until that is noticed. Returns 1 where one is not missed."""
-    missed: dict[str, tuple[int, str]] = {}
+    """Play without each protection until a violation is reported. Returns 1 if one removal is not noticed."""
+    noticed: dict[str, tuple[int, str]] = {}
     for protection in MUTATIONS:
         run = Run(seed, schedules, jobs, protection, 1, quiet=True)
-        missed[protection] = (run.schedules, run.broken[0][1] if run.broken else "")
+        noticed[protection] = (run.schedules, run.broken[0][1] if run.broken else "")
         if not as_json:
-            print(f"{protection}: " + (f"missed within {run.schedules} schedules: {missed[protection][1]}"
-                  if run.broken else f"NOT MISSED in {run.schedules} schedules"))  # fmt: skip
+            print(f"{protection}: " + (f"noticed within {run.schedules} schedules: {noticed[protection][1]}"
+                  if run.broken else f"NOT NOTICED in {run.schedules} schedules"))  # fmt: skip
     if as_json:
-        print(json.dumps(missed))
+        print(json.dumps(noticed))
     if into_document:
         lines = [f"`python -m tests.simulator --prove --schedules {schedules} --write` printed this (seed {seed}):", "",
                  "| taken away | noticed within schedules |", "|---|---:|",
                  *(f"| {name} | {within if problem else f'not in {within}'} |"
-                   for name, (within, problem) in missed.items())]  # fmt: skip
+                   for name, (within, problem) in noticed.items())]  # fmt: skip
         write("\n".join(lines), DOCUMENT, PROOF_MARKERS)
-    return 0 if all(problem for _, problem in missed.values()) else 1
+    return 0 if all(problem for _, problem in noticed.values()) else 1
 
 
 def replay(name: str, protection: str | None) -> int:
