@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--prove", action="store_true",
-        help="remove each protection in turn; print after how many schedules (at most --schedules) a violation is reported",
+        help="remove each protection in turn; print after how many schedules (at most --schedules) that is noticed",
     )  # fmt: skip
     parser.add_argument("--most", type=int, default=5, metavar="N", help="violations to stop at (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
