@@ -62,7 +62,7 @@ def _info_of_dp_workers() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
 def keep_on_device(original: Any, self: Any, ctx: Any, *, keep_on_gpu: bool) -> Any:
     """Around ``_compute_direct_embedding``: keep the embedding on the GPU, by SGLANG_MM_CONN_EMBEDDING_DEVICE.
 
-    Two things need it on the host: the prefix cache, whose entries are there, and the sound of a video, which sglang
+    Two things need it on the host: the prefix cache, whose entries are there, and the audio of a video, which sglang
     encodes only without ``keep_on_gpu``. All ranks of the encoder must decide alike, since ``keep_on_gpu`` also decides
     whether the model runs or the cache is asked. So only what every rank knows is used.
     """

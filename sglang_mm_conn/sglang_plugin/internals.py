@@ -87,7 +87,7 @@ NEEDED = (
     f"{_ENCODER}.server.MMEncoder._infer_embedding_dims",  # values per row, by modality
     f"{_ENCODER}.server.MMEncoder.release_request",  # forgets a request
     # The tokenizer process: base class of RoomDispatcher.
-    f"{_ENCODER}.receiver.MMReceiverBase._extract_url_data",  # the images, videos and sounds of a request
+    f"{_ENCODER}.receiver.MMReceiverBase._extract_url_data",  # the images, video and audio of a request
     f"{_ENCODER}.receiver.MMReceiverBase._assign_items_by_modality",  # which encoder gets how many of them
     f"{_ENCODER}.receiver.MMReceiverBase._send_encode_request",  # starts the dispatch; overridden
     f"{_ENCODER}.receiver.MMReceiverHTTP.encode",  # posts /encode to the encoders

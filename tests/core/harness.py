@@ -387,7 +387,8 @@ class Wire:
     def deliver(self) -> bool:
         """Deliver until nothing is on its way."""
         progress = False
-        while any([self.deliver_to_encoder(rank) or self.deliver_to_rank(rank) for rank in self.ranks]):
+        # A list, so that every rank gets its message before the next round.
+        while any([self.deliver_to_encoder(rank) or self.deliver_to_rank(rank) for rank in self.ranks]):  # noqa: C419
             progress = True
         return progress
 

@@ -331,8 +331,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         """Every event that can happen next. The network keeps no order."""
         found: list[Callable[[], object]] = []
         for encoder in self.encoders:
-            for message in encoder.inbox:
-                found.append(partial(self.deliver, encoder, message))
+            found += [partial(self.deliver, encoder, message) for message in encoder.inbox]
             found += [partial(self.take, encoder, message) for message in encoder.outbox]
             found += [partial(self.write, encoder, room) for room in self.writable(encoder)]
         found += [partial(self.finish_copy, index) for index in range(len(self.copies))]

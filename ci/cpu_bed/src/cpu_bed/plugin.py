@@ -3,7 +3,7 @@
 CPU_BED_FORBID_BUILTIN_TRANSPORT=1  sglang's own embedding transports raise when used (see forbid.py)
 CPU_BED_HOST_POOL=1               sglang's Mooncake embedding transport receives into host memory (see host_pool.py)
 CPU_BED_PREFILL_DECODE=1          prefill and decode servers run without an accelerator (see prefill_decode.py)
-CPU_BED_MEDIA_METADATA=1          a colocated server sees videos and sounds as an encoder does (see media_metadata.py)
+CPU_BED_MEDIA_METADATA=1          a colocated server sees video and audio as an encoder does (see media_metadata.py)
 """
 
 import os
