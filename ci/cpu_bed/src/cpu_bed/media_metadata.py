@@ -4,7 +4,7 @@ sglang 0.5.23 computes them twice, and differently (multimodal/processors/qwen_v
 - Qwen2.5-VL and Qwen3-Omni: the time between two frames. The colocated server takes the default of the Hugging Face
   processor (2/24 s or 2 s), because the clip's metadata are not handed to it (line 1042); the encoder takes the rate at
   which the frames were sampled (disaggregation/encoder/preprocessor.py, line 808).
-- Qwen3-Omni: with an image and two audio clips, the colocated server knows the length of the first clip only (line 1066),
+- Qwen3-Omni: with an image and two audio parts, the colocated server knows the length of the first only (line 1066),
   and fails with an IndexError.
 Both change nothing but the positions of tokens. With this, a test can compare the embeddings and all else.
 """
