@@ -30,14 +30,17 @@ class Wakeup:
                 os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if not self._closed:
+                os.eventfd_read(self._fd)
         # Reset the flag after the read. A notification between the two is skipped, but the waiter is about to look for
         # its work anyway. In the other order, the read could consume the write of such a notification and leave the
         # flag set: every later notification would be skipped.
         self._notified = False
 
     def close(self) -> None:
+        """May be called again: the descriptor is closed once, for later it may belong to another file."""
         with self._lock:
-            self._closed = True
-            os.close(self._fd)
+            if not self._closed:
+                self._closed = True
+                os.close(self._fd)

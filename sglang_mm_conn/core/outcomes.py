@@ -23,7 +23,7 @@ class FailureCode(IntEnum):
 def known_http_status(code: int) -> int:
     """``code`` if Python's HTTPStatus knows it (it does not know 499, for example), otherwise 400 or 502."""
     if code in HTTPStatus._value2member_map_:
-        return code
+        return int(code)  # not a FailureCode: sglang logs it
     return int(HTTPStatus.BAD_REQUEST if 400 <= code < 500 else HTTPStatus.BAD_GATEWAY)
 
 
@@ -41,6 +41,11 @@ class Outcome(msgspec.Struct, frozen=True):
     @property
     def succeeded(self) -> bool:
         return self.code == HTTPStatus.OK
+
+
+def failure(reason: str, code: int) -> Outcome:
+    """The outcome of a failed room. A ``code`` that is none of a failure becomes GONE."""
+    return Outcome(reason, code if 400 <= code <= 599 else FailureCode.GONE)
 
 
 SUCCEEDED = Outcome("", int(HTTPStatus.OK))

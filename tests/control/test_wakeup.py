@@ -66,3 +66,17 @@ def test_a_finalizer_may_notify_in_the_middle_of_a_notify(monkeypatch: pytest.Mo
     wakeup.notify()
     assert heard(wakeup)
     wakeup.close()
+
+
+def test_a_second_close_leaves_a_file_that_has_the_number_now_alone() -> None:
+    wakeup = Wakeup()
+    wakeup.close()
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"12345678")
+        wakeup.close()
+        wakeup.clear()
+        assert os.read(reader, 8) == b"12345678"
+    finally:
+        os.close(reader)
+        os.close(writer)

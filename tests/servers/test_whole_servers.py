@@ -38,7 +38,7 @@ from tests.servers.observe import (
 TEXT, ONE_IMAGE, LARGE = QUESTIONS[0], QUESTIONS[1], QUESTIONS[-1]
 # Its 380 rows go through a pool of 2: the transfer takes 190 windows, long enough to be caught in the middle.
 LONG = Question("190 windows", "describe", (Image(seed=20, width=560, height=532),))
-UNDER_WAY = {"queued", "offered", "moving"}
+UNDER_WAY = {"queued", "offered", "copying"}
 CONCURRENT = (TEXT, ONE_IMAGE, QUESTIONS[2], TEXT, LARGE, QUESTIONS[5])
 DEADLINE, PEER_TIMEOUT, CLAIM_TIMEOUT = 20, 6, 4
 # For whatever a busy machine adds to a time that is promised.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 from sglang_mm_conn.connector.language.sessions import LocalSessions
@@ -16,6 +17,7 @@ from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, EncoderAbsent, Worker, control_address
 from sglang_mm_conn.control.client import ControlClient
+from sglang_mm_conn.control.limits import guarded
 from sglang_mm_conn.core.actions import (
     Connect,
     Disconnect,
@@ -127,24 +129,29 @@ class EncoderDirectory:
     # -- carrying out --------------------------------------------------------------------------------------------
 
     def _perform(self, actions: list[RegistrationAction]) -> None:
+        # Each by itself: the states have changed already, so one that fails must not take the others with it. A look-up
+        # that was never made would leave its URL in LOOKING_UP for ever.
         for action in actions:
-            match action:
-                case ProcessReady() | ProcessLost() | EncoderRefused():
-                    self._on_event(action)
-                case SendHeartbeat(incarnation):
-                    self._control.send(incarnation, self._heartbeat)
-                case SendRegister():
-                    self._pool.submit(self._make_register, action)
-                case SendRetire(incarnation, path):
-                    self._send_retire(incarnation, path)
-                case LookUp(url):
-                    self._pool.submit(self._look_up, url)
-                case Connect(incarnation, url, port):
-                    self._control.connect(incarnation, control_address(url, Worker(incarnation, port)))
-                case Disconnect(incarnation):
-                    self._control.disconnect(incarnation)
-                case Log(level, text):
-                    logger.log(level, "%s", text)
+            guarded(partial(self._carry_out, action))
+
+    def _carry_out(self, action: RegistrationAction) -> None:
+        match action:
+            case ProcessReady() | ProcessLost() | EncoderRefused():
+                self._on_event(action)
+            case SendHeartbeat(incarnation):
+                self._control.send(incarnation, self._heartbeat)
+            case SendRegister():
+                self._pool.submit(self._make_register, action)
+            case SendRetire(incarnation, path):
+                self._send_retire(incarnation, path)
+            case LookUp(url):
+                self._pool.submit(self._look_up, url)
+            case Connect(incarnation, url, port):
+                self._control.connect(incarnation, control_address(url, Worker(incarnation, port)))
+            case Disconnect(incarnation):
+                self._control.disconnect(incarnation)
+            case Log(level, text):
+                logger.log(level, "%s", text)
 
     def _send_retire(self, incarnation: str, path: str) -> None:
         offered = self._sessions.paths[path]

@@ -28,7 +28,7 @@ from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.wakeup import Wakeup
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
-from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome
+from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome, failure
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.results import Contents, fault_in, read_result
@@ -115,7 +115,7 @@ class FollowerEndpoint:
             )
 
     def _fail(self, room: str, entry: _Room, reason: str, code: int) -> None:
-        entry.outcome = Outcome(reason, code)
+        entry.outcome = failure(reason, code)
         logger.warning(
             "Embedding failed: room=%s rid=%s peer=%s code=%d reason=%s", room, entry.label, entry.encoder, code, reason
         )
@@ -141,7 +141,7 @@ class FollowerEndpoint:
         with self._lock:
             entry = self._rooms.get(room)
             if entry is not None and entry.poll() is Poll.Bootstrapping:
-                entry.outcome = Outcome(reason, code)
+                entry.outcome = failure(reason, code)
 
     def resume_transfer(self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int) -> None:
         """Raises ConnError: only the leader has blocks to offer."""

@@ -7,6 +7,8 @@ from sglang_mm_conn.core.messages import Register
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.sharding import session_port
 
+_MOST_REGION_BYTES = 1 << 48
+
 
 def mismatch(register: Register, settings: Settings, *, dtype: str, widest_row_bytes: int) -> str:
     """Why ``register`` does not fit an encoder with ``settings``, with both values; empty if it fits.
@@ -43,4 +45,6 @@ def _contradiction(register: Register) -> str:
         return str(error)
     if register.rank >= register.size:
         return f"invalid registration: rank {register.rank} of {register.size}"
+    if register.geometry.region_bytes > _MOST_REGION_BYTES:  # an offset must fit an address
+        return f"a region has {register.geometry.region_bytes} bytes, at most {_MOST_REGION_BYTES} are allowed"
     return ""

@@ -20,7 +20,7 @@ from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, SenderRoo
 from sglang_mm_conn.core.encoder.write_slots import WriteSlots
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import Abort, Drained, Init, Progress, Resume
-from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome, WriteResult, WriteStatus
+from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome, WriteResult, WriteStatus, failure
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.sharding import port_sum_queue_index
 from sglang_mm_conn.core.states import SenderState, WindowState
@@ -126,14 +126,14 @@ class SenderCore:
         if room in self.tombstones:
             return []
         server_of(room)  # raises before a tombstone is kept
-        outcome = Outcome(reason, code)
+        outcome = failure(reason, code)
         self.tombstones.put(room, outcome, now + TOMBSTONE_SECONDS)
         self.replies.failed(room)
         actions: list[Action] = [
             Send(session.peer, failed_message(room, outcome, drained=True))
             for session in self._sessions_of(server_of(room))
         ]
-        return [*actions, Ended(room, Outcome(reason, code), f"server {server_of(room)}")]
+        return [*actions, Ended(room, outcome, f"server {server_of(room)}")]
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -340,7 +340,7 @@ class SenderCore:
         if entry.machine.final:
             return []
         entry.machine.transition_to(SenderState.FAILED)
-        entry.outcome = Outcome(reason, code)
+        entry.outcome = failure(reason, code)
         self.replies.failed(entry.room)
         actions: list[Action] = []
         for session in self._sessions_of(entry.server):

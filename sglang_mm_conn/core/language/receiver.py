@@ -32,7 +32,7 @@ from sglang_mm_conn.core.language.unclaimed import UnclaimedRooms
 from sglang_mm_conn.core.language.views import Views
 from sglang_mm_conn.core.layout import Geometry
 from sglang_mm_conn.core.messages import Announce, Done, Drained, Failed, Progress
-from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, Outcome
+from sglang_mm_conn.core.outcomes import SUCCEEDED, FailureCode, failure
 from sglang_mm_conn.core.states import ReceiverState
 from sglang_mm_conn.core.tombstones import Tombstones
 
@@ -347,7 +347,7 @@ class ReceiverCore:
             return []
         offered = entry.state is ReceiverState.OFFERED
         entry.machine.transition_to(ReceiverState.FAILED)
-        entry.outcome = Outcome(reason, code)
+        entry.outcome = failure(reason, code)
         entry.ended = now
         self.tombstones.put(entry.room, entry.outcome, now + TOMBSTONE_SECONDS)
         actions: list[Action] = []

@@ -149,6 +149,8 @@ class Registrations:
         if encoder is None:
             return []
         encoder.machine.transition_to(LookUpState.WAITING)
+        # A process that is READY serves requests, whatever one look-up says.
+        refuse = refuse and not encoder.reachable
         return encoder.log(ERROR, reason) + (encoder.refuse(reason) if refuse else [])
 
     # -- one process ---------------------------------------------------------------------------------------------
@@ -227,6 +229,7 @@ class Registrations:
             process.become(RegistrationState.REGISTERING)
             return [Log(INFO, text), *self._register(process)]
         reason = f"refused this language server: {message.reason}"
+        process.become(RegistrationState.REFUSED)
         lost: list[RegistrationAction] = [ProcessLost(incarnation, reason)] if was_ready else []
         return lost + self.cannot_register(incarnation, reason, now)
 
@@ -238,7 +241,8 @@ class Registrations:
         actions: list[RegistrationAction] = []
         for encoder in self._encoders_of(process):
             actions += encoder.log(ERROR, reason) + encoder.refuse(reason)
-        process.become(RegistrationState.REFUSED)
+        if not process.ready:  # a READY one that could not be renewed keeps its rooms and heartbeats
+            process.become(RegistrationState.REFUSED)
         process.register_at = now + RETRY_SECONDS
         return actions
 

@@ -255,6 +255,25 @@ def test_a_silent_process_is_lost_and_its_slot_kept_until_nobody_writes_with_it(
     assert core.unused_slots(keep={"a"}) == [] and core.unused_slots(keep=set()) == [("a", 0)]
 
 
+def test_a_ready_process_that_cannot_be_renewed_keeps_its_rooms_and_heartbeats() -> None:
+    core, _ = ready()
+    core.register_again("shm")
+    actions = core.cannot_register("a", "no memory for another engine", 101.0)
+    assert not any(isinstance(one, ProcessLost) for one in actions) and core.processes["a"].ready
+    core.seen("a", 102.0)
+    assert SendHeartbeat("a") in core.tick(102.0)
+    assert SendRegister("a", "shm", 0, 3) in core.tick(101.0 + RETRY_SECONDS)
+
+
+def test_a_look_up_that_fails_refuses_no_url_with_a_ready_process() -> None:
+    core, _ = ready()
+    core.disconnected("a", 101.0)
+    core.connected("a", 101.0)
+    core.registered("a", grant(), 101.0)
+    assert without_logs(core.look_up_failed(URL, "HTTP 500", refuse=True)) == []
+    assert core.use(URL, 102.0) == []
+
+
 def test_heartbeats_go_to_ready_processes_only() -> None:
     core, _ = known()
     assert not any(isinstance(one, SendHeartbeat) for one in core.tick(100.5))
