@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sglang_mm_conn.bench.defaults import QUICK_ROUNDS, QUICK_SIZES, ROUNDS, SIZES, TRANSPORTS
+from sglang_mm_conn.bench.defaults import BLOCK_SIZE, QUICK_ROUNDS, QUICK_SIZES, ROUNDS, SIZES, TRANSPORTS, WIDTH
 from sglang_mm_conn.bench.markdown_blocks import RESULTS
 
 _DESCRIPTION = """\
@@ -79,8 +79,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--fragmented", action="store_true", help="also measure shm and mooncake with +fragmented")
     parser.add_argument("--windows", action="store_true", help="also measure shm and mooncake with +windows")
     parser.add_argument("--copied", action="store_true", help="also measure shm and mooncake with +copied")
-    parser.add_argument("--width", type=int, default=4096, metavar="N", help="bfloat16 values per row (default: 4096)")
-    parser.add_argument("--block-size", type=int, default=128, metavar="ROWS", help="rows per block (default: 128)")
+    parser.add_argument("--width", type=int, metavar="N", help=f"bfloat16 values per row (default: {WIDTH})")
+    parser.add_argument("--block-size", type=int, metavar="ROWS", help=f"rows per block (default: {BLOCK_SIZE})")
     parser.add_argument(
         "--no-special", action="store_true", help="leave out the special cases (estimates, unclaimed rooms, first use)"
     )

@@ -50,7 +50,9 @@ HEADINGS = (
     "transport", "p50 ms, 1 client", "p99 ms, 1 client", f"requests/s, {CLIENTS} clients", "slowest and fastest round",
     f"p50 ms, {CLIENTS} clients", "page faults per request",
 )  # fmt: skip
-_OF_TRANSFERS = ("sizes", "fragmented", "windows", "copied", "no_special", "plots", "device")
+_OF_TRANSFERS = (
+    "sizes", "fragmented", "windows", "copied", "no_special", "plots", "device", "width", "block_size", "stream_above",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.write is not None:
         written = markdown_blocks.document(args.write, markdown_blocks.SERVERS)
         markdown_blocks.insert(written.read_text(), "", markdown_blocks.SERVERS)
-    rounds, alone, concurrent = (3, 4, 16) if args.quick else (args.rounds or 7, 8, 40)
+    alone, concurrent = (4, 16) if args.quick else (8, 40)
+    rounds = args.rounds or (3 if args.quick else 7)
     facts = host_info.describe()
     console.print(host_info.line(facts), style="dim", highlight=False)
     work = Path("build/bench").resolve()
@@ -176,7 +179,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _backends(args: argparse.Namespace) -> tuple[str, ...]:
     """Those of ``--transports``; all of them where it is left out. Raises ValueError for a wrong option."""
     for name in _OF_TRANSFERS:
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} is an option of `bench transfers`, not of `bench servers`")
     if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")

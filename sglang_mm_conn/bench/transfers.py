@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sglang_mm_conn.bench import host_info, markdown_blocks, measurement, report, transports
-from sglang_mm_conn.bench.defaults import QUICK_ROUNDS, QUICK_SIZES, ROUNDS, SIZES, TRANSPORTS
+from sglang_mm_conn.bench.defaults import BLOCK_SIZE, QUICK_ROUNDS, QUICK_SIZES, ROUNDS, SIZES, TRANSPORTS, WIDTH
 from sglang_mm_conn.bench.process_pair import BenchError
 from sglang_mm_conn.bench.runner import BenchResult, Plan, carry_out
 from sglang_mm_conn.bench.sizes import parse_size
@@ -96,10 +96,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+    width = WIDTH if args.width is None else args.width
     try:
         sizes = [
-            parse_size(text, 2 * args.width)
-            for text in (args.sizes or (QUICK_SIZES if args.quick else SIZES)).split(",")
+            parse_size(text, 2 * width)
+            for text in ((QUICK_SIZES if args.quick else SIZES) if args.sizes is None else args.sizes).split(",")
         ]
     except ValueError as error:
         raise ValueError(f"--sizes: {error}") from None
@@ -107,8 +108,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
         transports=tuple(dict.fromkeys(_transports(args))),
         sizes=tuple(dict.fromkeys(sizes)),
         rounds=args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
-        width=args.width,
-        block_size=args.block_size,
+        width=width,
+        block_size=BLOCK_SIZE if args.block_size is None else args.block_size,
         quick=args.quick,
         special=not args.no_special and args.device != "cuda",
         device=args.device or "cpu",
@@ -118,7 +119,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def _transports(args: argparse.Namespace) -> list[transports.TransportVariant]:
     """Those of ``--transports``, or the default ones that work here, and their variants that other options add."""
     try:
-        chosen = [transports.parse(name) for name in (args.transports or TRANSPORTS).split(",")]
+        chosen = [
+            transports.parse(name) for name in (TRANSPORTS if args.transports is None else args.transports).split(",")
+        ]
     except ValueError as error:
         raise ValueError(f"--transports: {error}") from None
     if args.transports is None:
@@ -160,7 +163,7 @@ def _options(args: argparse.Namespace) -> str:
     """The options that decide what is measured, where they are not the default."""
     flags = [f"--{name}".replace("_", "-") for name in ("quick", "fragmented", "windows", "copied", "no_special")
              if getattr(args, name)]  # fmt: skip
-    for name in ("transports", "device", "sizes", "stream_above"):
+    for name in ("transports", "device", "sizes", "width", "block_size", "stream_above"):
         value = getattr(args, name)
         if value:
             flags.append(f"--{name.replace('_', '-')} {value}")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sglang_mm_conn.memory.device import Device
 
 
+_MOST = 1 << 16
+
+
 @dataclass(frozen=True)
 class Rate:
     """A way that bytes take, and the plain copy between the same two places (for a plain copy: itself)."""
@@ -39,15 +42,31 @@ def add_parser(subparsers: Any) -> None:
         "Exits with 1 where a byte arrived wrong. Without a GPU everything is host memory.",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--mib", type=int, default=256, help="size of the embedding (default: 256)")
-    parser.add_argument("--block-kib", type=int, default=896, help="size of a block (896: 128 rows of 3584 bfloat16)")
-    parser.add_argument("--repeats", type=int, default=5, help="the median of so many is printed (default: 5)")
+    parser.add_argument("--mib", type=_count, default=256, help="size of the embedding (default: 256)")
+    parser.add_argument(
+        "--block-kib", type=_count, default=896, help="size of a block (896: 128 rows of 3584 bfloat16)"
+    )
+    parser.add_argument("--repeats", type=_count, default=5, help="the median of so many is printed (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.set_defaults(run=run)
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and {_MOST}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        print(f"rates: {error}. It needs torch, which sglang brings along", file=sys.stderr)
+        return 2
+    if args.json is not None and not args.json.parent.is_dir():
+        print(f"rates: --json {args.json}: there is no folder {args.json.parent}", file=sys.stderr)
+        return 2
 
     from sglang_mm_conn.core.errors import ConnError
     from sglang_mm_conn.core.settings import Settings

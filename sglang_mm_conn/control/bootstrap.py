@@ -5,11 +5,14 @@ Language servers know that port already, so they need no other address.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import msgspec
 import requests
+import urllib3
 
 from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, is_loopback, new_nonce
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
@@ -27,7 +30,7 @@ class Worker(msgspec.Struct, frozen=True):
     """One encoder process: its incarnation and control port."""
 
     incarnation: str
-    control_port: int
+    control_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class BootstrapInfo(msgspec.Struct, frozen=True):
@@ -66,7 +69,8 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     Raises EncoderAbsent. Raises ProtocolError if the answer is no bootstrap answer of this version. Raises NotAuthentic
     if either side lacks the key, or if no key is set and the encoder is not on loopback (``insecure`` allows that).
     """
-    if key is None and not insecure and not is_loopback(urlsplit(encoder_url).hostname):
+    host = _host_of(encoder_url)
+    if key is None and not insecure and not is_loopback(host):
         raise NotAuthentic(
             f"encoder {encoder_url} is not on a loopback address and SGLANG_MM_CONN_KEY_FILE is not set "
             "(or SGLANG_MM_CONN_INSECURE=1 on a network where every host is trusted)"
@@ -77,13 +81,16 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     try:
         with requests.Session() as http:
             http.trust_env = False  # no HTTP proxy between the servers of one cluster
-            answer = http.get(url, headers=headers, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True)
+            answer = http.get(
+                url, headers=headers, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True, allow_redirects=False
+            )  # fmt: skip
             body = answer.raw.read(_MAX_BYTES, decode_content=True)
             status = answer.status_code
             signature = answer.headers.get(SIGNATURE, "")
     except requests.ConnectionError as error:
-        raise EncoderAbsent(f"{url}: {error}", refused="refused" in str(error)) from None
-    except (requests.RequestException, OSError) as error:
+        refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
+        raise EncoderAbsent(f"{url}: {error}", refused=refused) from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise EncoderAbsent(f"{url}: {error}", refused=False) from None
     if status in (502, 503, 504):
         raise EncoderAbsent(f"{url} answered HTTP {status}", refused=False)
@@ -108,9 +115,19 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     return info
 
 
+def _host_of(encoder_url: str) -> str:
+    """Raises ProtocolError if ``encoder_url`` is not an HTTP URL with a host and, if any, a valid port."""
+    try:
+        parts = urlsplit(encoder_url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # urlsplit or the port
+        valid = False
+    if not valid:
+        raise ProtocolError(f"encoder URL {encoder_url!r} is not of the form http://host:port")
+    return str(parts.hostname)
+
+
 def control_address(encoder_url: str, worker: Worker) -> str:
-    """The ZMQ address of ``worker``: the host of the encoder's URL with the worker's port."""
-    host = urlsplit(encoder_url).hostname
-    if not host:
-        raise ProtocolError(f"encoder URL {encoder_url!r} has no host")
+    """The ZMQ address of ``worker``: the host of the encoder's URL with the worker's port. Raises ProtocolError."""
+    host = _host_of(encoder_url)
     return f"tcp://[{host}]:{worker.control_port}" if ":" in host else f"tcp://{host}:{worker.control_port}"

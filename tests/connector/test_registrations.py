@@ -20,6 +20,7 @@ from sglang_mm_conn.core.messages import (
     PROTOCOL_VERSION,
     Abort,
     Message,
+    OtherMemory,
     RefusalKind,
     Refused,
     Register,
@@ -189,6 +190,17 @@ def test_a_writer_slot_that_is_taken_is_asked_for_again_and_the_path_is_not_give
     ground.path.refusal = WriterSlotTaken("writer slot 0 is taken")
     answer = ground.register("rank")
     assert isinstance(answer, Refused) and answer.kind is RefusalKind.REGISTER_FIRST
+
+
+def test_epochs_of_one_session_that_are_not_revoked_are_bounded(ground: Ground) -> None:
+    def memory(number: int) -> OtherMemory:
+        return OtherMemory(data_path="fake", content=str(number).encode())
+
+    answers = [ground.register("rank", number=number, epoch=number, memory=memory(number)) for number in range(1, 50)]
+    assert [type(answer) for answer in answers] == [Registered] * 4 + [Refused] * 45
+    assert len(ground.endpoint._links) == 4
+    assert isinstance(ground.register("rank", number=50, epoch=50, oldest_epoch=49, memory=memory(50)), Registered)
+    assert len(ground.endpoint._links) == 1
 
 
 # -- the language rank's end -------------------------------------------------------------------------------------------

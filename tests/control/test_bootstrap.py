@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 
+import msgspec
 import pytest
 import requests
 
+from sglang_mm_conn.control import bootstrap
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import ROUTE, BootstrapInfo, EncoderAbsent, Worker, control_address, look_up
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
@@ -90,7 +92,7 @@ def test_the_control_address_has_the_host_of_the_url_also_of_ipv6(url: str, addr
 
 
 def test_a_url_without_a_host_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="has no host"):
+    with pytest.raises(ProtocolError, match="is not of the form"):
         control_address("http:///x", INFO.workers[0])
 
 
@@ -106,3 +108,15 @@ def test_a_look_up_goes_over_ipv6() -> None:
 def test_first_look_ups_on_several_threads_at_once_do_not_crash_the_process() -> None:
     run = subprocess.run([sys.executable, "-c", MANY_AT_ONCE], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "http://:30000", "", "ftp://a:1", "http://[bad", "http://a:99999"])
+def test_a_url_that_is_none_of_an_encoder_is_refused_before_a_request(url: str) -> None:
+    with pytest.raises(ProtocolError, match="is not of the form http://host:port"):
+        look_up(url)
+
+
+@pytest.mark.parametrize("port", [-5, 0, 65536])
+def test_a_control_port_that_cannot_be_one_is_refused(port: int) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        bootstrap._INFO.decode(msgspec.json.encode(BootstrapInfo(3, [Worker("a", port)])))

@@ -92,7 +92,10 @@ class TokenPath:
 
     def open(self, memory: Memory, geometry: Geometry, incarnation: str) -> TokenLink:
         assert isinstance(memory, OtherMemory)
-        where = msgspec.msgpack.decode(memory.content, type=Where)
+        try:
+            where = msgspec.msgpack.decode(memory.content, type=Where)
+        except msgspec.DecodeError as error:
+            raise DataPathUnavailable(f"the token is malformed: {error}") from error
         if where.token not in EXPOSED:
             raise DataPathUnavailable(f"there is no {where.token} here")
         return TokenLink(EXPOSED[where.token], where.slot)

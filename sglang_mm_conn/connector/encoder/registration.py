@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _WAITING_REGISTRATIONS = 1024
 # A session belongs to its process for this many heartbeat intervals after the process's last message.
 _ALIVE_HEARTBEATS = 3
+# Epochs of one session that are not revoked. A rank has two at most: the one that it is revoking, and the next.
+_MOST_EPOCHS = 4
 
 
 @dataclass
@@ -122,7 +125,10 @@ class Registrar:
             )
             self._refuse_data_path(peer, message, str(error))
         except Exception as error:
-            logger.exception("Language rank %s could not be registered", message.mooncake_session_id)
+            self._rate_limited_log.log(
+                peer, logging.ERROR, "Language rank %s could not be registered: %s", message.mooncake_session_id,
+                traceback.format_exc(),
+            )  # fmt: skip
             self._refuse_data_path(peer, message, f"{type(error).__name__}: {error}")
         finally:
             with self._lock:
@@ -147,6 +153,11 @@ class Registrar:
         # the first one's rooms.
         if known is not None and known.incarnation != message.incarnation and self._is_alive(known):
             raise LinkBusy(f"session {message.mooncake_session_id} belongs to another process, which is alive")
+        # Each live epoch costs a link: descriptors and a mapping, or a place in the engines' tables.
+        if known is not None and known.incarnation == message.incarnation:
+            living = {epoch for epoch in known.epochs if epoch >= message.oldest_epoch}
+            if len({*living, message.epoch}) > _MOST_EPOCHS:
+                raise ProtocolError(f"{len(living)} epochs of session {message.mooncake_session_id} are not revoked")
         # Open the link without the lock: this may take long.
         same_session = self._links.open(message)
         session = self._new_session(peer, message)

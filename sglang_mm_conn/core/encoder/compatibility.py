@@ -45,6 +45,8 @@ def _contradiction(register: Register) -> str:
         return str(error)
     if register.rank >= register.size:
         return f"invalid registration: rank {register.rank} of {register.size}"
+    if register.oldest_epoch > register.epoch:
+        return f"invalid registration: epoch {register.epoch}, but those below {register.oldest_epoch} are revoked"
     if register.geometry.region_bytes > _MOST_REGION_BYTES:  # an offset must fit an address
         return f"a region has {register.geometry.region_bytes} bytes, at most {_MOST_REGION_BYTES} are allowed"
     return ""

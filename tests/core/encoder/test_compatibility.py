@@ -54,6 +54,7 @@ def test_equal_values_fit() -> None:
         ({"mooncake_session_id": "nowhere"}, ["'nowhere'", "host:port"]),
         ({"mooncake_session_id": "10.0.0.1:0"}, ["'10.0.0.1:0'", "host:port"]),
         ({"rank": 2}, ["rank 2 of 2"]),
+        ({"oldest_epoch": 1}, ["epoch 0", "below 1"]),
         ({"block_bytes": 1 << 48, "blocks_per_region": 1 << 48}, [str(1 << 96), str(1 << 48)]),
     ],
 )
