@@ -14,6 +14,7 @@ class FailureCode(IntEnum):
     UNKNOWN_ROOM = 404  # the encoder does not know the room
     TIMED_OUT = 408  # the language side's deadline has passed
     GONE = 410  # the room is finished, and its code is not one of a failure
+    TOO_LARGE = 413  # the embedding is larger than SGLANG_MM_CONN_MAX_EMBEDDING_BYTES
     ABORTED = 499  # the request was aborted: its client disconnected, or its prompt was rejected (nginx uses this code)
     INTERNAL = 500  # an error on this side
     PEER_FAILED = 502  # the other side was lost or broke the protocol, or a data call to it failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from sglang_mm_conn.core.errors import DataPathUnavailable
 from sglang_mm_conn.core.settings import Settings
@@ -18,6 +18,8 @@ from sglang_mm_conn.memory.pool import BlockPool
 from sglang_mm_conn.memory.segment import sweep_stale_segments
 
 logger = logging.getLogger(__name__)
+
+Half = TypeVar("Half")  # DataPath or ReceivePath
 
 # Reserves a port. Returns it and the function that releases it.
 ReservePort: TypeAlias = Callable[[], tuple[int, Callable[[], None]]]
@@ -73,6 +75,22 @@ def _allowed(settings: Settings) -> dict[str, Halves]:
     return {settings.data_path: PATHS[settings.data_path]}
 
 
+def _make(settings: Settings, half: Callable[[Halves], Half]) -> tuple[dict[str, Half], list[DataPathUnavailable]]:
+    """One half of every allowed path that can work here, and why the others cannot.
+
+    Raises DataPathUnavailable if no allowed path can."""
+    paths: dict[str, Half] = {}
+    missing: list[DataPathUnavailable] = []
+    for name, halves in _allowed(settings).items():
+        try:
+            paths[name] = half(halves)
+        except DataPathUnavailable as error:
+            missing.append(error)
+    if not paths:
+        raise missing[0]
+    return paths, missing
+
+
 def encoder_data_paths(settings: Settings, host: str, device: Device | None = None) -> dict[str, DataPath]:
     """The encoder's halves of the paths that ``settings`` allow, for embeddings that ``device`` computes.
 
@@ -81,15 +99,7 @@ def encoder_data_paths(settings: Settings, host: str, device: Device | None = No
     device = device or Device()
     device.require(settings)
     sweep_stale_segments()
-    paths: dict[str, DataPath] = {}
-    missing: list[DataPathUnavailable] = []
-    for name, halves in _allowed(settings).items():
-        try:
-            paths[name] = halves.encoder(settings, host, device)
-        except DataPathUnavailable as error:
-            missing.append(error)
-    if not paths:
-        raise missing[0]
+    paths, missing = _make(settings, lambda halves: halves.encoder(settings, host, device))
     for why in missing:
         logger.warning("Only %s is available: %s", " and ".join(PATHS[name].words for name in paths), why)
     return paths
@@ -100,13 +110,6 @@ def receive_paths(settings: Settings, host: str, pool: BlockPool, reserve_port: 
 
     ``host``: the address at which peers on other hosts reach this process. Raises DataPathUnavailable if no allowed
     path can work here."""
-    paths: dict[str, ReceivePath] = {}
-    missing: list[DataPathUnavailable] = []
-    for name, halves in _allowed(settings).items():
-        try:
-            paths[name] = halves.language(settings, host, pool, reserve_port)
-        except DataPathUnavailable as error:  # no error if another path is left: a pool has one kind of memory
-            missing.append(error)
-    if not paths:
-        raise missing[0]
+    # What is missing is no news if another path is left: a pool has one kind of memory.
+    paths, _ = _make(settings, lambda halves: halves.language(settings, host, pool, reserve_port))
     return paths

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from sglang_mm_conn.core.actions import Action, Send
 from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
 from sglang_mm_conn.core.messages import Announce, Done, Failed, Message, Progress, as_text
-from sglang_mm_conn.core.outcomes import FailureCode, Outcome
+from sglang_mm_conn.core.outcomes import FailureCode, Outcome, failure
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.states import WindowState
 from sglang_mm_conn.core.tombstones import Tombstones
@@ -57,8 +57,9 @@ def status_reply(
 
 
 def failed_message(room: str, outcome: Outcome, *, drained: bool) -> Failed:
-    code = outcome.code if 400 <= outcome.code <= 599 else FailureCode.GONE
-    return Failed(room=room, reason=as_text(outcome.reason) or "the room is finished", code=code, drained=drained)
+    outcome = failure(outcome.reason, outcome.code)  # a room that succeeded is gone
+    reason = as_text(outcome.reason) or "the room is finished"
+    return Failed(room=room, reason=reason, code=outcome.code, drained=drained)
 
 
 class Replies:

@@ -40,8 +40,9 @@ class Offers:
             reason = f"a row of {message.row_bytes} bytes does not fit a block of {self._geometry.block_bytes} bytes"
             return Outcome(reason, FailureCode.INTERNAL)
         if message.total_tokens * message.row_bytes > self._max_embedding_bytes:
+            code = FailureCode.TOO_LARGE
             reason = f"{message.total_tokens} rows of {message.row_bytes} bytes are more than "
-            return Outcome(f"{reason}SGLANG_MM_CONN_MAX_EMBEDDING_BYTES={self._max_embedding_bytes}", 413)
+            return Outcome(f"{reason}SGLANG_MM_CONN_MAX_EMBEDDING_BYTES={self._max_embedding_bytes}", code)
         return None
 
     def anyone_waits(self) -> bool:
