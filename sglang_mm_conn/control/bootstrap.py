@@ -34,10 +34,19 @@ class Worker(msgspec.Struct, frozen=True):
 
 
 class BootstrapInfo(msgspec.Struct, frozen=True):
-    """The answer of the route."""
+    """The answer of the route.
+
+    Attributes:
+        version: of the control protocol.
+        workers: the processes that hold embeddings.
+        draining: whether the encoder takes no new work.
+        prefix_cache: whether it keeps the embeddings of earlier items (``--enable-prefix-mm-cache``).
+    """
 
     version: int
     workers: list[Worker]
+    draining: bool = False
+    prefix_cache: bool = False
 
 
 # Made at import. Hazard: msgspec analyses a struct at its first use, and if two threads do that at the same time, the
@@ -46,11 +55,13 @@ _INFO = msgspec.json.Decoder(BootstrapInfo)
 
 
 class EncoderAbsent(ConnError):
-    """The encoder's URL does not answer. ``refused``: the connection was refused, so no process listens there."""
+    """The encoder's URL does not answer. ``refused``: the connection was refused, so no process listens there.
+    ``silent``: nothing at all answered, which may be the network's fault, or that of a busy encoder."""
 
-    def __init__(self, message: str, *, refused: bool) -> None:
+    def __init__(self, message: str, *, refused: bool = False, silent: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
+        self.silent = silent
 
 
 def answer_request(info: BootstrapInfo, key: DeploymentKey | None, headers: Mapping[str, str]) -> tuple[bytes, str]:
@@ -63,8 +74,19 @@ def answer_request(info: BootstrapInfo, key: DeploymentKey | None, headers: Mapp
     return body, key.sign(_ANSWER, nonce.encode("utf-8", "replace"), body)
 
 
-def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: bool = False) -> BootstrapInfo:
-    """Ask an encoder for its control sockets.
+def normalized(encoder_url: str) -> str:
+    """``encoder_url`` as the one name of this encoder: without a trailing slash."""
+    return encoder_url.strip().rstrip("/")
+
+
+def look_up(
+    encoder_url: str,
+    key: DeploymentKey | None = None,
+    *,
+    insecure: bool = False,
+    read_seconds: float = _READ_SECONDS,
+) -> BootstrapInfo:
+    """Ask an encoder for its control sockets. ``read_seconds``: the longest wait for each piece of the answer.
 
     Raises EncoderAbsent. Raises ProtocolError if the answer is no bootstrap answer of this version. Raises NotAuthentic
     if either side lacks the key, or if no key is set and the encoder is not on loopback (``insecure`` allows that).
@@ -75,25 +97,25 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
             f"encoder {encoder_url} is not on a loopback address and SGLANG_MM_CONN_KEY_FILE is not set "
             "(or SGLANG_MM_CONN_INSECURE=1 on a network where every host is trusted)"
         )
-    url = encoder_url.rstrip("/") + ROUTE
+    url = normalized(encoder_url) + ROUTE
     nonce = new_nonce()
     headers = {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(_ASK, nonce.encode())}
     try:
         with requests.Session() as http:
             http.trust_env = False  # no HTTP proxy between the servers of one cluster
             answer = http.get(
-                url, headers=headers, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True, allow_redirects=False
+                url, headers=headers, timeout=(_CONNECT_SECONDS, read_seconds), stream=True, allow_redirects=False
             )  # fmt: skip
             body = answer.raw.read(_MAX_BYTES, decode_content=True)
             status = answer.status_code
             signature = answer.headers.get(SIGNATURE, "")
     except requests.ConnectionError as error:
         refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
-        raise EncoderAbsent(f"{url}: {error}", refused=refused) from None
+        raise EncoderAbsent(f"{url}: {error}", refused=refused, silent=not refused) from None
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise EncoderAbsent(f"{url}: {error}", refused=False) from None
+        raise EncoderAbsent(f"{url}: {error}", silent=True) from None
     if status in (502, 503, 504):
-        raise EncoderAbsent(f"{url} answered HTTP {status}", refused=False)
+        raise EncoderAbsent(f"{url} answered HTTP {status}")
     if status == 401:
         raise NotAuthentic(f"{url} wants this deployment's key: set SGLANG_MM_CONN_KEY_FILE to the encoder's file")
     if status != 200:

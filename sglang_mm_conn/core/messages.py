@@ -1,7 +1,6 @@
 """Owns the control messages and their codec: tagged msgspec structs behind one version byte, length-limited, no pickle.
 
-docs/protocol.md says where the names come from. Times are durations in seconds: the clocks of two hosts are never
-compared. Each data path describes its memory in a Register by a struct of its own kind.
+docs/protocol.md says where the names come from. Times are durations in seconds: clocks of two hosts are never compared.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Memory(Struct, frozen=True, tag_field="kind", kw_only=True):
 
 
 class ShmMemory(Memory, frozen=True, kw_only=True, tag="shm"):
-    """A shared segment: its name, a nonce that proves it is this segment, and the byte that the encoder must lock."""
+    """A shared segment: its name, a nonce that proves it is this one, and the byte that the encoder must lock."""
 
     segment: Name
     nonce: Annotated[str, Meta(max_length=64)]
@@ -199,9 +198,12 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
 
     Attributes:
         incarnation: of that process.
+        load, draining: of an encoder: how many requests its server holds, and whether it takes no new ones.
     """
 
     incarnation: Name
+    load: Count = 0
+    draining: bool = False
 
 
 class Registered(Message, frozen=True, kw_only=True, tag="registered"):
@@ -339,7 +341,7 @@ def as_text(value: str, limit: int = 1000) -> str:
 
 
 def encode(message: Message) -> bytes:
-    """One frame: the version byte and the message."""
+    """One frame: version byte, message."""
     return _VERSION + _ENCODER.encode(message)
 
 

@@ -34,3 +34,8 @@ def server_of(room: str) -> str:
     if match is None:
         raise ProtocolError(f"{room!r} is not a room name")
     return match[1]
+
+
+def part_room(room_base: str, part: int) -> str:
+    """The room of part ``part`` under ``room_base``."""
+    return f"{room_base}_local_part_{part}"

@@ -214,6 +214,19 @@ class Settings:
         _seconds(0.1, 3600),
         "how long blocks of a failed Mooncake write stay in quarantine before the engine is replaced to free them",
     )
+    dispatch_tries: int = _setting(
+        "SGLANG_MM_CONN_DISPATCH_TRIES",
+        3,
+        _integer(1, 16),
+        "most encoders that a language server sends one part of a request to, one after the other, if they fail; "
+        "1: no other encoder is tried",
+    )
+    dispatch_wait: float = _setting(
+        "SGLANG_MM_CONN_DISPATCH_WAIT_SECONDS",
+        0.0,
+        _seconds(0, 3600),
+        "how long a request waits for an encoder to come back if none is up; 0: it gets HTTP 503 at once",
+    )
     max_embedding_bytes: int = _setting(
         "SGLANG_MM_CONN_MAX_EMBEDDING_BYTES",
         16 << 30,

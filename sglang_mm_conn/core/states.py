@@ -131,6 +131,25 @@ REGISTRATION_TRANSITIONS: dict[RegistrationState, frozenset[RegistrationState]] 
 }
 
 
+class EncoderState(_State):
+    """An encoder URL, as the dispatcher of a language server sees it."""
+
+    UP = "up"  # it answers, so it gets work. Left by: evidence against it
+    SUSPECT = "suspect"  # unknown, or there is evidence against it; a probe decides
+    DRAINING = "draining"  # it says that it will end; it finishes what it has and gets no new work
+    DOWN = "down"  # it does not answer, or is no encoder that fits; it gets no work, only probes
+
+
+_ENCODER_STATES = frozenset(EncoderState)
+# Evidence comes from several sources in any order, so every change is possible.
+ENCODER_TRANSITIONS: dict[EncoderState, frozenset[EncoderState]] = {
+    EncoderState.UP: _ENCODER_STATES - {EncoderState.UP},
+    EncoderState.SUSPECT: _ENCODER_STATES - {EncoderState.SUSPECT},
+    EncoderState.DRAINING: _ENCODER_STATES - {EncoderState.DRAINING},
+    EncoderState.DOWN: frozenset({EncoderState.UP, EncoderState.SUSPECT, EncoderState.DRAINING}),
+}
+
+
 State = TypeVar("State", bound=Enum)
 
 

@@ -1,32 +1,40 @@
-"""The language server's tokenizer process: names the rooms of each request and asks the encoders to encode.
+"""The language server's tokenizer process: names the rooms of each request and has encoders encode its items.
 
 The message from the tokenizer to the scheduler has no field of this connector. So the room base of a request travels as
-the fragment of its encoder URLs, which sglang stores on the request.
+the fragment of its encoder URLs, which sglang stores on the request: one URL a part, in the order of the parts.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import os
 import threading
-from http import HTTPStatus
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
-from sglang.srt.disaggregation.encoder.receiver import MMReceiverHTTP
+from sglang.srt.disaggregation.encoder.receiver import MMReceiverHTTP, _encoder_media_item
+from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
-from sglang.srt.runtime_context import get_serving
+from sglang.srt.managers.schedule_batch import Modality
+from sglang.srt.runtime_context import get_disagg, get_serving
 
+from sglang_mm_conn.connector.dispatch.endpoint import Dispatched, DispatcherEndpoint
+from sglang_mm_conn.connector.dispatch.media import item_of
+from sglang_mm_conn.control.bootstrap import normalized
+from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
+from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.outcomes import known_http_status
 from sglang_mm_conn.core.rooms import new_room_base
+from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
-from sglang_mm_conn.sglang_plugin.names import server_incarnation
+from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation
+from sglang_mm_conn.sglang_plugin.redispatch import redispatch_request
 
 logger = logging.getLogger(__name__)
 
-# The longest wait for a request to reach the scheduler before the error of its dispatch is sent there. The scheduler
-# ignores an error of a request that it does not know.
-_DISPATCHED_SECONDS = 300.0
+Tell = Callable[[EncoderDispatchErrorReq], None]
 
 
 def with_room(url: str, room_base: str) -> str:
@@ -46,18 +54,27 @@ def dispatch_tag(room_base: str) -> str:
 
 
 class RoomDispatcher(MMReceiverHTTP):
-    """In place of sglang's receiver in the tokenizer process. Dispatches run on one thread with an event loop."""
+    """In place of sglang's receiver in the tokenizer process."""
 
     def __init__(self, encode_urls: list[str]) -> None:
         # Does not call super().__init__, which opens sockets whose messages are unpickled.
         self.encode_urls = encode_urls  # sglang changes it in place as encoders register
         self.host = reached_at(get_serving().host)
         self._server = server_incarnation()
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="mm-conn-dispatch", daemon=True).start()
+        self._static = [normalized(url) for url in get_disagg().encoder_urls]
+        self._seconds = float(envs.SGLANG_ENCODER_RECV_TIMEOUT.get())
+        settings = Settings.from_env(os.environ)
+        self.endpoint = DispatcherEndpoint(
+            settings, server=self._server, report_address=os.environ.get(REPORTS_ENV) or None
+        )
+        self.endpoint.know(self._urls())
+
+    def _urls(self) -> list[str]:
+        """The encoders of ``--encoder-urls``, for good, and those that are registered now."""
+        return list(dict.fromkeys([*self._static, *map(normalized, list(self.encode_urls))]))
 
     def _send_encode_request(
-        self, obj: Any, time_stats_json: Any = None, on_dispatch_error: Any = None
+        self, obj: Any, time_stats_json: Any = None, on_dispatch_error: Tell | None = None
     ) -> threading.Event | None:
         """Start the dispatch of the items of ``obj`` to the encoders.
 
@@ -68,59 +85,67 @@ class RoomDispatcher(MMReceiverHTTP):
             raise ValueError(
                 "a batch of prompts with images cannot be dispatched to encoders: send one prompt per request"
             )
-        items = self._extract_url_data(obj)
-        urls = list(self.encode_urls)
-        if not items or not urls:
-            if items:
+        media = self._extract_url_data(obj)
+        urls = self._urls()
+        if not media or not urls:
+            if media:
                 logger.warning("No encoder is registered: request %s is processed without one", obj.rid)
             obj.need_wait_for_mm_inputs = False
             return None
+        self.endpoint.know(urls)
         room_base = new_room_base(self._server)
-        obj.need_wait_for_mm_inputs = True
-        obj.num_items_assigned = self._assign_items_by_modality(items, len(urls))
-        obj.encoder_urls = [with_room(url, room_base) for url in urls]
-        dispatched = threading.Event()
-        asyncio.run_coroutine_threadsafe(
-            self._dispatch(
-                obj.rid, room_base, items, obj.num_items_assigned, urls, time_stats_json, dispatched, on_dispatch_error
-            ),
-            self._loop,
+        with_keys = self.endpoint.caches_items
+        items = [
+            item_of(one["modality"].name, one["url"], one.get("content_hash"), with_key=with_keys) for one in media
+        ]
+        dispatched = Dispatched(
+            content=partial(self._content, media, time_stats_json),
+            tell=partial(_tell, obj.rid, on_dispatch_error),
+            reached=threading.Event(),
         )
-        return dispatched
+        placed = self.endpoint.dispatch(obj.rid, room_base, items, self._seconds, dispatched)
+        obj.need_wait_for_mm_inputs = True
+        obj.num_items_assigned = {
+            modality: [part.count if part.modality == modality.name else 0 for _, part in placed]
+            for modality in dict.fromkeys(one["modality"] for one in media)
+        }
+        obj.encoder_urls = [with_room(url, room_base) for url, _ in placed]
+        return dispatched.reached
 
-    async def _dispatch(
-        self,
-        rid: str,
-        room_base: str,
-        items: list[Any],
-        assigned: Any,
-        urls: list[str],
-        time_stats_json: Any,
-        dispatched: threading.Event,
-        on_dispatch_error: Any,
-    ) -> None:
-        try:
-            error = await self.encode(
-                req_id=room_base,
-                mm_data=items,
-                embedding_port=None,
-                endpoint_encode="encode",
-                num_items_assigned=assigned,
-                encode_urls=urls,
-                time_stats_json=time_stats_json,
-            )
-            problem = None if error is None else (error.error_msg, error.error_code)
-        except Exception as failure:
-            logger.warning("Dispatch of %s failed: %s", rid, failure)
-            problem = (f"{type(failure).__name__}: {failure}", int(HTTPStatus.BAD_GATEWAY))
-        if problem is None or on_dispatch_error is None:
-            return
-        # The scheduler ignores an error of a request that it has not received yet.
-        deadline = self._loop.time() + _DISPATCHED_SECONDS
-        while not dispatched.is_set() and self._loop.time() < deadline:
-            await asyncio.sleep(0.005)
-        text, code = problem[0] + dispatch_tag(room_base), known_http_status(problem[1])
-        on_dispatch_error(EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=code))
+    def _content(self, media: list[dict[str, Any]], time_stats_json: Any, part: Part, room: str) -> dict[str, Any]:
+        """What sglang posts to ``/encode`` for ``part``."""
+        modality = Modality[part.modality]
+        of_modality = [one for one in media if one["modality"] is modality]
+        return {
+            "mm_items": [_encoder_media_item(one) for one in of_modality[part.first : part.first + part.count]],
+            "num_parts": part.of,
+            "part_idx": part.number,
+            "req_id": room,
+            "modality": part.modality,
+            "prefill_host": self.host,
+            "embedding_port": None,
+            "time_stats_json": time_stats_json,
+        }
 
     def process_waiting_requests(self, recv_reqs: Any) -> Any:
         raise ConnError("requests wait in the scheduler, not in the tokenizer")
+
+
+def _tell(rid: str, tell: Tell | None, news: Redispatched | GiveUp) -> None:
+    """Send ``news`` of the request ``rid`` to its scheduler."""
+    if tell is None:
+        return
+    if isinstance(news, Redispatched):
+        tell(redispatch_request(rid, news))
+        return
+    text = news.reason + dispatch_tag(news.room_base)
+    tell(EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=known_http_status(news.code)))
+
+
+async def report_encoders(original: Callable[[Any], Awaitable[list[Any]]], self: Any) -> list[Any]:
+    """Around ``get_internal_state`` of the tokenizer manager: the dispatcher's report in ``GET /server_info``."""
+    states = await original(self)
+    dispatcher = getattr(self, "mm_receiver", None)
+    if isinstance(dispatcher, RoomDispatcher) and states:
+        states[0].setdefault(BACKEND, {})["dispatch"] = dispatcher.endpoint.report()
+    return states

@@ -8,9 +8,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sglang_mm_conn.control.authentication import DeploymentKey, is_loopback
+from sglang_mm_conn.control.reports import new_report_address
 from sglang_mm_conn.core.rooms import new_id
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, SERVER_ENV, uses_connector
+from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, REPORTS_ENV, SERVER_ENV, uses_connector
 from sglang_mm_conn.sglang_plugin.processes import use_our_application
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,10 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
         from sglang_mm_conn.sglang_plugin.encoder import start_processes
 
         start_processes(cfg.dp_size, settings.key_file)
-    elif cfg.tokenizer_worker_num > 1:
-        use_our_application()
+    else:
+        os.environ[REPORTS_ENV] = new_report_address()
+        if cfg.tokenizer_worker_num > 1:
+            use_our_application()
     previous(server_args)
     logger.info("Embeddings travel over %s (server %s)", BACKEND, os.environ[SERVER_ENV])
 

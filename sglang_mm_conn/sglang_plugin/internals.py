@@ -43,6 +43,12 @@ HOOKS = (
         ("server_args", "dtype", "hf_config", "scheduler", "encode_urls"),
         f"{_PLUGIN}.scheduler:create_receiver",
     ),
+    # The tokenizer process: part of the answer of GET /server_info.
+    Hook(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
+        ("self",),
+        f"{_PLUGIN}.dispatch:report_encoders",
+    ),
     # Loads the encoder's model.
     Hook(
         f"{_ENCODER}.server.MMEncoder.__init__",
@@ -88,9 +94,9 @@ NEEDED = (
     f"{_ENCODER}.server.MMEncoder.release_request",  # forgets a request
     # The tokenizer process: base class of RoomDispatcher.
     f"{_ENCODER}.receiver.MMReceiverBase._extract_url_data",  # the images, video and audio of a request
-    f"{_ENCODER}.receiver.MMReceiverBase._assign_items_by_modality",  # which encoder gets how many of them
+    f"{_ENCODER}.receiver._encoder_media_item",  # an item as it is posted to /encode
     f"{_ENCODER}.receiver.MMReceiverBase._send_encode_request",  # starts the dispatch; overridden
-    f"{_ENCODER}.receiver.MMReceiverHTTP.encode",  # posts /encode to the encoders
+    "sglang.srt.managers.io_struct.EncoderDispatchErrorReq",  # from the tokenizer to every rank of the scheduler
     # A scheduler process: base class of SchedulerReceiver.
     f"{_ENCODER}.receiver.MMReceiverBase._init_mm_processor",  # creates the multimodal processor
     f"{_ENCODER}.receiver.MMReceiverBase._process_waiting_requests",  # one tick, in step with the other ranks
@@ -104,7 +110,6 @@ NEEDED = (
     f"{_ENCODER}.receiver.WaitingMMRequestBase.release_resources",  # after an abort or a failure; overridden
     f"{_ENCODER}.receiver.WaitingMMRequestBase.close_recv_socket",  # at every end; overridden
     f"{_ENCODER}.receiver.MultiModalEmbeddingData.from_embedding_data",
-    f"{_ENCODER}.receiver.create_part_req_id",
     f"{_ENCODER}.receiver.calculate_modality_num_parts",
     # A scheduler process: its sleep, and its part of GET /server_info.
     f"{_SCHEDULER}.idle_sleeper.IdleSleeper.maybe_sleep",

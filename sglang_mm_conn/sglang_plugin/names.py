@@ -10,6 +10,8 @@ FLAG = "--disaggregation-transfer-backend"
 # The incarnation of the server. Set by the process that resolves the arguments and inherited by the processes it
 # spawns, where it also says that the flag was given: they load plugins before they have arguments.
 SERVER_ENV = "SGLANG_MM_CONN_SERVER"
+# On a language server, set by the same process: where its scheduler reports to its tokenizer processes.
+REPORTS_ENV = "SGLANG_MM_CONN_REPORTS"
 # For tokenizer workers, set by the same process: the path of sglang's application, which tokenizer_app.py imports.
 APP_ENV = "SGLANG_MM_CONN_APP"
 

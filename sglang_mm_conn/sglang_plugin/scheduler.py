@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from array import array
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from sglang.srt.disaggregation.encoder.receiver import (
     WaitingMMRequestBase,
     WaitingMMRequestStatus,
     calculate_modality_num_parts,
-    create_part_req_id,
 )
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
@@ -23,8 +24,14 @@ from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
+from sglang_mm_conn.control.bootstrap import normalized
+from sglang_mm_conn.control.reports import ReportSender
+from sglang_mm_conn.core.dispatch.actions import Redispatched
+from sglang_mm_conn.core.dispatch.reports import Report, Standings, room_failed
+from sglang_mm_conn.core.dispatch.verdicts import may_be_tried_again
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.outcomes import known_http_status
+from sglang_mm_conn.core.rooms import part_room
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
@@ -33,7 +40,10 @@ from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, dispatch_tag, split_room
 from sglang_mm_conn.sglang_plugin.idle import wake_on
 from sglang_mm_conn.sglang_plugin.internals import extend_internal_state, widest_row
-from sglang_mm_conn.sglang_plugin.names import BACKEND, server_incarnation, uses_connector
+from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation, uses_connector
+from sglang_mm_conn.sglang_plugin.redispatch import redispatched
+
+_ASK_AGAIN_SECONDS = 1.0  # a report may be lost
 
 
 def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +73,7 @@ class SchedulerReceiver(MMReceiverHTTP):
         parallel = get_parallel()
         self.scheduler = scheduler
         self.tp_rank, self.tp_size, self.tp_group = parallel.tp_rank, parallel.tp_size, parallel.tp_group
-        self.encode_urls = list(get_disagg().encoder_urls)
+        self.encode_urls = [normalized(url) for url in get_disagg().encoder_urls]
         self.wait_timeout = envs.SGLANG_ENCODER_RECV_TIMEOUT.get()
         self.hostname = reached_at(get_serving().host)
         self.model_type = getattr(hf_config, "model_type", "").lower()
@@ -90,6 +100,10 @@ class SchedulerReceiver(MMReceiverHTTP):
             server_args,
         )
         self._joined_scheduler = False
+        self._reports: ReportSender | None = None
+        if self.tp_rank == 0 and os.environ.get(REPORTS_ENV):  # on the host of the dispatchers
+            self._reports = ReportSender(os.environ[REPORTS_ENV])
+            self.manager.language_endpoint.watch_encoders(lambda encoders: self._report(Standings(encoders)))
         for url in self.encode_urls:
             self.manager.language_endpoint.use_encoder(url)
 
@@ -97,6 +111,10 @@ class SchedulerReceiver(MMReceiverHTTP):
         """The server's incarnation on all its hosts: that of rank 0, whose host names the rooms."""
         mine = server_incarnation()
         return mine if self.tp_size == 1 else str(self.tp_group.all_gather_object(mine)[0])
+
+    def _report(self, report: Report) -> None:
+        if self._reports is not None:
+            self._reports.send(report)
 
     def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
         """Called every tick: accepts new requests, polls waiting ones. Returns (ready requests, aborted requests)."""
@@ -108,7 +126,15 @@ class SchedulerReceiver(MMReceiverHTTP):
             # Part of `internal_states` in GET /server_info.
             extend_internal_state(self.scheduler, BACKEND, self.manager.language_endpoint.report)
         received = [request for request in recv_reqs if not self._is_stale_error(request)]
-        requests, aborted = self._process_waiting_requests(received, WaitingEmbeddingRequest, manager=self.manager)
+        news = [(one.rid, found) for one in received if (found := _news_in(one)) is not None]
+        received = [request for request in received if _news_in(request) is None]
+        requests, aborted = self._process_waiting_requests(
+            received, WaitingEmbeddingRequest, manager=self.manager, report=self._report
+        )
+        for rid, redispatch in news:  # afterwards, because the request itself may have come in this tick
+            waiting = self.waiting_by_rid.get(rid)
+            if waiting is not None and waiting.room_base == redispatch.room_base:
+                waiting.redispatch(redispatch)
         if any(request.status == WaitingMMRequestStatus.SUCCESS for request in self.waiting_list):
             # Another rank still waits, and nothing will notify this one when that rank is done: poll again at once.
             completions.notify()
@@ -119,7 +145,9 @@ class SchedulerReceiver(MMReceiverHTTP):
         if not isinstance(request, EncoderDispatchErrorReq):
             return False
         waiting = self.waiting_by_rid.get(request.rid)
-        return waiting is not None and dispatch_tag(waiting.room_base) not in request.error_msg
+        if waiting is None or redispatched(request) is not None:
+            return False
+        return dispatch_tag(waiting.room_base) not in request.error_msg
 
     def create_req(self, recv_req: Any) -> Any:
         # In sglang 0.5.23 an aborted request without input ids ends the whole server (its output calls len(None)).
@@ -128,12 +156,20 @@ class SchedulerReceiver(MMReceiverHTTP):
         return super().create_req(recv_req)
 
 
+def _news_in(request: Any) -> Redispatched | None:
+    return redispatched(request) if isinstance(request, EncoderDispatchErrorReq) else None
+
+
 class WaitingEmbeddingRequest(WaitingMMRequestBase):
-    """A request that waits for its rooms. A part of the request, sent by one encoder, is one room."""
+    """A request that waits for its rooms. A part of the request, sent by one encoder, is one room.
+
+    If a room fails for no fault of the input, the dispatcher decides: it names another encoder and room for the part
+    (``redispatch``), or sends an error. Until then the request waits, within its deadline.
+    """
 
     def __init__(
         self, rid: str, recv_req: Any, mm_processor: Any, encoder_urls: list[str], model_type: str,
-        manager: EmbeddingManager, **_: Any,
+        manager: EmbeddingManager, report: Callable[[Report], None], **_: Any,
     ) -> None:  # fmt: skip
         # Does not call super().__init__, which opens a socket per request.
         self.rid = rid
@@ -142,6 +178,9 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self.model_type = model_type
         self.num_items_assigned = recv_req.num_items_assigned
         self.manager = manager
+        self._report = report
+        self._asked: dict[str, float] = {}  # failed rooms, and when the dispatcher was last told
+        self._prompt = recv_req.input_ids
         self.status = WaitingMMRequestStatus.PENDING
         self.error_msg: str | None = None
         self.error_code: int | None = None
@@ -167,14 +206,26 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         for modality in modalities:
             for url, items in zip(self.encoder_urls, self.num_items_assigned[modality], strict=False):
                 if items:
-                    self._expect(url, part)
+                    self._receivers.append(self._expect(url, part_room(self.room_base, part)))
                     part += 1
         assert part == sum(parts.values())
 
-    def _expect(self, url: str, part: int) -> None:
-        receiver = EmbeddingReceiver(self.manager, url, create_part_req_id(self.room_base, part))
-        receiver.init(label=self.rid)
-        self._receivers.append(receiver)
+    def _expect(self, url: str, room: str) -> EmbeddingReceiver:
+        receiver = EmbeddingReceiver(self.manager, url, room)
+        left = self.start_time + self.manager.args.timeout - time.time()
+        receiver.init(label=self.rid, timeout=max(0.0, left))
+        return receiver
+
+    def redispatch(self, news: Redispatched) -> None:
+        """A part comes from another encoder, in another room. All ranks do this in the same tick."""
+        if not 0 <= news.part < len(self._receivers):
+            return  # the request has failed on this rank
+        self._receivers[news.part].clear()
+        self._receivers[news.part] = self._expect(news.url, news.room)
+        # This rank may already have had all parts, and another one not.
+        self._assembly = self.recv_embedding_data = None
+        self.recv_req.mm_inputs, self.recv_req.input_ids = None, self._prompt
+        self.status = WaitingMMRequestStatus.PENDING
 
     def _try_recv_mm_data(self) -> None:
         """Called every tick. Copies nothing large: parts are joined on another thread."""
@@ -184,10 +235,10 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             if self._assembly is None:
                 states = [receiver.poll() for receiver in self._receivers]
                 if Poll.Failed in states:
-                    self._receivers[states.index(Poll.Failed)].failure_exception()
+                    self._ask_about([self._receivers[i] for i, state in enumerate(states) if state is Poll.Failed])
                 if any(state is not Poll.Success for state in states):
                     return
-                self._assembly = self.manager.language_endpoint.submit(self._join_parts)
+                self._assembly = self.manager.language_endpoint.submit(partial(self._join_parts, [*self._receivers]))
             if self._assembly.done():
                 self.recv_embedding_data, embeddings = self._assembly.result()
                 self._finish_assemble(embeddings)
@@ -196,16 +247,30 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         except Exception as error:
             self._fail_assemble(error)
 
-    def _join_parts(self) -> tuple[MultiModalEmbeddingData, dict[Modality, torch.Tensor]]:
+    def _ask_about(self, failed: list[EmbeddingReceiver]) -> None:
+        """Tell the dispatcher of the failed rooms. Raises TransferFailed if it need not be asked."""
+        for receiver in failed:
+            try:
+                receiver.failure_exception()
+            except TransferFailed as error:
+                if not may_be_tried_again(error.code):
+                    raise
+                if time.monotonic() >= self._asked.get(error.room, 0.0):
+                    self._asked[error.room] = time.monotonic() + _ASK_AGAIN_SECONDS
+                    self._report(room_failed(error.room, error.code, error.reason))
+
+    def _join_parts(
+        self, receivers: list[EmbeddingReceiver]
+    ) -> tuple[MultiModalEmbeddingData, dict[Modality, torch.Tensor]]:
         """Runs on a copier thread. Returns sglang's record of the parts, and one tensor per modality."""
         data: MultiModalEmbeddingData | None = None
         tensors: dict[Modality, list[torch.Tensor]] = {}
-        for number, receiver in enumerate(self._receivers):
+        for number, receiver in enumerate(receivers):
             embedding, metadata = receiver.take()
             part = _embedding_data(self.rid, embedding, metadata)
-            if part.part_idx != number or part.num_parts != len(self._receivers):
+            if part.part_idx != number or part.num_parts != len(receivers):
                 raise ConnError(
-                    f"part {part.part_idx} of {part.num_parts} arrived as part {number} of {len(self._receivers)}"
+                    f"part {part.part_idx} of {part.num_parts} arrived as part {number} of {len(receivers)}"
                 )
             if data is None:
                 data = MultiModalEmbeddingData.from_embedding_data(part, model_type=self.model_type)

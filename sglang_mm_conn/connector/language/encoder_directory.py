@@ -31,6 +31,7 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
+from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
 from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.language.registration import Registrations
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, encode
@@ -90,6 +91,13 @@ class EncoderDirectory:
 
     def on_seen(self, incarnation: str) -> None:
         self.registrations.seen(incarnation, self._clock())
+
+    def on_heartbeat(self, incarnation: str, message: Heartbeat) -> None:
+        self.registrations.heartbeat(incarnation, message)
+
+    def standings(self) -> list[EncoderStanding]:
+        """What is known of each encoder (control thread)."""
+        return self.registrations.standings()
 
     def on_registered(self, incarnation: str, message: Registered) -> None:
         """Raises ProtocolError."""

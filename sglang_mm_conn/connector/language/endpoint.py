@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from sglang_mm_conn.connector.language.encoder_directory import EncoderDirectory, EncoderEvent
+from sglang_mm_conn.connector.language.encoder_watch import EncoderWatch, EncoderWatcher
 from sglang_mm_conn.connector.language.results import ResultMemory, Results, embedding_of, log_end
 from sglang_mm_conn.connector.language.sessions import LocalSessions
 from sglang_mm_conn.connector.runtime import Runtime
@@ -95,6 +96,7 @@ class LanguageEndpoint:
             dtype=dtype,
         )  # fmt: skip
         self.completions = Wakeup()  # notified when a room ends
+        self._watch = EncoderWatch()
         self._results = Results(settings, memory, self.pool, lock=self._lock, runtime=runtime)
         self.core = self._new_core(runtime)
         self._encoders, self._control = self._new_connections(runtime)
@@ -143,6 +145,10 @@ class LanguageEndpoint:
     def use_encoder(self, url: str) -> None:
         """Connect to the encoder at ``url`` if it is not connected."""
         self._encoders.use(url)
+
+    def watch_encoders(self, watcher: EncoderWatcher) -> None:
+        """Let ``watcher`` know how the encoders stand, on the control thread: at each change, and every second."""
+        self._watch.watcher = watcher
 
     def expect(self, room: str, encoder: str, timeout: float, label: str) -> None:
         """Wait for ``room`` from ``encoder`` (its URL) for ``timeout`` seconds. ``label`` is for logs."""
@@ -239,6 +245,7 @@ class LanguageEndpoint:
             message = decode_from_encoder(frame, limit)
             self._encoders.on_seen(incarnation)
             if isinstance(message, Heartbeat):
+                self._encoders.on_heartbeat(incarnation, message)
                 return
             if isinstance(message, Registered):
                 self._encoders.on_registered(incarnation, message)
@@ -269,6 +276,7 @@ class LanguageEndpoint:
 
     def _on_tick(self) -> None:
         self._encoders.tick()
+        self._watch.look(self._encoders.standings, self._clock())
         self._results.trim()
         with self._lock:
             self._perform(self.core.tick(self._clock()))

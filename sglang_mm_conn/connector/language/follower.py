@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sglang_mm_conn.connector.language.encoder_watch import EncoderWatcher
 from sglang_mm_conn.connector.metadata import dtype_of
 from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.control.wakeup import Wakeup
@@ -142,6 +143,9 @@ class FollowerEndpoint:
             entry = self._rooms.get(room)
             if entry is not None and entry.poll() is Poll.Bootstrapping:
                 entry.outcome = failure(reason, code)
+
+    def watch_encoders(self, watcher: EncoderWatcher) -> None:
+        """Does nothing: only the leader has connections to encoders."""
 
     def resume_transfer(self, room: str, embedding_indices: list[int], sent_tokens: int, allocated_tokens: int) -> None:
         """Raises ConnError: only the leader has blocks to offer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.actions import EncoderRefused, Log, LookUp, RegistrationAction
+from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
 from sglang_mm_conn.core.states import (
     LOOK_UP_TRANSITIONS,
     REGISTRATION_TRANSITIONS,
@@ -32,6 +33,8 @@ class EncoderProcess:
         registered_once: whether it was ever READY. Only then does the log report its loss each time.
         unanswered: number of Registers that it has not answered.
         register_at: time to send the next Register; None: no Register is scheduled.
+        load: requests that it says its server holds.
+        draining: whether it says that it takes no new work.
     """
 
     incarnation: str
@@ -44,6 +47,8 @@ class EncoderProcess:
     registered_once: bool = False
     unanswered: int = 0
     register_at: float | None = None
+    load: int = 0
+    draining: bool = False
 
     @property
     def ready(self) -> bool:
@@ -75,6 +80,7 @@ class EncoderUrl:
         delay: seconds from the next look-up to the one after it.
         refusal: why no request can use it; empty: it can be used, or that is not known yet.
         logged: the last line about it, so that a cause that persists is logged once.
+        silences: how many of its processes were lost because they fell silent.
     """
 
     url: str
@@ -87,6 +93,20 @@ class EncoderUrl:
     delay: float = FIRST_DELAY_SECONDS
     refusal: str = ""
     logged: str = ""
+    silences: int = 0
+
+    @property
+    def standing(self) -> EncoderStanding:
+        """What the dispatcher should know of it."""
+        processes = list(self.processes.values())
+        return EncoderStanding(
+            self.url,
+            connected=any(one.registered_once for one in processes),
+            silences=self.silences,
+            refusal=self.refusal,
+            draining=any(one.draining for one in processes),
+            load=sum(one.load for one in processes),
+        )
 
     @property
     def reachable(self) -> bool:

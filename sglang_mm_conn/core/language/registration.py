@@ -35,9 +35,10 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
+from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.language.encoder_records import FIRST_DELAY_SECONDS, EncoderProcess, EncoderUrl
-from sglang_mm_conn.core.messages import RefusalKind, Refused, Registered
+from sglang_mm_conn.core.messages import Heartbeat, RefusalKind, Refused, Registered
 from sglang_mm_conn.core.states import LookUpState, RegistrationState
 
 # The rank registers again this long after a process refused it, or after a Register could not be built.
@@ -183,6 +184,16 @@ class Registrations:
         if process is not None:
             process.last_seen = now
 
+    def heartbeat(self, incarnation: str, message: Heartbeat) -> None:
+        """The process says how it is."""
+        process = self.processes.get(incarnation)
+        if process is not None:
+            process.load, process.draining = message.load, message.draining
+
+    def standings(self) -> list[EncoderStanding]:
+        """What the dispatchers of this server should know of each encoder."""
+        return [encoder.standing for encoder in self.encoders.values()]
+
     def registered(self, incarnation: str, message: Registered, now: float) -> list[RegistrationAction]:
         """The process answered Registered. Raises ProtocolError if it names a session of another rank."""
         process = self.processes.get(incarnation)
@@ -314,6 +325,8 @@ class Registrations:
         actions: list[RegistrationAction] = []
         for process in list(self.processes.values()):
             if now - process.last_seen > self._peer_timeout:
+                for encoder in self._encoders_of(process):
+                    encoder.silences += process.registered_once
                 actions += self._lose(process.incarnation, f"silent for {self._peer_timeout:g} s")
             elif process.register_at is not None and now >= process.register_at:
                 if not process.ready:

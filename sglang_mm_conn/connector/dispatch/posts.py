@@ -1,0 +1,75 @@
+"""Owns the HTTP requests of a dispatcher to encoders: posts of parts over kept connections, and probes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from sglang_mm_conn.control.authentication import DeploymentKey
+from sglang_mm_conn.control.bootstrap import BootstrapInfo, look_up
+from sglang_mm_conn.core.dispatch.verdicts import STATE_HEADER, TryEnd, Verdict, of_answer
+
+_CONNECT_SECONDS = 2.0
+_PROBE_SECONDS = 2.0
+_PROBE_THREADS = 8
+# Shorter than the 5 s after which uvicorn closes an idle connection: one that it is just closing would break a post.
+_KEEP_SECONDS = 3.0
+_MOST_ANSWER_BYTES = 1 << 16
+
+
+class Posts:
+    """One HTTP session for all encoders. Used on one event loop."""
+
+    def __init__(self, key: DeploymentKey | None, *, insecure: bool) -> None:
+        connections = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS)
+        # No limit for the answer: it comes when the embedding is delivered. The request has a deadline.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+        self._session = aiohttp.ClientSession(connector=connections, timeout=timeout)
+        self._look_up = partial(look_up, key=key, insecure=insecure, read_seconds=_PROBE_SECONDS)
+        self._probes = ThreadPoolExecutor(_PROBE_THREADS, "mm-conn-probe")
+
+    async def post(self, url: str, room: str, body: bytes) -> TryEnd:
+        """Post ``body`` to the encoder at ``url``, and say how that ended."""
+        try:
+            async with self._session.post(
+                f"{url}/encode", data=body, headers={"Content-Type": "application/json"}, allow_redirects=False
+            ) as answer:
+                content = await answer.content.read(_MOST_ANSWER_BYTES)
+                while not answer.content.at_eof() and len(content) < _MOST_ANSWER_BYTES:
+                    content += await answer.content.read(_MOST_ANSWER_BYTES - len(content))
+                return of_answer(room, answer.status, content, answer.headers.get(STATE_HEADER, ""))
+        except (aiohttp.ClientResponseError, aiohttp.InvalidURL) as error:
+            return _bad_gateway(Verdict.STRANGER, f"no encoder answers there ({type(error).__name__}: {error})")
+        except aiohttp.ClientConnectorError as error:
+            refused = isinstance(error.os_error, ConnectionRefusedError)
+            verdict = Verdict.REFUSED if refused else Verdict.CUT_OFF  # a network may recover
+            return _bad_gateway(verdict, f"it cannot be reached ({error})")
+        except (aiohttp.ClientError, OSError) as error:
+            return _bad_gateway(Verdict.CUT_OFF, f"the connection broke ({type(error).__name__}: {error})")
+
+    async def probe(self, url: str) -> BootstrapInfo:
+        """The encoder's answer to a look-up. Raises what ``control.bootstrap.look_up`` raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._probes, self._look_up, url)
+
+    async def close(self) -> None:
+        self._probes.shutdown(wait=False, cancel_futures=True)
+        await self._session.close()
+
+
+def _bad_gateway(verdict: Verdict, reason: str) -> TryEnd:
+    return TryEnd(verdict, int(HTTPStatus.BAD_GATEWAY), reason)
+
+
+def json_body(content: Any) -> bytes:
+    """``content`` as JSON. msgspec is several times as fast as the standard library, which takes more strings."""
+    try:
+        return msgspec.json.encode(content)
+    except (TypeError, ValueError, OverflowError, UnicodeEncodeError):  # for example a lone surrogate
+        return json.dumps(content).encode()

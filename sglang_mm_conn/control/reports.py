@@ -1,0 +1,82 @@
+"""Owns the local socket on which a language server's scheduler reports to its dispatchers (tokenizer processes).
+
+It is a Unix socket in a directory that only the server's user can enter. The scheduler publishes, every dispatcher
+subscribes. Reports that a dispatcher does not read in time are dropped, never queued without limit, and never delay the
+scheduler; the important ones are repeated.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+
+import zmq
+import zmq.asyncio
+
+from sglang_mm_conn.core.dispatch.reports import MOST_BYTES, Report, decode_report, encode_report
+
+_MOST_WAITING = 1000  # reports that a dispatcher has not read yet
+_LONGEST_PATH = 100  # of a Unix socket, in bytes: the kernel's limit is 107
+
+
+def new_report_address() -> str:
+    """The address of a new report socket, in a directory of its own that goes when this process ends."""
+    directory = tempfile.mkdtemp(prefix="mm-conn-")
+    if len(directory) > _LONGEST_PATH - len("/reports"):  # TMPDIR may be long
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="mm-conn-", dir="/tmp")
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # a forked child runs this, too
+            shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(remove)
+    return f"ipc://{directory}/reports"
+
+
+class ReportSender:
+    """The scheduler's end. Any thread may send."""
+
+    def __init__(self, address: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.PUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, _MOST_WAITING)
+        self._socket.bind(address)
+        self._lock = threading.Lock()
+
+    def send(self, report: Report) -> None:
+        """Send ``report`` to every dispatcher that is connected. Never waits."""
+        frame = encode_report(report)
+        with self._lock, contextlib.suppress(zmq.ZMQError):  # closed
+            self._socket.send(frame, zmq.NOBLOCK)
+
+    def close(self) -> None:
+        with self._lock:
+            self._context.destroy(linger=0)
+
+
+class ReportReceiver:
+    """A dispatcher's end, for the event loop that it is made on. It may be made before the scheduler's end."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, _MOST_WAITING)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.subscribe(b"")
+        self._socket.connect(address)
+
+    async def receive(self) -> Report:
+        """The next report. Raises ProtocolError if it is malformed."""
+        return decode_report(await self._socket.recv())
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)

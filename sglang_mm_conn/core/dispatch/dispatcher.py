@@ -1,0 +1,328 @@
+"""Owns the dispatch of requests: which part is at which encoder, and what happens to a part whose try failed.
+
+Pure; time is an argument. Every event returns actions, to be carried out in order.
+
+- A part has one try under way at most, or it waits for an encoder, or it has arrived. So no part is lost or taken twice.
+- Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
+  and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
+- At most ``tries`` encoders get one part, so a part that kills encoders ends after so many.
+- A part is posted again only to an encoder that is up, and to the same one only if that has proved since that it is
+  well.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from statistics import fmean
+
+from sglang_mm_conn.core.dispatch.actions import (
+    INFO,
+    WARNING,
+    CancelPost,
+    DispatchAction,
+    Forget,
+    GiveUp,
+    LogLine,
+    Post,
+    Probe,
+    Redispatched,
+)
+from sglang_mm_conn.core.dispatch.choice import Candidate, Chooser, Item, Share
+from sglang_mm_conn.core.dispatch.fleet import Encoder, EncoderStanding, Fleet, StateChange
+from sglang_mm_conn.core.dispatch.requests import Part, Request, Try
+from sglang_mm_conn.core.dispatch.verdicts import TryEnd, Verdict, of_failure
+from sglang_mm_conn.core.rooms import part_room
+from sglang_mm_conn.core.states import EncoderState
+
+NO_ENCODER = "no encoder is available for the images, video or audio of this request, try again later"
+_USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
+_OVERDUE_SECONDS = 5.0  # the scheduler has given a request up for so long: nobody waits for it
+_FINISHED_ROOMS = 4096
+
+# What a failed try proves about its encoder, and whether that may get the part again once it is well.
+_PROVES = {
+    Verdict.REFUSED: EncoderState.DOWN,
+    Verdict.STRANGER: EncoderState.DOWN,
+    Verdict.CUT_OFF: EncoderState.SUSPECT,
+    Verdict.DRAINS: EncoderState.DRAINING,
+    Verdict.LOST: None,
+}
+
+
+class DispatchCore:
+    """All requests of one dispatcher. Not thread-safe: the caller holds one lock around every call."""
+
+    def __init__(self, *, tries: int, wait_seconds: float, new_room_base: Callable[[], str]) -> None:
+        """``tries``: most tries of a part. ``wait_seconds``: how long a part may wait while no encoder is up."""
+        self.fleet = Fleet()
+        self.requests: dict[str, Request] = {}
+        self.redispatched = 0
+        self.given_up = 0
+        self._chooser = Chooser()
+        self._tries = tries
+        self._wait_seconds = wait_seconds
+        self._new_room_base = new_room_base
+        self._open: dict[str, tuple[Request, Part]] = {}  # by the room of the try that is under way
+        self._waiting: dict[tuple[str, int], tuple[Request, Part]] = {}  # by room base and number: wait for an encoder
+        self._finished: OrderedDict[str, str] = OrderedDict()  # rooms of requests that are over -> their room base
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self, rid: str, room_base: str, items: Sequence[Item], deadline: float, now: float
+    ) -> tuple[list[tuple[str, Part]], list[DispatchAction]]:
+        """A request with ``items``, those of a modality together. Returns (URL, part) in order, and actions.
+
+        Where no encoder can be used, there is one part a modality, at the URL of any encoder. It waits, or fails.
+        """
+        usable = self.fleet.usable(now)
+        candidates = self._candidates(usable, now)
+        anywhere = next(iter(self.fleet.encoders), "")
+        shares: list[tuple[str, Share, float]] = []
+        for modality in dict.fromkeys(item.modality for item in items):
+            chosen = [item for item in items if item.modality == modality]
+            everything = [Share(anywhere, 0, len(chosen))]
+            for share in self._chooser.share_out(chosen, candidates) if candidates else everything:
+                work = sum(item.work for item in chosen[share.first : share.first + share.count])
+                shares.append((modality, share, work))
+        placed = [
+            (share.url, Part(number, len(shares), modality, share.first, share.count, work))
+            for number, (modality, share, work) in enumerate(shares)
+        ]
+        request = Request(rid, room_base, deadline, [part for _, part in placed])
+        self.requests[room_base] = request
+        actions: list[DispatchAction] = []
+        for url, part in placed:
+            if candidates:
+                actions += self._post(request, part, url, part_room(room_base, part.number), now)
+            else:
+                self._wait(request, part, now)
+        return placed, actions + self._settle([], now)
+
+    def answered(self, room: str, end: TryEnd, now: float) -> list[DispatchAction]:
+        """The encoder has answered the post of ``room``, or the post has failed."""
+        found = self._open.get(room)
+        if found is None:
+            return []  # another room has taken its place, or the request is over
+        return self._ended(*found, end, now)
+
+    def room_failed(self, room: str, code: int, reason: str, now: float) -> list[DispatchAction]:
+        """The scheduler's side says that ``room`` has failed, and waits for what this decides."""
+        found = self._open.get(room)
+        if found is not None:
+            return self._ended(*found, of_failure(code, reason), now)
+        base = self._finished.get(room)
+        # The encoder said that the part had arrived, and the request's items are gone.
+        return [] if base is None else [GiveUp(base, code, reason)]
+
+    # -- encoders ------------------------------------------------------------------------------------------------
+
+    def know(self, urls: Sequence[str], now: float) -> list[DispatchAction]:
+        """Exactly these encoders are known from now on. Parts that others have go on."""
+        self.fleet.know(urls)
+        return self._settle([], now)
+
+    def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[DispatchAction]:
+        """The encoder has answered a Probe."""
+        return self._settle(self.fleet.probed(url, draining=draining, prefix_cache=prefix_cache, now=now), now)
+
+    def probe_failed(self, url: str, reason: str, *, silent: bool, now: float) -> list[DispatchAction]:
+        """A Probe has failed; ``silent``: because no answer came in time."""
+        return self._settle(self.fleet.probe_failed(url, reason, silent=silent), now)
+
+    def stands(self, standing: EncoderStanding, now: float) -> list[DispatchAction]:
+        """The scheduler's side reports what it knows of an encoder."""
+        return self._settle(self.fleet.stands(standing, now), now)
+
+    def tick(self, now: float) -> list[DispatchAction]:
+        """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""
+        actions: list[DispatchAction] = []
+        for request in [one for one in self.requests.values() if now > one.deadline + _OVERDUE_SECONDS]:
+            actions += self._finish(request)
+        return actions + self._settle([], now)
+
+    def report(self, now: float) -> dict[str, object]:
+        """What operators see: the encoders, and how many requests are under way."""
+        return {
+            "requests": len(self.requests),
+            "waiting_parts": len(self._waiting),
+            "redispatched": self.redispatched,
+            "given_up": self.given_up,
+            "encoders": {
+                one.url: {
+                    "state": one.state.value,
+                    "reason": one.reason,
+                    "parts": one.load.parts,
+                    "work": round(one.load.backlog, 3),
+                    "tried": one.tried,
+                    "failed": one.failed,
+                }
+                for one in self.fleet.encoders.values()
+            },
+        }
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _ended(self, request: Request, part: Part, end: TryEnd, now: float) -> list[DispatchAction]:
+        """The try of ``part`` that is under way has ended."""
+        attempt = self._close(part, now)
+        if end.verdict is Verdict.DELIVERED:
+            changes = self.fleet.delivered(attempt.url, now)
+            one = self.fleet.encoders.get(attempt.url)
+            if one is not None:
+                one.load.took(now - attempt.began, attempt.ahead, now)
+            part.delivered = True
+            done = all(other.delivered for other in request.parts)
+            return (self._finish(request) if done else []) + self._settle(changes, now)
+        if end.verdict is Verdict.ABORTED:
+            return self._finish(request)
+        if end.verdict is Verdict.INPUT:
+            return self._give_up(request, end.code, end.reason)
+        part.last = end
+        self._wait(request, part, now)
+        if end.verdict is Verdict.ERROR:
+            part.excluded.add(attempt.url)
+            changes = self.fleet.erred(attempt.url, end.reason, now)
+        else:
+            changes = self.fleet.lost(attempt.url, _PROVES[end.verdict], end.reason)
+        return [CancelPost(attempt.room), *self._settle(changes, now)]
+
+    def _close(self, part: Part, now: float) -> Try:
+        attempt = part.current
+        assert attempt is not None
+        attempt.ended = now
+        del self._open[attempt.room]
+        one = self.fleet.encoders.get(attempt.url)
+        if one is not None and one.load.parts:  # it may have been forgotten and come back meanwhile
+            one.load.remove(part.work)
+        return attempt
+
+    def _wait(self, request: Request, part: Part, now: float) -> None:
+        part.waits_since = now
+        self._waiting[request.room_base, part.number] = (request, part)
+
+    def _post(self, request: Request, part: Part, url: str, room: str, now: float) -> list[DispatchAction]:
+        one = self.fleet.encoders[url]
+        part.tries.append(Try(room, url, now, one.load.add(part.work, now)))
+        part.waits_since = None
+        self._waiting.pop((request.room_base, part.number), None)
+        self._open[room] = (request, part)
+        self.fleet.posted(url, now)
+        return [Post(room, url, request.room_base, part.number)]
+
+    def _settle(self, changes: list[StateChange], now: float) -> list[DispatchAction]:
+        """What follows from ``changes``: lost tries, parts that can be posted or are hopeless, probes."""
+        actions: list[DispatchAction] = []
+        for change in changes:
+            level = INFO if change.new is EncoderState.UP else WARNING
+            text = f"Encoder {change.url}: {change.old.value} -> {change.new.value}: {change.reason}"
+            actions.append(LogLine(level, text))
+            if change.new is EncoderState.DOWN:
+                actions += self._lose_all(change.url, change.reason, now)
+        for request, part in list(self._waiting.values()):
+            if part.waits_since is not None:  # its request may have failed with another part
+                actions += self._serve(request, part, now)
+        return [*actions, *(Probe(url) for url in self.fleet.due_probes(now))]
+
+    def _lose_all(self, url: str, reason: str, now: float) -> list[DispatchAction]:
+        """``url`` is down, so its tries are lost. Nothing that an older try does can harm: its room is given up."""
+        actions: list[DispatchAction] = []
+        for request, part in list(self._open.values()):
+            attempt = part.current
+            if attempt is None or attempt.url != url:
+                continue
+            self._close(part, now)
+            part.last = TryEnd(Verdict.LOST, int(HTTPStatus.BAD_GATEWAY), reason)
+            self._wait(request, part, now)
+            actions.append(CancelPost(attempt.room))
+        return actions
+
+    def _serve(self, request: Request, part: Part, now: float) -> list[DispatchAction]:
+        """Post a part that waits; give its request up if that is hopeless."""
+        if len(part.tries) >= self._tries:
+            return self._out_of_tries(request, part)
+        one = self._choose(part, now)
+        if one is not None:
+            room = part_room(self._new_room_base(), part.number)
+            actions: list[DispatchAction] = [Redispatched(request.room_base, part.number, one.url, room)]
+            if part.tries:  # otherwise no encoder was up when the request came
+                self.redispatched += 1
+                before, reason = part.tries[-1], "" if part.last is None else part.last.reason
+                text = f"Part {part.number} of {request.rid} goes from {before.url} (room {before.room}) to {one.url} "
+                actions.append(LogLine(WARNING, f"{text}(room {room}): {reason}"))
+            return actions + self._post(request, part, one.url, room, now)
+        if self.fleet.undecided:
+            return []
+        if part.last is not None and part.last.verdict is Verdict.ERROR:
+            return self._give_up(request, part.last.code, part.last.reason)
+        assert part.waits_since is not None
+        if now < part.waits_since + self._wait_seconds:
+            return []
+        return self._give_up(request, int(HTTPStatus.SERVICE_UNAVAILABLE), NO_ENCODER)
+
+    def _choose(self, part: Part, now: float) -> Encoder | None:
+        """The encoder for a part that waits, or None."""
+        lost_at = {attempt.url: attempt.ended for attempt in part.tries}
+        able = []
+        for one in self.fleet.usable(now):
+            ended = lost_at.get(one.url)
+            if one.url not in part.excluded and (ended is None or one.heard_at > ended):
+                able.append(one)
+        # Those that had it last: a part that kills encoders meets as few other parts as possible.
+        able = [one for one in able if one.url not in lost_at] or able
+        # Two parts that lost their encoder do not share the next one, if that can be helped: one may have killed it.
+        again = {
+            attempt.url
+            for _, other in self._open.values()
+            if len(other.tries) > 1 and (attempt := other.current) is not None
+        }
+        able = [one for one in able if part.tries and one.url not in again] or able
+        finish = {one.url: one for one in self._candidates(able, now)}
+        return min(able, key=lambda one: finish[one.url].finish(part.work), default=None)
+
+    def _candidates(self, encoders: Sequence[Encoder], now: float) -> list[Candidate]:
+        rates = [one.load.known_rate for one in encoders]
+        usual = fmean([rate for rate in rates if rate is not None] or [_USUAL_RATE])
+        candidates = []
+        for one in encoders:
+            one.load.decay(now)
+            candidates.append(
+                Candidate(one.url, one.load.backlog, one.load.rate(usual, now), one.load.share, one.prefix_cache)
+            )
+        return candidates
+
+    def _out_of_tries(self, request: Request, part: Part) -> list[DispatchAction]:
+        last = part.last
+        assert last is not None
+        if len(part.tries) == 1:
+            return self._give_up(request, last.code, last.reason)
+        code = last.code if last.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
+        reason = f": {last.reason}" if last.verdict is Verdict.ERROR else ""
+        return self._give_up(
+            request, code, f"{len(part.tries)} encoders failed on the same part of this request{reason}"
+        )
+
+    def _give_up(self, request: Request, code: int, reason: str) -> list[DispatchAction]:
+        self.given_up += 1
+        return [GiveUp(request.room_base, code, reason), *self._finish(request)]
+
+    def _finish(self, request: Request) -> list[DispatchAction]:
+        """The request is over for the dispatcher."""
+        del self.requests[request.room_base]
+        actions: list[DispatchAction] = []
+        for part in request.parts:
+            attempt = part.current
+            if attempt is not None:
+                self._close(part, attempt.began)
+                actions.append(CancelPost(attempt.room))
+            part.waits_since = None
+            self._waiting.pop((request.room_base, part.number), None)
+            for earlier in part.tries:
+                self._finished[earlier.room] = request.room_base
+        while len(self._finished) > _FINISHED_ROOMS:
+            self._finished.popitem(last=False)
+        return [*actions, Forget(request.room_base)]
+
+

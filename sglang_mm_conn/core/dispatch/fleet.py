@@ -1,0 +1,282 @@
+"""Owns what a dispatcher knows of its encoders: the state of each, the evidence for it, and when to probe it. Pure.
+
+Evidence comes from the answers to ``/encode``, from probes (look-ups by the bootstrap route), and from the server's
+scheduler, which has a control connection to each encoder (``EncoderStanding``). A user's request is never the probe: an
+encoder that is DOWN or SUSPECT gets no part before a probe or its control connection says that it is well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from sglang_mm_conn.core.dispatch.load import EncoderLoad
+from sglang_mm_conn.core.states import ENCODER_TRANSITIONS, EncoderState, StateMachine
+
+# Intervals of the probes of an encoder that is not up. The longest one is shorter than the 5 s within which an encoder
+# that is back is to be used again.
+FIRST_PROBE_SECONDS = 0.25
+PROBE_FACTOR = 1.6
+MOST_PROBE_SECONDS = 3.0
+# An encoder that is up and from which nothing was heard for so long is probed.
+QUIET_SECONDS = 5.0
+# So many errors in a row, without an embedding in between, make an encoder SUSPECT. It then gets one part at a time, as
+# a trial, at intervals from FIRST_TRIAL_SECONDS on, each twice the one before.
+ERRORS_IN_A_ROW = 3
+FIRST_TRIAL_SECONDS = 2.0
+MOST_TRIAL_SECONDS = 60.0
+
+
+class EncoderStanding(msgspec.Struct, frozen=True):
+    """What the scheduler's side knows of an encoder.
+
+    Attributes:
+        url: of the encoder.
+        connected: whether a process of it is registered and sends heartbeats.
+        silences: how many of its processes were lost because they fell silent, since this server started.
+        refusal: why it cannot serve this server; empty: it can, or that is not known.
+        draining: whether it says so.
+        load: requests that its server holds, from all language servers.
+    """
+
+    url: str
+    connected: bool
+    silences: int = 0
+    refusal: str = ""
+    draining: bool = False
+    load: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    """An encoder has another state."""
+
+    url: str
+    old: EncoderState
+    new: EncoderState
+    reason: str
+
+
+@dataclass(slots=True)
+class Encoder:
+    """One encoder URL.
+
+    Attributes:
+        url: without a trailing slash.
+        machine: its state.
+        reason: why it has this state.
+        standing: what the scheduler's side last said.
+        probing: whether a probe is under way.
+        probe_at: the next probe is due then.
+        probe_delay: seconds from the next probe to the one after it.
+        heard_at: time of the last sign of life.
+        errors: errors in a row.
+        trial_at, trial_delay: when it may get a part as a trial while it fails, and the interval after that.
+        prefix_cache: whether it keeps embeddings of earlier items.
+        load: the work that it has.
+        tried, failed: parts posted to it, and those that it did not deliver.
+    """
+
+    url: str
+    machine: StateMachine[EncoderState] = field(
+        default_factory=lambda: StateMachine(ENCODER_TRANSITIONS, EncoderState.SUSPECT)
+    )
+    reason: str = "not probed yet"
+    standing: EncoderStanding | None = None
+    probing: bool = False
+    probe_at: float = -math.inf
+    probe_delay: float = FIRST_PROBE_SECONDS
+    heard_at: float = -math.inf
+    errors: int = 0
+    trial_at: float = math.inf
+    trial_delay: float = FIRST_TRIAL_SECONDS
+    prefix_cache: bool = False
+    load: EncoderLoad = field(default_factory=EncoderLoad)
+    tried: int = 0
+    failed: int = 0
+
+    @property
+    def state(self) -> EncoderState:
+        return self.machine.state
+
+    @property
+    def connected(self) -> bool:
+        return self.standing is not None and self.standing.connected
+
+    @property
+    def failing(self) -> bool:
+        """Whether it answers, but with errors."""
+        return self.errors >= ERRORS_IN_A_ROW
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a probe will soon say more."""
+        if self.state is EncoderState.SUSPECT:
+            return not self.failing
+        return self.state is EncoderState.UP and (self.probing or self.probe_at == -math.inf)
+
+
+class Fleet:
+    """All encoders of one dispatcher. Every method returns the changes of states that it makes."""
+
+    def __init__(self) -> None:
+        self.encoders: dict[str, Encoder] = {}
+
+    def know(self, urls: Iterable[str]) -> None:
+        """Exactly the encoders at ``urls`` are known from now on. A new one is SUSPECT until it was probed."""
+        known = list(urls)
+        for url in known:
+            if url not in self.encoders:
+                self.encoders[url] = Encoder(url)
+        for url in self.encoders.keys() - set(known):
+            del self.encoders[url]
+
+    def usable(self, now: float) -> list[Encoder]:
+        """The encoders that may get a part now: those that are up, or else those that only fail."""
+        up = [one for one in self.encoders.values() if one.state is EncoderState.UP]
+        failing = [one for one in self.encoders.values() if one.state is EncoderState.SUSPECT and one.failing]
+        return up + [one for one in failing if not up or now >= one.trial_at]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a probe may soon find an encoder that can be used."""
+        return any(one.undecided for one in self.encoders.values())
+
+    # -- probes --------------------------------------------------------------------------------------------------
+
+    def due_probes(self, now: float) -> list[str]:
+        """The encoders to probe now. Each of them counts as being probed until ``probed`` or ``probe_failed``."""
+        due = [one for one in self.encoders.values() if not one.probing and now >= self._probe_time(one)]
+        for one in due:
+            one.probing = True
+            one.probe_at = now + one.probe_delay
+            one.probe_delay = min(one.probe_delay * PROBE_FACTOR, MOST_PROBE_SECONDS)
+        return [one.url for one in due]
+
+    @staticmethod
+    def _probe_time(one: Encoder) -> float:
+        if one.state is not EncoderState.UP or one.probe_at == -math.inf:
+            return one.probe_at
+        return max(one.probe_at, one.heard_at + QUIET_SECONDS)
+
+    def probe_now(self, url: str) -> None:
+        """Probe ``url`` as soon as possible: there is a doubt about it."""
+        one = self.encoders.get(url)
+        if one is not None:
+            one.probe_at, one.probe_delay = -math.inf, FIRST_PROBE_SECONDS
+
+    def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[StateChange]:
+        """The encoder has answered a look-up."""
+        one = self.encoders.get(url)
+        if one is None:
+            return []
+        one.probing = False
+        one.prefix_cache = prefix_cache
+        return self._well(one, draining, "it answers", now)
+
+    def probe_failed(self, url: str, reason: str, *, silent: bool) -> list[StateChange]:
+        """A look-up has failed. ``silent``: because no answer came in time, which a busy encoder may owe."""
+        one = self.encoders.get(url)
+        if one is None:
+            return []
+        one.probing = False
+        if silent and one.connected and one.state in (EncoderState.UP, EncoderState.DRAINING):
+            return []  # its heartbeats say that it lives; its event loop is busy
+        if silent and one.connected:
+            return self._become(one, EncoderState.SUSPECT, reason)
+        return self._become(one, EncoderState.DOWN, reason)
+
+    # -- what the scheduler's side says --------------------------------------------------------------------------
+
+    def stands(self, standing: EncoderStanding, now: float) -> list[StateChange]:
+        """The scheduler's side reports an encoder. Reports are repeated; only what is new changes anything."""
+        one = self.encoders.get(standing.url)
+        if one is None:
+            return []
+        before, one.standing = one.standing, standing
+        one.load.reported(standing.load)
+        if before is not None and standing.silences > before.silences:
+            self.probe_now(one.url)
+            return self._become(one, EncoderState.DOWN, "it fell silent")
+        if standing.refusal:
+            if before is not None and before.refusal == standing.refusal:
+                return []
+            return self._become(one, EncoderState.DOWN, standing.refusal)
+        if standing.connected:
+            one.heard_at = now
+            if before is None or not before.connected or before.draining != standing.draining or before.refusal:
+                return self._well(one, standing.draining, "it is registered", now)
+            return []
+        if before is not None and before.connected and one.state is EncoderState.UP:
+            self.probe_now(one.url)
+            return self._become(one, EncoderState.SUSPECT, "its control connection is lost")
+        return []
+
+    # -- what became of parts ------------------------------------------------------------------------------------
+
+    def posted(self, url: str, now: float) -> None:
+        """A part is posted to ``url``."""
+        one = self.encoders.get(url)
+        if one is None:
+            return
+        one.tried += 1
+        if one.failing:
+            one.trial_at = now + one.trial_delay
+            one.trial_delay = min(2 * one.trial_delay, MOST_TRIAL_SECONDS)
+
+    def delivered(self, url: str, now: float) -> list[StateChange]:
+        """``url`` has delivered a part."""
+        one = self.encoders.get(url)
+        if one is None:
+            return []
+        one.heard_at = now
+        one.errors, one.trial_at, one.trial_delay = 0, math.inf, FIRST_TRIAL_SECONDS
+        return self._become(one, EncoderState.UP, "it delivers") if one.state is EncoderState.SUSPECT else []
+
+    def erred(self, url: str, reason: str, now: float) -> list[StateChange]:
+        """``url`` has answered that it failed, for no fault of the input."""
+        one = self.encoders.get(url)
+        if one is None:
+            return []
+        one.failed += 1
+        one.errors += 1
+        one.heard_at = now
+        if not one.failing or one.state is not EncoderState.UP:
+            return []
+        one.trial_at = now + one.trial_delay
+        return self._become(one, EncoderState.SUSPECT, f"{one.errors} errors in a row, the last: {reason}")
+
+    def lost(self, url: str, to: EncoderState | None, reason: str) -> list[StateChange]:
+        """A part was lost at ``url``. ``to``: the state that this proves, if any. A probe follows in any case."""
+        one = self.encoders.get(url)
+        if one is None:
+            return []
+        one.failed += 1
+        self.probe_now(url)
+        if to is None or (to is EncoderState.SUSPECT and one.state is not EncoderState.UP):
+            return []
+        return self._become(one, to, reason)
+
+    def _well(self, one: Encoder, draining: bool, reason: str, now: float) -> list[StateChange]:
+        one.heard_at = now
+        one.probe_at, one.probe_delay = now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
+        if one.standing is not None and one.standing.refusal:
+            return self._become(one, EncoderState.DOWN, one.standing.refusal)
+        if draining:
+            return self._become(one, EncoderState.DRAINING, "it drains")
+        if one.state is EncoderState.SUSPECT and one.failing:
+            return []  # it answered look-ups all the while; only an embedding shows that it can encode
+        if one.state is EncoderState.DOWN:  # perhaps another process
+            one.errors, one.trial_at, one.trial_delay = 0, math.inf, FIRST_TRIAL_SECONDS
+        return self._become(one, EncoderState.UP, reason)
+
+    def _become(self, one: Encoder, state: EncoderState, reason: str) -> list[StateChange]:
+        one.reason = reason
+        if one.state is state:
+            return []
+        old = one.state
+        one.machine.transition_to(state)
+        return [StateChange(one.url, old, state, reason)]

@@ -1,0 +1,77 @@
+"""Owns the records of dispatch: a request, its parts, and each try to have a part encoded. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_mm_conn.core.dispatch.verdicts import TryEnd
+
+
+@dataclass(slots=True)
+class Try:
+    """One try to have a part encoded: one post to one encoder, with a room of its own.
+
+    Attributes:
+        room: its name.
+        url: the encoder.
+        began: time of the post.
+        ahead: work ahead of it and its own.
+        ended: time of its end; None: it is under way.
+    """
+
+    room: str
+    url: str
+    began: float
+    ahead: float
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class Part:
+    """The items of a request that one encoder gets.
+
+    Attributes:
+        number, of: of the part within its request, and how many there are. Both stay, whoever encodes the part.
+        modality: of its items.
+        first, count: its items, among those of its modality.
+        work: of its items.
+        tries: all of them, the newest last.
+        last: how the newest ended, if it failed.
+        waits_since: since when it waits for an encoder; None: it does not wait.
+        delivered: whether it has arrived.
+        excluded: encoders that failed to encode it. They would fail again.
+    """
+
+    number: int
+    of: int
+    modality: str
+    first: int
+    count: int
+    work: float
+    tries: list[Try] = field(default_factory=list)
+    last: TryEnd | None = None
+    waits_since: float | None = None
+    delivered: bool = False
+    excluded: set[str] = field(default_factory=set)
+
+    @property
+    def current(self) -> Try | None:
+        """The try that is under way."""
+        return self.tries[-1] if self.tries and self.tries[-1].ended is None else None
+
+
+@dataclass(slots=True)
+class Request:
+    """One request with parts that have not all arrived.
+
+    Attributes:
+        rid: its id, for logs; a later request may have the same.
+        room_base: its name among all requests.
+        deadline: time at which the scheduler gives it up.
+        parts: by their numbers.
+    """
+
+    rid: str
+    room_base: str
+    deadline: float
+    parts: list[Part]

@@ -1,0 +1,108 @@
+"""Owns the verdicts on tries: what an answer to ``/encode``, or a failed room, says about the input and the encoder."""
+
+from __future__ import annotations
+
+from enum import Enum
+from http import HTTPStatus
+
+import msgspec
+
+from sglang_mm_conn.core.outcomes import FailureCode
+
+DRAINING = "draining"  # value of the header STATE_HEADER while an encoder drains
+STATE_HEADER = "X-Mm-Conn-State"
+
+
+class Verdict(Enum):
+    """How a try ended."""
+
+    DELIVERED = "delivered"  # the encoder says that the embedding has arrived
+    INPUT = "input"  # the input is at fault, or the deadline has passed: no other encoder would do better
+    ABORTED = "aborted"  # the request is over
+    ERROR = "error"  # the encoder failed to encode it: another encoder may succeed
+    LOST = "lost"  # the room failed for no fault of the input; the encoder may be well
+    REFUSED = "refused"  # nothing listens at the encoder's address, or it cannot be reached
+    CUT_OFF = "cut off"  # the connection broke while the encoder had the part
+    DRAINS = "drains"  # the encoder takes no new work
+    STRANGER = "stranger"  # whoever answered is no encoder of this deployment
+
+
+class TryEnd(msgspec.Struct, frozen=True):
+    """How a try ended.
+
+    Attributes:
+        verdict: the kind.
+        code: HTTP status that the client gets if this was the last try.
+        reason: why, in words for the log and, for INPUT and ERROR, for the client.
+    """
+
+    verdict: Verdict
+    code: int
+    reason: str
+
+
+DELIVERED = TryEnd(Verdict.DELIVERED, int(HTTPStatus.OK), "")
+
+# Failures of rooms, and answers of encoders, that are about the transfer and not about the input.
+_LOST = {
+    FailureCode.UNKNOWN_ROOM,
+    FailureCode.GONE,
+    FailureCode.PEER_FAILED,
+    FailureCode.PEER_TIMED_OUT,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+
+def may_be_tried_again(code: int) -> bool:
+    """Whether a room that failed with ``code`` may succeed at another encoder."""
+    return of_failure(code, "").verdict in (Verdict.ERROR, Verdict.LOST)
+
+
+def of_failure(code: int, reason: str) -> TryEnd:
+    """The end of a try whose room failed with ``code`` (an HTTP status) and ``reason``."""
+    if code == FailureCode.ABORTED:
+        verdict = Verdict.ABORTED
+    elif code in _LOST:
+        verdict = Verdict.LOST
+    elif 400 <= code < 500:
+        verdict = Verdict.INPUT
+    else:
+        verdict = Verdict.ERROR
+    return TryEnd(verdict, code, reason)
+
+
+class _EncodeError(msgspec.Struct):
+    """sglang's answer to an ``/encode`` that failed."""
+
+    req_id: str | None
+    message: str = ""
+
+
+# Made at import: see the hazard in control.bootstrap.
+_ERROR = msgspec.json.Decoder(_EncodeError)
+
+
+def of_answer(room: str, status: int, body: bytes, state: str = "") -> TryEnd:
+    """The end of a try that was answered.
+
+    Args:
+        room: the ``req_id`` of the request.
+        status: HTTP status of the answer.
+        body: its beginning.
+        state: the value of its header STATE_HEADER, if any.
+    """
+    if state == DRAINING:
+        return TryEnd(Verdict.DRAINS, int(HTTPStatus.SERVICE_UNAVAILABLE), "the encoder drains")
+    if status == HTTPStatus.OK and body.strip() == b"null":
+        return DELIVERED
+    try:
+        error = _ERROR.decode(body)
+    except msgspec.DecodeError:
+        error = None
+    if status == HTTPStatus.OK or (error is None and status < 500):
+        return TryEnd(Verdict.STRANGER, int(HTTPStatus.BAD_GATEWAY), f"no encoder answers there (HTTP {status})")
+    if error is None:  # an encoder, or a proxy before it
+        return TryEnd(Verdict.ERROR, status, f"HTTP {status}")
+    if status < 500 and error.req_id != room:
+        return TryEnd(Verdict.STRANGER, int(HTTPStatus.BAD_GATEWAY), f"it answered for another request (HTTP {status})")
+    return of_failure(status, error.message or f"HTTP {status}")

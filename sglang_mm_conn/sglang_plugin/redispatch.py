@@ -1,0 +1,29 @@
+"""News of a dispatcher to the scheduler, in the only message of sglang that goes that way: EncoderDispatchErrorReq.
+
+sglang sends it, in order, to every rank of the server, also on other hosts. So all ranks change to another room in the
+same tick.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
+
+from sglang_mm_conn.core.dispatch.actions import Redispatched
+
+_PREFIX = "conn_multimodal redispatch "
+# Made at import: see the hazard in control.bootstrap.
+_DECODER = msgspec.json.Decoder(Redispatched)
+
+
+def redispatch_request(rid: str, news: Redispatched) -> EncoderDispatchErrorReq:
+    """``news`` of the request ``rid`` as a message of sglang."""
+    text = _PREFIX + msgspec.json.encode(news).decode()
+    return EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=0)
+
+
+def redispatched(message: EncoderDispatchErrorReq) -> Redispatched | None:
+    """The news in ``message``; None if it is an error, as sglang meant it."""
+    if not message.error_msg.startswith(_PREFIX):
+        return None
+    return _DECODER.decode(message.error_msg[len(_PREFIX) :])
