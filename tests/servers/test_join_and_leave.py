@@ -69,11 +69,11 @@ def test_encoders_join_leave_die_and_return_while_the_others_serve(
         wait_ready([first, second])
         _wait_until(lambda: language.log().count("Registered encoder URL") == 2)
         assert all_right()
-        assert sent(first) == sent(second) == len(CONCURRENT)
+        assert sent(first) and sent(second)
 
         second.signal(signal.SIGKILL)
         for asked, one in zip(CONCURRENT, _ask_all(language.url), strict=True):
-            assert one.same_as(right[asked.name]) or one.status == 502, one
+            assert one.same_as(right[asked.name]), one
         _wait_until(lambda: "Health check evicted" in language.log())
         assert all_right(), "one encoder is dead, the other serves"
 
@@ -82,7 +82,7 @@ def test_encoders_join_leave_die_and_return_while_the_others_serve(
         again.wait_ready()
         _wait_until(lambda: language.log().count("Registered encoder URL") == 3)
         assert all_right()
-        assert sent(again) == len(CONCURRENT)
+        assert sent(again)
 
         # In good order: off the list first, then stopped. (On SIGTERM alone sglang 0.5.23 does not sign off.)
         route = f"http://127.0.0.1:{language.bootstrap_port}/unregister_encoder_url"

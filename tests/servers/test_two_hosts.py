@@ -90,6 +90,6 @@ def test_a_language_server_with_another_key_is_refused_in_the_words_of_the_page(
         assert hosts.ask(QUESTIONS[0]).ok
         failed = hosts.ask(QUESTIONS[1])
     refused = "wants this deployment's key"
-    assert failed.status == 502 and refused in failed.error, failed
+    assert failed.status == 503 and "no encoder is available" in failed.error, failed
     assert refused in hosts.language_log.read_text() and "Embedding received" not in hosts.language_log.read_text()
     assert "its look-up proves no key" in hosts.encoder_log.read_text()

@@ -161,5 +161,5 @@ def test_several_tokenizer_workers_and_batches_on_the_encoder(
 
         encoder.signal(signal.SIGKILL)
         for _ in range(4):  # whichever worker has the request
-            assert ask(language.url, ONE_IMAGE).status == 502
+            assert ask(language.url, ONE_IMAGE).status == 503
         assert ask(language.url, QUESTIONS[0]).same_as(right[len(concurrent)]), "the language server lives on"

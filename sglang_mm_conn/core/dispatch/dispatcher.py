@@ -2,7 +2,8 @@
 
 Pure; time is an argument. Every event returns actions, to be carried out in order.
 
-- A part has one try under way at most, or it waits for an encoder, or it has arrived. So no part is lost or taken twice.
+- A part has one try under way at most, or it waits for an encoder, or it has arrived. So no part is lost or
+  taken twice.
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
 - At most ``tries`` encoders get one part, so a part that kills encoders ends after so many.
@@ -324,5 +325,3 @@ class DispatchCore:
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]
-
-

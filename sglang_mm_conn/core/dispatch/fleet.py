@@ -20,7 +20,7 @@ from sglang_mm_conn.core.states import ENCODER_TRANSITIONS, EncoderState, StateM
 # that is back is to be used again.
 FIRST_PROBE_SECONDS = 0.25
 PROBE_FACTOR = 1.6
-MOST_PROBE_SECONDS = 3.0
+MOST_PROBE_SECONDS = 2.0
 # An encoder that is up and from which nothing was heard for so long is probed.
 QUIET_SECONDS = 5.0
 # So many errors in a row, without an embedding in between, make an encoder SUSPECT. It then gets one part at a time, as
