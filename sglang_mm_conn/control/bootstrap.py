@@ -111,7 +111,8 @@ def look_up(
             signature = answer.headers.get(SIGNATURE, "")
     except requests.ConnectionError as error:
         refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
-        raise EncoderAbsent(f"{url}: {error}", refused=refused, silent=not refused) from None
+        cause = "the connection is refused" if refused else str(error)
+        raise EncoderAbsent(f"{url}: {cause}", refused=refused, silent=not refused) from None
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise EncoderAbsent(f"{url}: {error}", silent=True) from None
     if status in (502, 503, 504):
