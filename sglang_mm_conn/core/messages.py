@@ -199,9 +199,12 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
 
     Attributes:
         incarnation: of that process.
+        load, draining: of an encoder's server: requests to /encode that it holds, whether it refuses new ones.
     """
 
     incarnation: Name
+    load: Count = 0
+    draining: bool = False
 
 
 class Registered(Message, frozen=True, kw_only=True, tag="registered"):
@@ -246,8 +249,7 @@ class Announce(Message, frozen=True, kw_only=True, tag="announce"):
     Attributes:
         room: which.
         total_tokens: its rows.
-        row_bytes: bytes of each row.
-        dtype: of its values.
+        row_bytes, dtype: bytes of each row, type of its values.
     """
 
     room: Name
@@ -266,8 +268,7 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
         window: the last confirmed one; -1: none.
         sent_tokens: rows confirmed in all.
         metadata: of the part, with window 0.
-        refused: why an offer was refused; empty: none was.
-        refused_window: which offer.
+        refused, refused_window: why an offer was refused (empty: none was), and which.
     """
 
     room: Name
