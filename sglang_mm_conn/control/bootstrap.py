@@ -5,25 +5,31 @@ Language servers know that port already, so they need no other address.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import msgspec
-import requests
-import urllib3
 
-from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, is_loopback, new_nonce
-from sglang_mm_conn.core.errors import ConnError, ProtocolError
+from sglang_mm_conn.control.authentication import DeploymentKey, new_nonce
+from sglang_mm_conn.control.http_exchange import (
+    NONCE,
+    SIGNATURE,
+    EncoderAbsent,
+    check_reach,
+    check_signature,
+    exchange,
+    host_of,
+)
+from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
+__all__ = [
+    "NONCE", "ROUTE", "SIGNATURE", "BootstrapInfo", "EncoderAbsent", "Worker", "answer_request", "control_address",
+    "look_up",
+]  # fmt: skip
+
 ROUTE = "/conn_multimodal"
-NONCE, SIGNATURE = "X-Mm-Conn-Nonce", "X-Mm-Conn-Signature"
 _ASK, _ANSWER = "bootstrap ask", "bootstrap answer"
-_CONNECT_SECONDS = 2.0
-_READ_SECONDS = 5.0
-_MAX_BYTES = 1 << 20
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -34,23 +40,24 @@ class Worker(msgspec.Struct, frozen=True):
 
 
 class BootstrapInfo(msgspec.Struct, frozen=True):
-    """The answer of the route."""
+    """The answer of the route.
+
+    Attributes:
+        version: of the control messages.
+        workers: the encoder's processes that hold embeddings.
+        draining: whether the encoder refuses new work.
+        prefix_cache: whether it keeps embeddings for later requests (--enable-prefix-mm-cache).
+    """
 
     version: int
     workers: list[Worker]
+    draining: bool = False
+    prefix_cache: bool = False
 
 
 # Made at import. Hazard: msgspec analyses a struct at its first use, and if two threads do that at the same time, the
 # process crashes (seen: SIGSEGV of a language server that started with two encoders).
 _INFO = msgspec.json.Decoder(BootstrapInfo)
-
-
-class EncoderAbsent(ConnError):
-    """The encoder's URL does not answer. ``refused``: the connection was refused, so no process listens there."""
-
-    def __init__(self, message: str, *, refused: bool) -> None:
-        super().__init__(message)
-        self.refused = refused
 
 
 def answer_request(info: BootstrapInfo, key: DeploymentKey | None, headers: Mapping[str, str]) -> tuple[bytes, str]:
@@ -69,45 +76,18 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     Raises EncoderAbsent. Raises ProtocolError if the answer is no bootstrap answer of this version. Raises NotAuthentic
     if either side lacks the key, or if no key is set and the encoder is not on loopback (``insecure`` allows that).
     """
-    host = _host_of(encoder_url)
-    if key is None and not insecure and not is_loopback(host):
-        raise NotAuthentic(
-            f"encoder {encoder_url} is not on a loopback address and SGLANG_MM_CONN_KEY_FILE is not set "
-            "(or SGLANG_MM_CONN_INSECURE=1 on a network where every host is trusted)"
-        )
+    check_reach(encoder_url, key, insecure=insecure)
     url = encoder_url.rstrip("/") + ROUTE
     nonce = new_nonce()
-    headers = {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(_ASK, nonce.encode())}
-    try:
-        with requests.Session() as http:
-            http.trust_env = False  # no HTTP proxy between the servers of one cluster
-            answer = http.get(
-                url, headers=headers, timeout=(_CONNECT_SECONDS, _READ_SECONDS), stream=True, allow_redirects=False
-            )  # fmt: skip
-            body = answer.raw.read(_MAX_BYTES, decode_content=True)
-            status = answer.status_code
-            signature = answer.headers.get(SIGNATURE, "")
-    except requests.ConnectionError as error:
-        refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
-        raise EncoderAbsent(f"{url}: {error}", refused=refused) from None
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise EncoderAbsent(f"{url}: {error}", refused=False) from None
-    if status in (502, 503, 504):
-        raise EncoderAbsent(f"{url} answered HTTP {status}", refused=False)
-    if status == 401:
-        raise NotAuthentic(f"{url} wants this deployment's key: set SGLANG_MM_CONN_KEY_FILE to the encoder's file")
-    if status != 200:
+    answer = exchange(url, {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(_ASK, nonce.encode())})
+    if answer.status != 200:
         raise ProtocolError(
-            f"{url} answered HTTP {status}: is the encoder started with "
+            f"{url} answered HTTP {answer.status}: is the encoder started with "
             "--disaggregation-transfer-backend conn_multimodal?"
         )
-    if key is not None:
-        try:
-            key.verify(signature, _ANSWER, nonce.encode(), body)
-        except NotAuthentic as error:
-            raise NotAuthentic(f"{url}: {error}") from None
+    check_signature(url, answer, key, _ANSWER, nonce)
     try:
-        info = _INFO.decode(body)
+        info = _INFO.decode(answer.body)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"{url} sent a malformed bootstrap answer: {error}") from None
     if info.version != PROTOCOL_VERSION:
@@ -115,19 +95,7 @@ def look_up(encoder_url: str, key: DeploymentKey | None = None, *, insecure: boo
     return info
 
 
-def _host_of(encoder_url: str) -> str:
-    """Raises ProtocolError if ``encoder_url`` is not an HTTP URL with a host and, if any, a valid port."""
-    try:
-        parts = urlsplit(encoder_url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # urlsplit or the port
-        valid = False
-    if not valid:
-        raise ProtocolError(f"encoder URL {encoder_url!r} is not of the form http://host:port")
-    return str(parts.hostname)
-
-
 def control_address(encoder_url: str, worker: Worker) -> str:
     """The ZMQ address of ``worker``: the host of the encoder's URL with the worker's port. Raises ProtocolError."""
-    host = _host_of(encoder_url)
+    host = host_of(encoder_url)
     return f"tcp://[{host}]:{worker.control_port}" if ":" in host else f"tcp://{host}:{worker.control_port}"
