@@ -127,6 +127,7 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
         manager: EmbeddingManager | None = getattr(self, "conn_multimodal", None)
         if manager is None or ctx.is_health_check:
             return
+        over = 0
         for request in requests:
             state = self.req_states.get(request["req_id"])
             if state is None or state.embedding_data is None or not _is_room(request["req_id"]):
@@ -135,9 +136,13 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
                 state.conn_multimodal = _announce(
                     manager, request["req_id"], state.embedding_data.shape, state.embedding_data.dtype
                 )
+                over += state.conn_multimodal.ended.done()
             except ConnError as error:  # fails this request only, not the others of its batch
                 code = int(HTTPStatus.INTERNAL_SERVER_ERROR)
                 manager.encoder_endpoint.fail(request["req_id"], str(error), code)
+        if over == len(requests):
+            # Raised here, an error reaches all ranks before the model runs on any: sglang compares them at this point.
+            raise MMError("every request of the batch was given up before the model ran", code=HTTPStatus.GONE)
 
     return publish()
 
