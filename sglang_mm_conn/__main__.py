@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 
 from sglang_mm_conn.bench import command as bench
-from sglang_mm_conn.cli import keygen, rates, settings
+from sglang_mm_conn.cli import drain, keygen, rates, settings
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.demo import command as demo
 
 # Each has add_parser(subparsers), which sets the default `run`: from the parsed arguments to the exit status.
 # Their modules must import nothing heavy at the top, so that --help answers at once.
-COMMANDS = (demo, bench, settings, keygen, rates)
+COMMANDS = (demo, bench, settings, keygen, drain, rates)
 
 
 def _settings_text() -> str:

@@ -1,6 +1,7 @@
 """Owns the control messages and their codec: tagged msgspec structs behind one version byte, length-limited, no pickle.
 
-docs/protocol.md says where the names come from. Times are durations in seconds: clocks of two hosts are never compared.
+docs/protocol.md says where the names come from. Times are durations in seconds: the clocks of two hosts are never
+compared. Each data path describes its memory in a Register by a struct of its own kind.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Memory(Struct, frozen=True, tag_field="kind", kw_only=True):
 
 
 class ShmMemory(Memory, frozen=True, kw_only=True, tag="shm"):
-    """A shared segment: its name, a nonce that proves it is this one, and the byte that the encoder must lock."""
+    """A shared segment: its name, a nonce that proves it is this segment, and the byte that the encoder must lock."""
 
     segment: Name
     nonce: Annotated[str, Meta(max_length=64)]
@@ -198,7 +199,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
 
     Attributes:
         incarnation: of that process.
-        load, draining: of an encoder: how many requests its server holds, and whether it takes no new ones.
+        load, draining: of an encoder's server: requests to /encode that it holds, whether it refuses new ones.
     """
 
     incarnation: Name
@@ -248,8 +249,7 @@ class Announce(Message, frozen=True, kw_only=True, tag="announce"):
     Attributes:
         room: which.
         total_tokens: its rows.
-        row_bytes: bytes of each row.
-        dtype: of its values.
+        row_bytes, dtype: bytes of each row, type of its values.
     """
 
     room: Name
@@ -268,8 +268,7 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
         window: the last confirmed one; -1: none.
         sent_tokens: rows confirmed in all.
         metadata: of the part, with window 0.
-        refused: why an offer was refused; empty: none was.
-        refused_window: which offer.
+        refused, refused_window: why an offer was refused (empty: none was), and which.
     """
 
     room: Name
@@ -341,7 +340,7 @@ def as_text(value: str, limit: int = 1000) -> str:
 
 
 def encode(message: Message) -> bytes:
-    """One frame: version byte, message."""
+    """One frame: the version byte and the message."""
     return _VERSION + _ENCODER.encode(message)
 
 

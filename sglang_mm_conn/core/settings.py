@@ -208,6 +208,13 @@ class Settings:
         _seconds(0.2, 3600),
         "how long an announced room may stay unclaimed before its encode is released",
     )
+    drain_seconds: float = _setting(
+        "SGLANG_MM_CONN_DRAIN_SECONDS",
+        30.0,
+        _seconds(0, 3600),
+        "how long an encoder that gets SIGTERM may finish the requests that it holds before it ends; new ones are "
+        "refused at once; 0: it ends as sglang does without this plugin",
+    )
     doubt_patience: float = _setting(
         "SGLANG_MM_CONN_DOUBT_SECONDS",
         5.0,

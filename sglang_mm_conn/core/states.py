@@ -150,6 +150,23 @@ ENCODER_TRANSITIONS: dict[EncoderState, frozenset[EncoderState]] = {
 }
 
 
+class DrainState(_State):
+    """Whether an encoder server takes new work, and what becomes of the work that it holds."""
+
+    SERVING = "serving"  # takes new work. Left by: an order to drain, SIGTERM
+    DRAINING = "draining"  # refuses new work and finishes what it holds. Left by: the order is undone, SIGTERM
+    ENDING = "ending"  # the same, for a limited time; cannot be undone. Left by: nothing is held, or the time is up
+    OVER = "over"  # what is still held fails, and the process ends
+
+
+DRAIN_TRANSITIONS: dict[DrainState, frozenset[DrainState]] = {
+    DrainState.SERVING: frozenset({DrainState.DRAINING, DrainState.ENDING}),
+    DrainState.DRAINING: frozenset({DrainState.SERVING, DrainState.ENDING}),
+    DrainState.ENDING: frozenset({DrainState.OVER}),
+    DrainState.OVER: frozenset(),
+}
+
+
 State = TypeVar("State", bound=Enum)
 
 

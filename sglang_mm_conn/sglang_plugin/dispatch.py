@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_disagg, get_serving
 
 from sglang_mm_conn.connector.dispatch.endpoint import Dispatched, DispatcherEndpoint
 from sglang_mm_conn.connector.dispatch.media import item_of
-from sglang_mm_conn.control.bootstrap import normalized
+from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.errors import ConnError

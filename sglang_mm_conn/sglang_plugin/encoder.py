@@ -9,6 +9,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from sglang.srt.disaggregation.encoder import http_server
 from sglang.srt.disaggregation.encoder.server import MMError
 from sglang.srt.managers.schedule_batch import Modality
@@ -25,6 +26,7 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import bind_address, reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
+from sglang_mm_conn.sglang_plugin.draining import ServerDrain, follow_server
 from sglang_mm_conn.sglang_plugin.internals import row_format, wait_for_embedding
 from sglang_mm_conn.sglang_plugin.names import BACKEND, FLAG, uses_connector
 from sglang_mm_conn.sglang_plugin.processes import DpWorkers, publish_control_port, replace_spawn_targets
@@ -37,18 +39,27 @@ _NOT_METADATA = frozenset({"req_id", "embedding", "send_time", "dtype", "shape",
 _manager: EmbeddingManager | None = None  # in a process that holds embeddings
 _dp_workers: DpWorkers | None = None  # in the process that has the HTTP route
 _key: DeploymentKey | None = None
+_drain: ServerDrain | None = None  # in the process that has the HTTP route
 
 
 def bootstrap_info() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
     """What the bootstrap route answers; None while the model is being loaded."""
-    return _info_of_dp_workers() if _manager is None else _manager.register_to_bootstrap()
+    known = _info_of_dp_workers() if _manager is None else _manager.register_to_bootstrap()
+    if known is None:
+        return None
+    draining = _drain is not None and _drain.draining.refuses
+    cached = bool(get_mm().enable_prefix_mm_cache)
+    return msgspec.structs.replace(known[0], draining=draining, prefix_cache=cached), known[1]
 
 
-def start_processes(dp_size: int, key_file: str | None) -> None:
-    """Called before sglang spawns the encoder's DP workers and TP ranks, which are to load the hooks too."""
-    global _dp_workers, _key
+def start_processes(dp_size: int, settings: Settings) -> None:
+    """Called once, in the process that has the HTTP route, before sglang spawns the encoder's DP workers and TP ranks,
+    which are to load the hooks too."""
+    global _dp_workers, _key, _drain
     _dp_workers = replace_spawn_targets(dp_size)
-    _key = None if key_file is None else DeploymentKey.load(key_file)
+    _key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
+    _drain = ServerDrain(settings, _key, _dp_workers)
+    _drain.install(http_server.app)
 
 
 def _info_of_dp_workers() -> tuple[BootstrapInfo, DeploymentKey | None] | None:
@@ -101,8 +112,11 @@ def start_manager(result: None, self: Any, server_args: Any, *args: Any, **kwarg
         EmbeddingMode.ENCODE,
         server_args,
     )
-    info, _ = _manager.encoder_endpoint.bootstrap_info
-    publish_control_port(info.workers[0])
+    endpoint = _manager.encoder_endpoint
+    publish_control_port(endpoint.bootstrap_info[0].workers[0])
+    if _drain is not None:
+        _drain.serves(endpoint)
+    follow_server(endpoint)
 
 
 def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, Any]]) -> Any:
@@ -113,6 +127,7 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
         manager: EmbeddingManager | None = getattr(self, "conn_multimodal", None)
         if manager is None or ctx.is_health_check:
             return
+        over = 0
         for request in requests:
             state = self.req_states.get(request["req_id"])
             if state is None or state.embedding_data is None or not _is_room(request["req_id"]):
@@ -121,9 +136,13 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
                 state.conn_multimodal = _announce(
                     manager, request["req_id"], state.embedding_data.shape, state.embedding_data.dtype
                 )
+                over += state.conn_multimodal.ended.done()
             except ConnError as error:  # fails this request only, not the others of its batch
                 code = int(HTTPStatus.INTERNAL_SERVER_ERROR)
                 manager.encoder_endpoint.fail(request["req_id"], str(error), code)
+        if over == len(requests):
+            # Raised here, an error reaches all ranks before the model runs on any: sglang compares them at this point.
+            raise MMError("every request of the batch was given up before the model ran", code=HTTPStatus.GONE)
 
     return publish()
 

@@ -73,7 +73,7 @@ def _resolve_embedding_backend(server_args: Any, previous: Any) -> None:
     if cfg.encoder_only:
         from sglang_mm_conn.sglang_plugin.encoder import start_processes
 
-        start_processes(cfg.dp_size, settings.key_file)
+        start_processes(cfg.dp_size, settings)
     else:
         os.environ[REPORTS_ENV] = new_report_address()
         if cfg.tokenizer_worker_num > 1:

@@ -86,7 +86,7 @@ SPAWN_TARGETS = {
 # Used without a hook.
 NEEDED = (
     # The encoder's processes.
-    f"{_ENCODER}.http_server.app",  # the FastAPI application, which gets the bootstrap route
+    f"{_ENCODER}.http_server.app",  # the FastAPI application, which gets routes, a middleware and a lifespan
     f"{_ENCODER}.http_server.dp_dispatcher",  # with --dp-size above 1: the DPDispatcher, else None
     f"{_ENCODER}.runtime.DPDispatcher.alive_ranks",  # ranks of the DP workers that have not died
     f"{_ENCODER}.server.MMEncoder._wait_for_embedding",  # waits until a request's embedding is computed

@@ -3,15 +3,18 @@
 sglang spawns an encoder's DP workers and TP followers with a function of its own as target. A hook would not reach
 them, since a hooked function is pickled by its name, as the original. So the targets are replaced by functions of this
 module that load the plugins first. A DP worker sends its control port to the process that has the HTTP route, through a
-pipe. Tokenizer workers import an application by its path; see tokenizer_app.py.
+pipe, and is told over the same pipe when its server begins or ceases to drain. Tokenizer workers import an application
+by its path; see tokenizer_app.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,33 +25,51 @@ from sglang_mm_conn.sglang_plugin import internals
 from sglang_mm_conn.sglang_plugin.names import APP_ENV
 
 _OUR_APP = "sglang_mm_conn.sglang_plugin.tokenizer_app:app"
-_to_route: Connection | None = None  # in a DP worker: the pipe for its control port
+_to_route: Connection | None = None  # in a DP worker: the pipe to the process that has the HTTP route
+
+
+class Notice(msgspec.Struct, frozen=True):
+    """To the DP workers: whether their server drains; and, if ``reason`` is not empty, that every open room fails."""
+
+    draining: bool
+    reason: str = ""
+    code: int = 0
+
+
+_NOTICE = msgspec.json.Decoder(Notice)  # made at import, see control/bootstrap.py
 
 
 class DpWorkers:
-    """In the process that has the HTTP route: the control ports of the DP workers, as far as they have arrived."""
+    """In the process that has the HTTP route: the pipes to the DP workers, and their control ports, as far as they have
+    arrived."""
 
-    def __init__(self, readers: list[Connection]) -> None:
-        self._readers = readers
+    def __init__(self, pipes: list[Connection]) -> None:
+        self._pipes = pipes
         self._arrived: dict[int, Worker] = {}
 
     def known(self, ranks: Collection[int]) -> list[Worker] | None:
         """The workers of ``ranks``, or None while one is missing: language ranks would take a part for all of them."""
         for rank in ranks:
-            if rank not in self._arrived and self._readers[rank].poll():
-                self._arrived[rank] = msgspec.json.decode(self._readers[rank].recv_bytes(), type=Worker)
+            if rank not in self._arrived and self._pipes[rank].poll():
+                self._arrived[rank] = msgspec.json.decode(self._pipes[rank].recv_bytes(), type=Worker)
         if any(rank not in self._arrived for rank in ranks):
             return None
         return [self._arrived[rank] for rank in ranks]
 
+    def tell(self, notice: Notice) -> None:
+        """A worker that has not started yet finds the notice when it has."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # it has died
+                pipe.send_bytes(msgspec.json.encode(notice))
+
 
 def replace_spawn_targets(dp_size: int) -> DpWorkers:
     """Let sglang start an encoder's DP workers and TP followers with functions of this module."""
-    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(dp_size)]
-    # The writing ends are passed as an argument, since a spawned process inherits no other descriptors.
-    run_dp_worker = functools.partial(_run_dp_worker, [writer for _, writer in pipes])
+    pipes = [multiprocessing.Pipe() for _ in range(dp_size)]
+    # The workers' ends are passed as an argument, since a spawned process inherits no other descriptors.
+    run_dp_worker = functools.partial(_run_dp_worker, [theirs for _, theirs in pipes])
     internals.replace_spawn_targets(run_dp_worker, _run_tp_follower)
-    return DpWorkers([reader for reader, _ in pipes])
+    return DpWorkers([ours for ours, _ in pipes])
 
 
 def publish_control_port(worker: Worker) -> None:
@@ -57,9 +78,23 @@ def publish_control_port(worker: Worker) -> None:
         _to_route.send_bytes(msgspec.json.encode(worker))
 
 
-def _run_dp_worker(writers: list[Connection], server_args: Any, dp_rank: int, *args: Any) -> None:
+def follow_notices(heed: Callable[[Notice], None]) -> None:
+    """In a DP worker: call ``heed`` with each notice, on a thread of its own. Does nothing in another process."""
+    pipe = _to_route
+    if pipe is None:
+        return
+
+    def follow() -> None:
+        with contextlib.suppress(EOFError, OSError):  # the other process has ended
+            while True:
+                heed(_NOTICE.decode(pipe.recv_bytes()))
+
+    threading.Thread(target=follow, name="mm-conn-notices", daemon=True).start()
+
+
+def _run_dp_worker(pipes: list[Connection], server_args: Any, dp_rank: int, *args: Any) -> None:
     global _to_route
-    _to_route = writers[dp_rank]
+    _to_route = pipes[dp_rank]
     _end_with_parent()
     hook_this_process()
     from sglang.srt.disaggregation.encoder.runtime import launch_dp_worker

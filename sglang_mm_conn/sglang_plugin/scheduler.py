@@ -24,7 +24,7 @@ from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
-from sglang_mm_conn.control.bootstrap import normalized
+from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.control.reports import ReportSender
 from sglang_mm_conn.core.dispatch.actions import Redispatched
 from sglang_mm_conn.core.dispatch.reports import Report, Standings, room_failed

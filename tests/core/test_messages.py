@@ -102,7 +102,7 @@ FROM_ENCODER: list[Message] = [
     Done(room=ROOM, window=0, total_tokens=1, metadata=b"m"),
     Failed(room=ROOM, reason="out of memory", code=500, drained=False),
     Drained(room=ROOM),
-    Heartbeat(incarnation="3"),
+    Heartbeat(incarnation="3", load=12, draining=True),
 ]
 
 
@@ -296,3 +296,9 @@ def test_a_missing_field_is_refused(message: Message) -> None:
         del fields[name]
         with pytest.raises(ProtocolError, match=name):
             decode_from_language(bytes([PROTOCOL_VERSION]) + msgspec.msgpack.encode(fields), LIMIT)
+
+
+def test_a_heartbeat_without_load_and_draining_is_one_of_an_idle_encoder_that_serves() -> None:
+    frame = encode(Heartbeat(incarnation="1"))[:1] + msgspec.msgpack.encode({"t": "heartbeat", "incarnation": "1"})
+    heartbeat = decode_from_encoder(frame, LIMIT)
+    assert heartbeat == Heartbeat(incarnation="1", load=0, draining=False)

@@ -11,9 +11,11 @@ from sglang_mm_conn.core.encoder.sender_room import SenderRoom
 from sglang_mm_conn.core.errors import IllegalTransition
 from sglang_mm_conn.core.language.receiver_room import ReceiverRoom
 from sglang_mm_conn.core.states import (
+    DRAIN_TRANSITIONS,
     RECEIVER_TRANSITIONS,
     SENDER_TRANSITIONS,
     WINDOW_TRANSITIONS,
+    DrainState,
     Poll,
     ReceiverState,
     SenderState,
@@ -26,6 +28,7 @@ TABLES: list[tuple[Table, type[Enum]]] = [
     (RECEIVER_TRANSITIONS, ReceiverState),
     (SENDER_TRANSITIONS, SenderState),
     (WINDOW_TRANSITIONS, WindowState),
+    (DRAIN_TRANSITIONS, DrainState),
 ]
 TRANSITIONS = [(table, start, target) for table, states in TABLES for start in states for target in states]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -55,8 +56,23 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.25
 
 
+@dataclass(frozen=True)
+class ServerStatus:
+    """What heartbeats say about the encoder's server; see the message Heartbeat."""
+
+    load: int
+    draining: bool
+
+
 class EncoderEndpoint:
-    """One per encoder process that holds embeddings (rank 0 of each worker)."""
+    """One per encoder process that holds embeddings (rank 0 of each worker).
+
+    Attributes:
+        server_status: what the heartbeats say. Called by the control thread. None: the load is the number of rooms
+            that are not over, and the server does not drain.
+    """
+
+    server_status: Callable[[], ServerStatus] | None = None
 
     def __init__(
         self,
@@ -155,6 +171,17 @@ class EncoderEndpoint:
         """Fail ``room``, for which no embedding will come, and notify its language ranks."""
         self.transfer.fail(room, reason, code)
 
+    def fail_all(self, reason: str, code: int) -> None:
+        """Fail every room that is not over."""
+        with self._lock:
+            rooms = list(self.core.rooms)
+        for room in rooms:
+            self.transfer.fail(room, reason, code)
+
+    def send_heartbeats(self) -> None:
+        """Send every peer a heartbeat now, since what it says has changed. Any thread may call this."""
+        self._control.call(self._send_heartbeats)
+
     def poll(self, room: str) -> Poll | None:
         """The state of ``room``; None if the encoder has no record of it, or none any more."""
         with self._lock:
@@ -226,8 +253,14 @@ class EncoderEndpoint:
                 self._drop_peer(peer, f"the language server was silent for {self.settings.peer_timeout:g} s")
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + self.settings.heartbeat
-            for peer in {*self._peers, *self._registrar.registering}:
-                self._actions.send(peer, Heartbeat(incarnation=self.incarnation))
+            self._send_heartbeats()
+
+    def _send_heartbeats(self) -> None:
+        says = self.server_status
+        status = ServerStatus(len(self.core.rooms), False) if says is None else says()
+        heartbeat = Heartbeat(incarnation=self.incarnation, load=status.load, draining=status.draining)
+        for peer in {*self._peers, *self._registrar.registering}:
+            self._actions.send(peer, heartbeat)
 
     def _retire(self, known: ControlPeer, message: Retire) -> None:
         if known.session != message.mooncake_session_id:
