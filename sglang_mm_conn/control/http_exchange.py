@@ -46,8 +46,10 @@ def normalized(encoder_url: str) -> str:
 def exchange(
     url: str, headers: Mapping[str, str], body: bytes | None = None, *, read_seconds: float = READ_SECONDS
 ) -> Answer:
-    """GET ``url``, or POST ``body`` to it. ``read_seconds``: the longest wait for each piece of the answer. Raises EncoderAbsent, also if the answer is 502, 503 or 504. Raises
-    NotAuthentic if it is 401."""
+    """GET ``url``, or POST ``body`` to it. ``read_seconds``: the longest wait for each piece of the answer.
+
+    Raises EncoderAbsent, also if the answer is 502, 503 or 504. Raises NotAuthentic if it is 401.
+    """
     try:
         with requests.Session() as http:
             http.trust_env = False  # no HTTP proxy between the servers of one cluster
