@@ -115,13 +115,18 @@ class DispatchCore:
             return self._ended(*found, of_failure(code, reason), now)
         base = self._finished.get(room)
         # The encoder said that the part had arrived, and the request's items are gone.
-        return [] if base is None else [GiveUp(base, code, reason)]
+        return [] if base is None else [GiveUp(base, *_for_client(of_failure(code, reason)))]
 
     # -- encoders ------------------------------------------------------------------------------------------------
 
     def know(self, urls: Sequence[str], now: float) -> list[DispatchAction]:
         """Exactly these encoders are known from now on. Parts that others have go on."""
+        known = set(self.fleet.encoders)
         self.fleet.know(urls)
+        for _, part in self._open.values():
+            attempt = part.current
+            if attempt is not None and attempt.url not in known and attempt.url in self.fleet.encoders:
+                self.fleet.encoders[attempt.url].load.add(part.work, now)  # it was known before, and is back
         return self._settle([], now)
 
     def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[DispatchAction]:
@@ -176,10 +181,11 @@ class DispatchCore:
             part.delivered = True
             done = all(other.delivered for other in request.parts)
             return (self._finish(request) if done else []) + self._settle(changes, now)
+        cancel = CancelPost(attempt.room)  # it may have ended otherwise than by an answer
         if end.verdict is Verdict.ABORTED:
-            return self._finish(request)
+            return [cancel, *self._finish(request)]
         if end.verdict is Verdict.INPUT:
-            return self._give_up(request, end.code, end.reason)
+            return [cancel, *self._give_up(request, end.code, end.reason)]
         part.last = end
         self._wait(request, part, now)
         if end.verdict is Verdict.ERROR:
@@ -187,7 +193,7 @@ class DispatchCore:
             changes = self.fleet.erred(attempt.url, end.reason, now)
         else:
             changes = self.fleet.lost(attempt.url, _PROVES[end.verdict], end.reason)
-        return [CancelPost(attempt.room), *self._settle(changes, now)]
+        return [cancel, *self._settle(changes, now)]
 
     def _close(self, part: Part, now: float) -> Try:
         attempt = part.current
@@ -195,7 +201,7 @@ class DispatchCore:
         attempt.ended = now
         del self._open[attempt.room]
         one = self.fleet.encoders.get(attempt.url)
-        if one is not None and one.load.parts:  # it may have been forgotten and come back meanwhile
+        if one is not None:
             one.load.remove(part.work)
         return attempt
 
@@ -241,6 +247,8 @@ class DispatchCore:
 
     def _serve(self, request: Request, part: Part, now: float) -> list[DispatchAction]:
         """Post a part that waits; give its request up if that is hopeless."""
+        if now > request.deadline:
+            return []  # nobody waits for it any more
         if len(part.tries) >= self._tries:
             return self._out_of_tries(request, part)
         one = self._choose(part, now)
@@ -256,7 +264,7 @@ class DispatchCore:
         if self.fleet.undecided:
             return []
         if part.last is not None and part.last.verdict is Verdict.ERROR:
-            return self._give_up(request, part.last.code, part.last.reason)
+            return self._give_up(request, *_for_client(part.last))
         assert part.waits_since is not None
         if now < part.waits_since + self._wait_seconds:
             return []
@@ -294,15 +302,15 @@ class DispatchCore:
         return candidates
 
     def _out_of_tries(self, request: Request, part: Part) -> list[DispatchAction]:
-        last = part.last
+        last, attempt = part.last, part.tries[-1]
         assert last is not None
-        if len(part.tries) == 1:
-            return self._give_up(request, last.code, last.reason)
-        code = last.code if last.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
-        reason = f": {last.reason}" if last.verdict is Verdict.ERROR else ""
-        return self._give_up(
-            request, code, f"{len(part.tries)} encoders failed on the same part of this request{reason}"
-        )
+        text = f"Part {part.number} of {request.rid} has failed at {attempt.url} (room {attempt.room}), "
+        line = LogLine(WARNING, f"{text}the last of {len(part.tries)} tries: {last.reason}")
+        code, reason = _for_client(last)
+        if len(part.tries) > 1:
+            found = f": {reason}" if last.verdict is Verdict.ERROR else ""
+            reason = f"{len(part.tries)} encoders failed on the same part of this request{found}"
+        return [line, *self._give_up(request, code, reason)]
 
     def _give_up(self, request: Request, code: int, reason: str) -> list[DispatchAction]:
         self.given_up += 1
@@ -326,3 +334,9 @@ class DispatchCore:
         return [*actions, Forget(request.room_base)]
 
 
+def _for_client(end: TryEnd) -> tuple[int, str]:
+    """Code and reason of a try that failed. Only an encoder's own words are told: others may name a server."""
+    if end.verdict is Verdict.ERROR:
+        return end.code, end.reason
+    code = end.code if end.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
+    return code, "the connection to the encoder of this request was lost"
