@@ -2,10 +2,11 @@
 
 Pure; time is an argument. Every event returns actions, to be carried out in order.
 
-- A part has one try under way at most, or it waits for an encoder, or it has arrived. So no part is lost or taken twice.
+- A part has one try under way at most, or it waits for an encoder, or it has arrived. So none is lost or taken twice.
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
-- At most ``tries`` encoders get one part, so a part that kills encoders ends after so many.
+- At most ``tries`` encoders get one part, so a part that kills encoders ends after so many. Two parts that have one try
+  left do not share an encoder: to fail with the one that kills, the other would have to be with it each time.
 - A part is posted again only to an encoder that is up, and to the same one only if that has proved since that it is
   well.
 """
@@ -183,9 +184,9 @@ class DispatchCore:
             return (self._finish(request) if done else []) + self._settle(changes, now)
         cancel = CancelPost(attempt.room)  # it may have ended otherwise than by an answer
         if end.verdict is Verdict.ABORTED:
-            return [cancel, *self._finish(request)]
+            return [cancel, *self._finish(request), *self._settle([], now)]
         if end.verdict is Verdict.INPUT:
-            return [cancel, *self._give_up(request, end.code, end.reason)]
+            return [cancel, *self._give_up(request, end.code, end.reason), *self._settle([], now)]
         part.last = end
         self._wait(request, part, now)
         if end.verdict is Verdict.ERROR:
@@ -227,9 +228,12 @@ class DispatchCore:
             actions.append(LogLine(level, text))
             if change.new is EncoderState.DOWN:
                 actions += self._lose_all(change.url, change.reason, now)
-        for request, part in list(self._waiting.values()):
-            if part.waits_since is not None:  # its request may have failed with another part
-                actions += self._serve(request, part, now)
+        requests = -1
+        while requests != len(self.requests):  # a request that is given up may be what another part waits for
+            requests = len(self.requests)
+            for request, part in list(self._waiting.values()):
+                if part.waits_since is not None:  # its request may have failed with another part
+                    actions += self._serve(request, part, now)
         return [*actions, *(Probe(url) for url in self.fleet.due_probes(now))]
 
     def _lose_all(self, url: str, reason: str, now: float) -> list[DispatchAction]:
@@ -251,8 +255,11 @@ class DispatchCore:
             return []  # nobody waits for it any more
         if len(part.tries) >= self._tries:
             return self._out_of_tries(request, part)
-        one = self._choose(part, now)
-        if one is not None:
+        able = self._able(part, now)
+        if able:
+            one = self._choose(part, able, now)
+            if one is None:
+                return []  # it waits for its turn
             room = part_room(self._new_room_base(), part.number)
             actions: list[DispatchAction] = [Redispatched(request.room_base, part.number, one.url, room)]
             if part.tries:  # otherwise no encoder was up when the request came
@@ -270,22 +277,27 @@ class DispatchCore:
             return []
         return self._give_up(request, int(HTTPStatus.SERVICE_UNAVAILABLE), NO_ENCODER)
 
-    def _choose(self, part: Part, now: float) -> Encoder | None:
-        """The encoder for a part that waits, or None."""
+    def _able(self, part: Part, now: float) -> list[Encoder]:
+        """The encoders that may get a part that waits."""
         lost_at = {attempt.url: attempt.ended for attempt in part.tries}
         able = []
         for one in self.fleet.usable(now):
             ended = lost_at.get(one.url)
             if one.url not in part.excluded and (ended is None or one.heard_at > ended):
                 able.append(one)
-        # Those that had it last: a part that kills encoders meets as few other parts as possible.
-        able = [one for one in able if one.url not in lost_at] or able
-        # Two parts that lost their encoder do not share the next one, if that can be helped: one may have killed it.
-        again = {
-            attempt.url
-            for _, other in self._open.values()
-            if len(other.tries) > 1 and (attempt := other.current) is not None
-        }
+        # Those that had it come last.
+        return [one for one in able if one.url not in lost_at] or able
+
+    def _choose(self, part: Part, able: list[Encoder], now: float) -> Encoder | None:
+        """One of ``able`` for a part that waits; None: it must wait for its turn."""
+        others = [(attempt.url, len(other.tries)) for _, other in self._open.values()
+                  if (attempt := other.current) is not None and len(other.tries) > 1]  # fmt: skip
+        # One of several parts that lost their encoder may have killed it. So they do not share the next one if that can
+        # be helped, and their last one never.
+        if part.tries and len(part.tries) == self._tries - 1:
+            last = {url for url, tries in others if tries == self._tries}
+            able = [one for one in able if one.url not in last]
+        again = {url for url, _ in others}
         able = [one for one in able if part.tries and one.url not in again] or able
         finish = {one.url: one for one in self._candidates(able, now)}
         return min(able, key=lambda one: finish[one.url].finish(part.work), default=None)
