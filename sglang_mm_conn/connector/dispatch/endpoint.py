@@ -1,7 +1,7 @@
-"""Owns a dispatcher: the thread with the event loop that posts parts, probes encoders and reads the scheduler's reports.
+"""Owns a dispatcher: the thread with the event loop that posts parts, probes encoders and reads the scheduler's news.
 
-``core.dispatch`` decides; this module carries its actions out. Requests come from the tokenizer's event loop, everything
-else happens on the dispatcher's thread. One lock guards the core; it is never held during IO.
+``core.dispatch`` decides; this module carries its actions out. Requests come from the tokenizer's event loop, all else
+happens on the dispatcher's thread. One lock guards the core; it is never held during IO.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from http import HTTPStatus
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from sglang_mm_conn.connector.dispatch.posts import Posts, json_body
