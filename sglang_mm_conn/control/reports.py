@@ -17,7 +17,7 @@ import threading
 import zmq
 import zmq.asyncio
 
-from sglang_mm_conn.core.dispatch.reports import MOST_BYTES, Report, decode_report, encode_report
+from sglang_mm_conn.core.dispatch.reports import Report, decode_report, encode_report
 
 _MOST_WAITING = 1000  # reports that a dispatcher has not read yet
 _LONGEST_PATH = 100  # of a Unix socket, in bytes: the kernel's limit is 107
@@ -26,7 +26,7 @@ _LONGEST_PATH = 100  # of a Unix socket, in bytes: the kernel's limit is 107
 def new_report_address() -> str:
     """The address of a new report socket, in a directory of its own that goes when this process ends."""
     directory = tempfile.mkdtemp(prefix="mm-conn-")
-    if len(directory) > _LONGEST_PATH - len("/reports"):  # TMPDIR may be long
+    if len(os.fsencode(directory)) > _LONGEST_PATH - len("/reports"):  # TMPDIR may be long
         os.rmdir(directory)
         directory = tempfile.mkdtemp(prefix="mm-conn-", dir="/tmp")
     owner = os.getpid()
@@ -43,11 +43,16 @@ class ReportSender:
     """The scheduler's end. Any thread may send."""
 
     def __init__(self, address: str) -> None:
+        """Raises ZMQError if the address is in use or its directory is gone."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, _MOST_WAITING)
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError:
+            self._context.destroy(linger=0)
+            raise
         self._lock = threading.Lock()
 
     def send(self, report: Report) -> None:
@@ -69,13 +74,15 @@ class ReportReceiver:
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, _MOST_WAITING)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.subscribe(b"")
         self._socket.connect(address)
 
     async def receive(self) -> Report:
-        """The next report. Raises ProtocolError if it is malformed."""
+        """The next report. Raises ProtocolError if it is malformed or too long.
+
+        The socket has no limit of its own: after a frame beyond that it would never connect again.
+        """
         return decode_report(await self._socket.recv())
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ def redispatch_request(rid: str, news: Redispatched) -> EncoderDispatchErrorReq:
 
 def redispatched(message: EncoderDispatchErrorReq) -> Redispatched | None:
     """The news in ``message``; None if it is an error, as sglang meant it."""
-    if not message.error_msg.startswith(_PREFIX):
+    # No error has the code 0. So what an encoder's words look like, with which an error may begin, does not matter.
+    if message.error_code != 0 or not message.error_msg.startswith(_PREFIX):
         return None
     return _DECODER.decode(message.error_msg[len(_PREFIX) :])

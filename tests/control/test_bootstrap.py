@@ -5,6 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 import pytest
@@ -12,7 +15,15 @@ import requests
 
 from sglang_mm_conn.control import bootstrap
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.bootstrap import ROUTE, BootstrapInfo, EncoderAbsent, Worker, control_address, look_up
+from sglang_mm_conn.control.bootstrap import (
+    ROUTE,
+    BootstrapInfo,
+    EncoderAbsent,
+    Worker,
+    control_address,
+    look_up,
+    normalized,
+)
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
@@ -120,3 +131,62 @@ def test_a_url_that_is_none_of_an_encoder_is_refused_before_a_request(url: str) 
 def test_a_control_port_that_cannot_be_one_is_refused(port: int) -> None:
     with pytest.raises(msgspec.ValidationError):
         bootstrap._INFO.decode(msgspec.json.encode(BootstrapInfo(3, [Worker("a", port)])))
+
+
+@pytest.mark.parametrize("url", ["http://a:1", "http://a:1/", " http://a:1// ", "http://a:1/\n"])
+def test_an_encoder_has_one_name_however_its_url_is_written(url: str) -> None:
+    assert normalized(url) == "http://a:1"
+
+
+@contextmanager
+def served(answer: bytes | None) -> Iterator[str]:
+    """The URL of a server that accepts and sends ``answer``; None: it sends nothing, and keeps the connection."""
+    done = threading.Event()
+
+    def serve() -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(4096)
+            if answer is None:
+                done.wait(10)
+            else:
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused", "silent"),
+    [
+        (None, False, True),
+        (b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", False, False),
+        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", False, False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", False, True),
+    ],
+)
+def test_silence_is_told_from_an_answer_that_says_no(answer: bytes | None, refused: bool, silent: bool) -> None:
+    with served(answer) as url, pytest.raises(EncoderAbsent) as absent:
+        look_up(url, read_seconds=0.2)
+    assert (absent.value.refused, absent.value.silent) == (refused, silent)
+
+
+def test_a_port_where_nothing_listens_is_refused_and_not_silent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(EncoderAbsent) as absent:
+        look_up(f"http://127.0.0.1:{port}")
+    assert absent.value.refused and not absent.value.silent
+
+
+def test_what_an_encoder_says_of_itself_arrives_and_an_older_one_says_less() -> None:
+    info = BootstrapInfo(PROTOCOL_VERSION, INFO.workers, draining=True, prefix_cache=True)
+    server = StandaloneBootstrap("127.0.0.1", 0, lambda: (info, None))
+    try:
+        assert look_up(server.url) == info
+    finally:
+        server.close()
+    assert bootstrap._INFO.decode(b'{"version":3,"workers":[]}') == BootstrapInfo(3, [])

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.core.rooms import new_id, new_room_base, server_of
+from sglang_mm_conn.core.rooms import new_id, new_room_base, part_room, server_of
 
 SERVER = "0123456789abcdef"
+
+
+def test_a_part_has_a_room_of_its_own_under_the_base_and_names_the_server() -> None:
+    base = new_room_base(SERVER)
+    assert part_room(base, 7) == f"{base}_local_part_7" != part_room(base, 8)
+    assert server_of(part_room(base, 7)) == SERVER
 
 
 def test_every_dispatch_has_a_room_of_its_own() -> None:

@@ -12,10 +12,12 @@ from sglang_mm_conn.core.errors import IllegalTransition
 from sglang_mm_conn.core.language.receiver_room import ReceiverRoom
 from sglang_mm_conn.core.states import (
     DRAIN_TRANSITIONS,
+    ENCODER_TRANSITIONS,
     RECEIVER_TRANSITIONS,
     SENDER_TRANSITIONS,
     WINDOW_TRANSITIONS,
     DrainState,
+    EncoderState,
     Poll,
     ReceiverState,
     SenderState,
@@ -29,6 +31,7 @@ TABLES: list[tuple[Table, type[Enum]]] = [
     (SENDER_TRANSITIONS, SenderState),
     (WINDOW_TRANSITIONS, WindowState),
     (DRAIN_TRANSITIONS, DrainState),
+    (ENCODER_TRANSITIONS, EncoderState),
 ]
 TRANSITIONS = [(table, start, target) for table, states in TABLES for start in states for target in states]
 
@@ -69,6 +72,11 @@ def test_success_and_failed_are_final_and_every_other_state_can_fail(
     failures = {"failed", "closed"}
     assert all(table[state] and {target.value for target in table[state]} & failures
                for state in states if state.value not in final)  # fmt: skip
+
+
+def test_no_state_of_an_encoder_is_final_and_each_can_follow_each_other() -> None:
+    for state in EncoderState:
+        assert ENCODER_TRANSITIONS[state] == set(EncoderState) - {state}
 
 
 def receiver_poll(state: ReceiverState, window: int) -> Poll:

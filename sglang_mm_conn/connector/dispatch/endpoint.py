@@ -1,7 +1,7 @@
-"""Owns a dispatcher: its thread posts parts, probes encoders and reads the scheduler's reports.
+"""Owns a dispatcher: the thread with the event loop that posts parts, probes encoders and reads the scheduler's news.
 
 ``core.dispatch`` decides; this module carries its actions out. Requests come from the tokenizer's event loop, all else
-happens on the dispatcher's event loop. One lock guards the core; it is never held during IO.
+happens on the dispatcher's thread. One lock guards the core; it is never held during IO.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ class DispatcherEndpoint:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),), daemon=True)
-        self._thread.name = "mm-conn-dispatch"
+        self._thread = threading.Thread(target=self._serve, name="mm-conn-dispatch", daemon=True)
         self._thread.start()
 
     # -- any thread ----------------------------------------------------------------------------------------------
@@ -132,7 +131,8 @@ class DispatcherEndpoint:
 
     def close(self) -> None:
         """Stop the thread. For tests and an orderly shutdown."""
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
 
     def _perform_later(self, event: Callable[[float], list[DispatchAction]]) -> None:
@@ -147,15 +147,22 @@ class DispatcherEndpoint:
 
     # -- the dispatcher's thread ---------------------------------------------------------------------------------
 
+    def _serve(self) -> None:
+        try:
+            self._loop.run_until_complete(self._run())
+        finally:
+            self._loop.close()
+
     async def _run(self) -> None:
         self._posts = Posts(self._key, insecure=self._insecure)
-        readers = [self._start(self._tick())]
+        self._start(self._tick())
         if self._report_address is not None:
-            readers.append(self._start(self._read_reports(ReportReceiver(self._report_address))))
+            self._start(self._read_reports(self._report_address))
         await self._stop.wait()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # what was handed over before the end may start some more
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
         await self._posts.close()
 
     def _start(self, work: Any) -> asyncio.Task[Any]:
@@ -169,7 +176,8 @@ class DispatcherEndpoint:
             self._perform_later(self.core.tick)
             await asyncio.sleep(_TICK_SECONDS)
 
-    async def _read_reports(self, reports: ReportReceiver) -> None:
+    async def _read_reports(self, address: str) -> None:
+        reports = ReportReceiver(address)
         try:
             while True:
                 try:
@@ -189,6 +197,8 @@ class DispatcherEndpoint:
         return self.core.room_failed(report.room, report.code, report.reason, now)
 
     def _carry_out(self, actions: list[DispatchAction]) -> None:
+        if self._stop.is_set():
+            return
         for action in actions:
             match action:
                 case Post(room):
@@ -267,7 +277,14 @@ class DispatcherEndpoint:
             until = self._loop.time() + _UNSENT_SECONDS
             while not dispatched.reached.is_set() and self._loop.time() < until:
                 await asyncio.sleep(0.005)
-            while not news.empty():
-                dispatched.tell(news.get_nowait())
+            while dispatched.reached.is_set() and not news.empty():
+                self._tell_one(dispatched, news.get_nowait())
         finally:
             del self._news[room_base]
+
+    @staticmethod
+    def _tell_one(dispatched: Dispatched, news: Redispatched | GiveUp) -> None:
+        try:
+            dispatched.tell(news)
+        except Exception:  # the scheduler fails the request at its deadline
+            logger.exception("News of room base %s cannot be told", news.room_base)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.load import work_of
@@ -16,6 +15,7 @@ from sglang_mm_conn.core.dispatch.load import work_of
 # Enough for the header of every common format; a JPEG may have its size behind a long EXIF block, and then counts as
 # one of unknown size. A multiple of four characters, so that the rest of the base64 text is not needed.
 _HEADER_CHARACTERS = 8192
+_JPEG_TEXT = "/9j/"  # how every JPEG file begins in base64: no path
 
 
 def item_of(modality: str, media: Any, content_hash: str | None, *, with_key: bool) -> Item:
@@ -43,7 +43,7 @@ def _inline(media: str) -> tuple[str, int]:
     """The text that holds the data of a data URI or of base64 text, and where the data begins; ("", 0) for a URL."""
     if media.startswith("data:"):
         return media, media.find(",", 0, 256) + 1
-    if "://" in media[:16] or media[:1] in "/.~":
+    if "://" in media[:16] or (media[:1] in "/.~" and not media.startswith(_JPEG_TEXT)):
         return "", 0
     return media, 0
 
@@ -71,8 +71,54 @@ def _pixels(media: Any) -> int:
             return 0
     else:
         return 0
-    try:
-        with Image.open(io.BytesIO(head)) as image:  # reads the header only
-            return image.width * image.height
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 0
+    width, height = _size(head)
+    return width * height
+
+
+def _size(head: bytes) -> tuple[int, int]:
+    """Width and height of the image whose file begins with ``head``; zeros: unknown.
+
+    Pillow is not asked: it wants all of a WebP file, warns of large images, and would read whatever a client sends with
+    dozens of decoders.
+    """
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _big(head[16:20]), _big(head[20:24])
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return _little(head[6:8]), _little(head[8:10])
+    if head.startswith(b"BM"):
+        return _little(head[18:22]), abs(int.from_bytes(head[22:26], "little", signed=True))  # upside down: negative
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return _webp_size(head)
+    return _jpeg_size(head) if head.startswith(b"\xff\xd8") else (0, 0)
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return _little(head[24:27]) + 1, _little(head[27:30]) + 1
+    if kind == b"VP8L":
+        bits = _little(head[21:25])
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return (_little(head[26:28]) & 0x3FFF, _little(head[28:30]) & 0x3FFF) if kind == b"VP8 " else (0, 0)
+
+
+def _jpeg_size(head: bytes) -> tuple[int, int]:
+    """Walks over the segments to the frame header, which has the size."""
+    at = 2
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        marker = head[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return _big(head[at + 7 : at + 9]), _big(head[at + 5 : at + 7])
+        else:
+            at += 2 + _big(head[at + 2 : at + 4])
+    return 0, 0
+
+
+def _big(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def _little(data: bytes) -> int:
+    return int.from_bytes(data, "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,7 +40,10 @@ class Posts:
         """Post ``body`` to the encoder at ``url``, and say how that ended."""
         try:
             async with self._session.post(
-                f"{url}/encode", data=body, headers={"Content-Type": "application/json"}, allow_redirects=False
+                f"{url}/encode",
+                data=io.BytesIO(body),
+                headers={"Content-Type": "application/json"},
+                allow_redirects=False,
             ) as answer:
                 content = await answer.content.read(_MOST_ANSWER_BYTES)
                 while not answer.content.at_eof() and len(content) < _MOST_ANSWER_BYTES:

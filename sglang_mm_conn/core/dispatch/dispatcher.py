@@ -2,11 +2,11 @@
 
 Pure; time is an argument. Every event returns actions, to be carried out in order.
 
-- A part has one try under way at most, or it waits for an encoder, or it has arrived. So no part is lost or
-  taken twice.
+- A part has one try under way at most, or it waits for an encoder, or it has arrived. So none is lost or taken twice.
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
-- At most ``tries`` encoders get one part, so a part that kills encoders ends after so many.
+- At most ``tries`` encoders get one part, so a part that kills encoders ends after so many. Two parts that have one try
+  left do not share an encoder: to fail with the one that kills, the other would have to be with it each time.
 - A part is posted again only to an encoder that is up, and to the same one only if that has proved since that it is
   well.
 """
@@ -116,13 +116,18 @@ class DispatchCore:
             return self._ended(*found, of_failure(code, reason), now)
         base = self._finished.get(room)
         # The encoder said that the part had arrived, and the request's items are gone.
-        return [] if base is None else [GiveUp(base, code, reason)]
+        return [] if base is None else [GiveUp(base, *_for_client(of_failure(code, reason)))]
 
     # -- encoders ------------------------------------------------------------------------------------------------
 
     def know(self, urls: Sequence[str], now: float) -> list[DispatchAction]:
         """Exactly these encoders are known from now on. Parts that others have go on."""
+        known = set(self.fleet.encoders)
         self.fleet.know(urls)
+        for _, part in self._open.values():
+            attempt = part.current
+            if attempt is not None and attempt.url not in known and attempt.url in self.fleet.encoders:
+                self.fleet.encoders[attempt.url].load.add(part.work, now)  # it was known before, and is back
         return self._settle([], now)
 
     def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[DispatchAction]:
@@ -177,10 +182,11 @@ class DispatchCore:
             part.delivered = True
             done = all(other.delivered for other in request.parts)
             return (self._finish(request) if done else []) + self._settle(changes, now)
+        cancel = CancelPost(attempt.room)  # it may have ended otherwise than by an answer
         if end.verdict is Verdict.ABORTED:
-            return self._finish(request)
+            return [cancel, *self._finish(request), *self._settle([], now)]
         if end.verdict is Verdict.INPUT:
-            return self._give_up(request, end.code, end.reason)
+            return [cancel, *self._give_up(request, end.code, end.reason), *self._settle([], now)]
         part.last = end
         self._wait(request, part, now)
         if end.verdict is Verdict.ERROR:
@@ -188,7 +194,7 @@ class DispatchCore:
             changes = self.fleet.erred(attempt.url, end.reason, now)
         else:
             changes = self.fleet.lost(attempt.url, _PROVES[end.verdict], end.reason)
-        return [CancelPost(attempt.room), *self._settle(changes, now)]
+        return [cancel, *self._settle(changes, now)]
 
     def _close(self, part: Part, now: float) -> Try:
         attempt = part.current
@@ -196,7 +202,7 @@ class DispatchCore:
         attempt.ended = now
         del self._open[attempt.room]
         one = self.fleet.encoders.get(attempt.url)
-        if one is not None and one.load.parts:  # it may have been forgotten and come back meanwhile
+        if one is not None:
             one.load.remove(part.work)
         return attempt
 
@@ -222,9 +228,12 @@ class DispatchCore:
             actions.append(LogLine(level, text))
             if change.new is EncoderState.DOWN:
                 actions += self._lose_all(change.url, change.reason, now)
-        for request, part in list(self._waiting.values()):
-            if part.waits_since is not None:  # its request may have failed with another part
-                actions += self._serve(request, part, now)
+        requests = -1
+        while requests != len(self.requests):  # a request that is given up may be what another part waits for
+            requests = len(self.requests)
+            for request, part in list(self._waiting.values()):
+                if part.waits_since is not None:  # its request may have failed with another part
+                    actions += self._serve(request, part, now)
         return [*actions, *(Probe(url) for url in self.fleet.due_probes(now))]
 
     def _lose_all(self, url: str, reason: str, now: float) -> list[DispatchAction]:
@@ -242,10 +251,15 @@ class DispatchCore:
 
     def _serve(self, request: Request, part: Part, now: float) -> list[DispatchAction]:
         """Post a part that waits; give its request up if that is hopeless."""
+        if now > request.deadline:
+            return []  # nobody waits for it any more
         if len(part.tries) >= self._tries:
             return self._out_of_tries(request, part)
-        one = self._choose(part, now)
-        if one is not None:
+        able = self._able(part, now)
+        if able:
+            one = self._choose(part, able, now)
+            if one is None:
+                return []  # it waits for its turn
             room = part_room(self._new_room_base(), part.number)
             actions: list[DispatchAction] = [Redispatched(request.room_base, part.number, one.url, room)]
             if part.tries:  # otherwise no encoder was up when the request came
@@ -257,28 +271,33 @@ class DispatchCore:
         if self.fleet.undecided:
             return []
         if part.last is not None and part.last.verdict is Verdict.ERROR:
-            return self._give_up(request, part.last.code, part.last.reason)
+            return self._give_up(request, *_for_client(part.last))
         assert part.waits_since is not None
         if now < part.waits_since + self._wait_seconds:
             return []
         return self._give_up(request, int(HTTPStatus.SERVICE_UNAVAILABLE), NO_ENCODER)
 
-    def _choose(self, part: Part, now: float) -> Encoder | None:
-        """The encoder for a part that waits, or None."""
+    def _able(self, part: Part, now: float) -> list[Encoder]:
+        """The encoders that may get a part that waits."""
         lost_at = {attempt.url: attempt.ended for attempt in part.tries}
         able = []
         for one in self.fleet.usable(now):
             ended = lost_at.get(one.url)
             if one.url not in part.excluded and (ended is None or one.heard_at > ended):
                 able.append(one)
-        # Those that had it last: a part that kills encoders meets as few other parts as possible.
-        able = [one for one in able if one.url not in lost_at] or able
-        # Two parts that lost their encoder do not share the next one, if that can be helped: one may have killed it.
-        again = {
-            attempt.url
-            for _, other in self._open.values()
-            if len(other.tries) > 1 and (attempt := other.current) is not None
-        }
+        # Those that had it come last.
+        return [one for one in able if one.url not in lost_at] or able
+
+    def _choose(self, part: Part, able: list[Encoder], now: float) -> Encoder | None:
+        """One of ``able`` for a part that waits; None: it must wait for its turn."""
+        others = [(attempt.url, len(other.tries)) for _, other in self._open.values()
+                  if (attempt := other.current) is not None and len(other.tries) > 1]  # fmt: skip
+        # One of several parts that lost their encoder may have killed it. So they do not share the next one if that can
+        # be helped, and their last one never.
+        if part.tries and len(part.tries) == self._tries - 1:
+            last = {url for url, tries in others if tries == self._tries}
+            able = [one for one in able if one.url not in last]
+        again = {url for url, _ in others}
         able = [one for one in able if part.tries and one.url not in again] or able
         finish = {one.url: one for one in self._candidates(able, now)}
         return min(able, key=lambda one: finish[one.url].finish(part.work), default=None)
@@ -295,15 +314,15 @@ class DispatchCore:
         return candidates
 
     def _out_of_tries(self, request: Request, part: Part) -> list[DispatchAction]:
-        last = part.last
+        last, attempt = part.last, part.tries[-1]
         assert last is not None
-        if len(part.tries) == 1:
-            return self._give_up(request, last.code, last.reason)
-        code = last.code if last.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
-        reason = f": {last.reason}" if last.verdict is Verdict.ERROR else ""
-        return self._give_up(
-            request, code, f"{len(part.tries)} encoders failed on the same part of this request{reason}"
-        )
+        text = f"Part {part.number} of {request.rid} has failed at {attempt.url} (room {attempt.room}), "
+        line = LogLine(WARNING, f"{text}the last of {len(part.tries)} tries: {last.reason}")
+        code, reason = _for_client(last)
+        if len(part.tries) > 1:
+            found = f": {reason}" if last.verdict is Verdict.ERROR else ""
+            reason = f"{len(part.tries)} encoders failed on the same part of this request{found}"
+        return [line, *self._give_up(request, code, reason)]
 
     def _give_up(self, request: Request, code: int, reason: str) -> list[DispatchAction]:
         self.given_up += 1
@@ -325,3 +344,11 @@ class DispatchCore:
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]
+
+
+def _for_client(end: TryEnd) -> tuple[int, str]:
+    """Code and reason of a try that failed. Only an encoder's own words are told: others may name a server."""
+    if end.verdict is Verdict.ERROR:
+        return end.code, end.reason
+    code = end.code if end.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
+    return code, "the connection to the encoder of this request was lost"

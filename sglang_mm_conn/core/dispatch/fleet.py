@@ -138,7 +138,7 @@ class Fleet:
         """The encoders that may get a part now: those that are up, or else those that only fail."""
         up = [one for one in self.encoders.values() if one.state is EncoderState.UP]
         failing = [one for one in self.encoders.values() if one.state is EncoderState.SUSPECT and one.failing]
-        return up + [one for one in failing if not up or now >= one.trial_at]
+        return up + [one for one in failing if not up or (now >= one.trial_at and not one.load.parts)]
 
     @property
     def undecided(self) -> bool:
@@ -175,6 +175,8 @@ class Fleet:
             return []
         one.probing = False
         one.prefix_cache = prefix_cache
+        if one.probe_at == -math.inf:
+            return []  # a part was lost since the probe began; the next probe says more
         return self._well(one, draining, "it answers", now)
 
     def probe_failed(self, url: str, reason: str, *, silent: bool) -> list[StateChange]:

@@ -67,7 +67,7 @@ def of_failure(code: int, reason: str) -> TryEnd:
     elif 400 <= code < 500:
         verdict = Verdict.INPUT
     else:
-        verdict = Verdict.ERROR
+        verdict, code = Verdict.ERROR, code if code >= 500 else int(HTTPStatus.BAD_GATEWAY)
     return TryEnd(verdict, code, reason)
 
 
@@ -91,10 +91,10 @@ def of_answer(room: str, status: int, body: bytes, state: str = "") -> TryEnd:
         body: its beginning.
         state: the value of its header STATE_HEADER, if any.
     """
-    if state == DRAINING:
-        return TryEnd(Verdict.DRAINS, int(HTTPStatus.SERVICE_UNAVAILABLE), "the encoder drains")
     if status == HTTPStatus.OK and body.strip() == b"null":
         return DELIVERED
+    if state == DRAINING:
+        return TryEnd(Verdict.DRAINS, int(HTTPStatus.SERVICE_UNAVAILABLE), "the encoder drains")
     try:
         error = _ERROR.decode(body)
     except msgspec.DecodeError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.actions import EncoderRefused, Log, LookUp, RegistrationAction
 from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.messages import as_text
 from sglang_mm_conn.core.states import (
     LOOK_UP_TRANSITIONS,
     REGISTRATION_TRANSITIONS,
@@ -103,7 +104,7 @@ class EncoderUrl:
             self.url,
             connected=any(one.registered_once for one in processes),
             silences=self.silences,
-            refusal=self.refusal,
+            refusal=as_text(self.refusal),
             draining=any(one.draining for one in processes),
             load=sum(one.load for one in processes),
         )

@@ -1,0 +1,103 @@
+"""Protections of the dispatcher, each of which can be taken away: the schedules must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
+from sglang_mm_conn.core.dispatch.fleet import Fleet
+from tests.simulator.mutations import Change, change
+from tests.simulator.scheduler import attribute
+
+MUTATIONS: dict[str, Change] = {
+    "a part has a limited number of tries": change(
+        DispatchCore, "_serve", ("len(part.tries) >= self._tries", "False")
+    ),
+    "an encoder that failed to encode a part does not get it again": change(
+        DispatchCore, "_able", ("one.url not in part.excluded and ", "")
+    ),
+    "the same encoder gets a part again only after a sign of life": change(
+        DispatchCore, "_able", ("(ended is None or one.heard_at > ended)", "True")
+    ),
+    "an answer to a probe from before a loss is no sign of life": change(
+        Fleet, "probed", ("if one.probe_at == -math.inf:", "if False:")
+    ),
+    "tries at an encoder that is down are lost": change(
+        DispatchCore, "_settle", ("if change.new is EncoderState.DOWN:", "if False:")
+    ),
+    "a post that was lost is cancelled": change(
+        DispatchCore, "_lose_all", ("actions.append(CancelPost(attempt.room))", "pass")
+    ),
+    "posts of a request that is over are cancelled": change(
+        DispatchCore, "_finish", ("actions.append(CancelPost(attempt.room))", "pass")
+    ),
+    "each try has a room of its own": change(
+        DispatchCore, "_serve", ("self._new_room_base()", "request.room_base")
+    ),
+    "overdue requests are forgotten": change(
+        DispatchCore, "tick", ("now > one.deadline + _OVERDUE_SECONDS", "False")
+    ),
+    "nothing is posted after the deadline": change(
+        DispatchCore, "_serve", ("now > request.deadline", "False")
+    ),
+    "an encoder that drains gets no part": change(
+        Fleet, "usable", ("one.state is EncoderState.UP]", "one.state in (EncoderState.UP, EncoderState.DRAINING)]")
+    ),
+    "an encoder that is down gets no part": change(
+        Fleet, "usable", ("one.state is EncoderState.UP]", "one.state in (EncoderState.UP, EncoderState.DOWN)]")
+    ),
+    "an encoder that is suspect gets no part": change(
+        Fleet, "usable", ("and one.failing]", "]")
+    ),
+    "parts wait for a probe that is under way": change(
+        DispatchCore, "_serve", ("if self.fleet.undecided:", "if False:")
+    ),
+    "a doubt about an encoder that is up is probed before anything is given up": change(
+        Fleet, "lost", ("self.probe_now(url)", "pass")
+    ),
+    "work of a try that is over is no load": change(
+        DispatchCore, "_close", ("one.load.remove(part.work)", "pass")
+    ),
+    "an encoder that comes back has the parts that went on": change(
+        DispatchCore, "know", ("load.add(part.work, now)", "load.decay(now)")
+    ),
+    "a try that is over is open no more": change(
+        DispatchCore, "answered", ("found = self._open.get(room)", "found = self._open.get(room) or next(\n"
+                                   "            iter(self._open.values()), None)")
+    ),
+    "a request that is over waits no more": change(
+        DispatchCore, "_finish", ("self._waiting.pop((request.room_base, part.number), None)", "pass")
+    ),
+    "the scheduler is told every new room": change(
+        DispatchCore, "_serve",
+        ("[Redispatched(request.room_base, part.number, one.url, room)]", "[]"),
+    ),
+    "a part that has arrived is done with": change(
+        DispatchCore, "_ended", ("part.delivered = True", "self._wait(request, part, now)")
+    ),
+    "two probes of an encoder are never under way at once": change(
+        Fleet, "due_probes", ("not one.probing and ", "")
+    ),
+    "parts that wait are served when an encoder is up": change(
+        DispatchCore, "probed", ("return self._settle(", "return (lambda changes, now: [])(")
+    ),
+    "a request is forgotten when all of its parts have arrived": change(
+        DispatchCore, "_ended", ("if done else []", "if False else []")
+    ),
+    "a request is forgotten only when all of its parts have arrived": change(
+        DispatchCore, "_ended", ("done = all(", "done = any(")
+    ),
+    "two parts with one try left do not share an encoder": change(
+        DispatchCore, "_choose", ("able = [one for one in able if one.url not in last]", "pass")
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def without(protection: str) -> Iterator[None]:
+    """The code lacks ``protection`` (a key of MUTATIONS) for a while."""
+    with ExitStack() as changed:
+        one = MUTATIONS[protection]
+        changed.enter_context(attribute(one.owner, one.name, one.function()))
+        yield

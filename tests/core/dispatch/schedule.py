@@ -1,0 +1,402 @@
+"""Random schedules: a dispatcher's core, a model of its encoders with faults and lies, and what must always hold."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sglang_mm_conn.core.dispatch.actions import (
+    CancelPost,
+    DispatchAction,
+    Forget,
+    GiveUp,
+    LogLine,
+    Post,
+    Probe,
+    Redispatched,
+)
+from sglang_mm_conn.core.dispatch.choice import Item
+from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
+from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.requests import Part
+from sglang_mm_conn.core.dispatch.verdicts import Verdict
+from sglang_mm_conn.core.rooms import part_room
+from sglang_mm_conn.core.states import EncoderState
+from tests.core.dispatch.driver import end_of
+
+URLS = [f"http://encoder-{number}:1" for number in range(4)]
+OVERDUE = 5.0
+LOSSES = (Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdict.STRANGER)
+
+
+@dataclass
+class Model:
+    """What an encoder really is; ``steady``: it stays well, and says the truth."""
+
+    url: str
+    steady: bool = False
+    alive: bool = True
+    frozen: bool = False
+    draining: bool = False
+    erring: bool = False
+    refusing: bool = False  # at /encode, while probes are answered
+    silences: int = 0
+    lost_at: float = -math.inf  # of the newest part that it lost
+    probed_at: float = math.inf  # of the probe that is under way
+    sign_at: float = -math.inf  # of the newest sign of life
+
+
+@dataclass
+class Sent:
+    """A request as the scheduler sees it."""
+
+    base: str
+    deadline: float
+    rooms: list[str]  # of its parts
+    tries: Counter[int] = field(default_factory=Counter)
+    erred: dict[int, set[str]] = field(default_factory=dict)  # encoders that failed to encode the part
+    lost: dict[tuple[int, str], float] = field(default_factory=dict)  # part, encoder -> when it was lost there
+    arrived: set[int] = field(default_factory=set)  # parts
+    blamed: bool = False  # its input was at fault, or it was aborted
+    failed: bool = False  # it was given up
+
+
+class Schedule:
+    """Events drawn by chance from ``seed``; raises AssertionError where a promise is broken."""
+
+    def __init__(self, seed: str, *, steady: bool = False, log: Callable[[str], None] | None = None) -> None:
+        """``steady``: the first encoder is always well, and no input is at fault."""
+        self.chance = random.Random(seed)
+        self.now = 1000.0
+        self.steady = steady
+        self.log = log
+        self.tries = self.chance.choice((1, 2, 3, 3))
+        self.wait = self.chance.choice((0.0, 0.0, 3.0))
+        self._bases = itertools.count()
+        self.core = DispatchCore(tries=self.tries, wait_seconds=self.wait, new_room_base=self.new_base)
+        self.models = {url: Model(url, steady and url == URLS[0]) for url in URLS}
+        self.known: list[str] = []
+        self.sent: dict[str, Sent] = {}
+        self.parts: dict[str, list[Part]] = {}
+        self.over: set[str] = set()  # room bases that were forgotten
+        self.rooms: dict[str, Post] = {}  # all that were posted
+        self.running: dict[str, Post] = {}  # posts that are neither answered nor cancelled
+        self.seen: Counter[str] = Counter()
+
+    def new_base(self) -> str:
+        return f"base-{next(self._bases)}"
+
+    # -- actions ---------------------------------------------------------------------------------------------------
+
+    def carry_out(self, actions: list[DispatchAction], *, repeated: bool = False) -> None:
+        """``repeated``: the event was about a room of a request that is over."""
+        told: dict[tuple[str, int], str] = {}
+        for action in actions:
+            match action:
+                case Redispatched(base, part, url, room):
+                    assert base not in self.over and base in self.sent, "news of a request that is over"
+                    assert url in self.core.fleet.encoders
+                    told[base, part] = room
+                    self.sent[base].rooms[part] = room
+                case Post():
+                    self.posted(action, told)
+                case CancelPost(room):
+                    assert room in self.rooms, "a post is cancelled that was never made"
+                    self.running.pop(room, None)
+                case Probe(url):
+                    assert self.models[url].probed_at == math.inf, "two probes at once"
+                    self.models[url].probed_at = self.now
+                case GiveUp(base, code, reason):
+                    assert reason and 400 <= code < 600
+                    assert repeated or base not in self.over, "given up twice"
+                    if not repeated:
+                        self.given_up(self.sent[base])
+                case Forget(base):
+                    assert base not in self.over, "forgotten twice"
+                    sent = self.sent[base]
+                    assert (
+                        sent.blamed or sent.failed or self.now > sent.deadline + OVERDUE
+                        or sent.arrived == {part.number for part in self.parts[base]}
+                    ), "a request is forgotten although it goes on"  # fmt: skip
+                    self.over.add(base)
+                case LogLine(level, text):
+                    assert level in (20, 30) and text
+        self.check()
+
+    def posted(self, post: Post, told: dict[tuple[str, int], str]) -> None:
+        sent = self.sent[post.room_base]
+        assert post.room_base not in self.over, "a post after its request was forgotten"
+        assert post.room not in self.rooms, "a room is used twice"
+        assert post.room == sent.rooms[post.part], "a room that the scheduler does not expect"
+        assert told.get((post.room_base, post.part), post.room) == post.room
+        self.rooms[post.room] = self.running[post.room] = post
+        sent.tries[post.part] += 1
+        assert sent.tries[post.part] <= self.tries, "too many tries"
+        assert self.now <= sent.deadline, "a post after the deadline"
+        one = self.core.fleet.encoders[post.url]
+        assert one.state is EncoderState.UP or one.failing, f"a post to an encoder that is {one.state.value}"
+        assert post.url not in sent.erred.get(post.part, ()), "a post to an encoder that failed to encode this part"
+        lost_at = sent.lost.get((post.part, post.url))
+        assert lost_at is None or self.models[post.url].sign_at > lost_at, "a post without a sign of life"
+        self.seen["posts again" if sent.tries[post.part] > 1 else "posts"] += 1
+
+    def given_up(self, sent: Sent) -> None:
+        self.seen["given up"] += 1
+        sent.failed = True
+        used_up = max(sent.tries.values(), default=0) >= self.tries
+        assert not self.steady or sent.blamed or used_up, "given up although an encoder was well all the time"
+
+    # -- what must always hold -------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        core = self.core
+        assert set(self.sent) - self.over == set(core.requests), "a request is forgotten, or not forgotten"
+        at: dict[str, tuple[int, float]] = {}
+        open_rooms = set()
+        waiting: list[Part] = []
+        for base, request in core.requests.items():
+            assert not all(part.delivered for part in request.parts), "a request that has arrived goes on"
+            for part in request.parts:
+                attempt = part.current
+                waits = (base, part.number) in core._waiting
+                assert (attempt is not None) + waits + part.delivered == 1, "a part is nowhere, or at two places"
+                assert waits == (part.waits_since is not None)
+                if attempt is not None:
+                    open_rooms.add(attempt.room)
+                    assert attempt.room == self.sent[base].rooms[part.number]
+                    count, work = at.get(attempt.url, (0, 0.0))
+                    at[attempt.url] = count + 1, work + part.work
+                elif waits and self.now <= request.deadline:
+                    waiting.append(part)
+        assert open_rooms == set(core._open)
+        self.check_waiting(waiting)
+        assert set(self.running) <= open_rooms, "nobody cancelled a post whose answer nobody waits for"
+        assert all(key[0] in core.requests for key in core._waiting)
+        for url, one in core.fleet.encoders.items():
+            count, work = at.get(url, (0, 0.0))
+            assert one.load.parts == count and abs(one.load.work - work) < 1e-6, "the load is not that of the tries"
+            assert not (count and one.state is EncoderState.DOWN), "a part stays with an encoder that is down"
+
+    def check_waiting(self, waiting: list[Part]) -> None:
+        """A part waits only if no other encoder is up. Two parts with one try left do not share an encoder."""
+        careful = [
+            one.current.url for request in self.core.requests.values() for one in request.parts
+            if one.current is not None and len(one.tries) == self.tries > 1
+        ]  # fmt: skip
+        assert len(careful) == len(set(careful)), "two parts with one try left share an encoder"
+        for part in waiting:
+            not_for_it = {one.url for one in part.tries}
+            if len(part.tries) == self.tries - 1:
+                not_for_it.update(careful)
+            assert not any(
+                one.state is EncoderState.UP and one.url not in not_for_it for one in self.core.fleet.encoders.values()
+            ), "a part waits although an encoder is up"
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def request(self) -> None:
+        if len(self.core.requests) >= 5:
+            return
+        items = [
+            Item(modality, self.chance.choice((0.1, 1.0, 3.0)), self.chance.choice(("", "x", "y")))
+            for modality in self.chance.choice((["IMAGE"], ["IMAGE", "AUDIO"]))
+            for _ in range(self.chance.choice((1, 1, 2, 4)))
+        ]
+        base = self.new_base()
+        deadline = self.now + self.chance.choice((4.0, 30.0, 60.0))
+        # The scheduler learns of it before any news.
+        self.sent[base] = Sent(base, deadline, [part_room(base, part) for part in range(len(items))])
+        placed, actions = self.core.dispatch("rid", base, items, deadline, self.now)
+        assert [part.number for _, part in placed] == [*range(len(placed))]
+        assert sum(part.count for _, part in placed) == len(items)
+        assert all(part.of == len(placed) for _, part in placed)
+        self.note(f"request {base} of {len(placed)} parts")
+        self.parts[base] = [part for _, part in placed]
+        self.carry_out(actions)
+
+    def verdict(self, model: Model, sent: Sent) -> Verdict:
+        chance = self.chance.random()
+        if model.steady:
+            return Verdict.LOST if chance < 0.1 else Verdict.DELIVERED
+        if chance < 0.05:
+            return self.chance.choice(LOSSES)
+        if chance < 0.1 and not self.steady:
+            sent.blamed = True
+            return self.chance.choice((Verdict.INPUT, Verdict.ABORTED))
+        if not model.alive:
+            return self.chance.choice((Verdict.REFUSED, Verdict.CUT_OFF))
+        if model.refusing:
+            return self.chance.choice((Verdict.REFUSED, Verdict.STRANGER))
+        if model.erring:
+            return Verdict.ERROR
+        if model.draining and chance < 0.4:
+            return Verdict.DRAINS
+        return Verdict.DELIVERED
+
+    def answer(self) -> None:
+        """An encoder answers a post, or it breaks; sometimes that is said twice."""
+        able = [room for room, post in self.running.items() if not self.models[post.url].frozen]
+        if not able:
+            return
+        room = self.chance.choice(able)
+        post = self.running.pop(room)
+        sent = self.sent[post.room_base]
+        verdict = self.verdict(self.models[post.url], sent)
+        self.ends(room, verdict)
+        self.carry_out(self.core.answered(room, end_of(verdict), self.now))
+        if self.chance.random() < 0.2:
+            self.again(room)
+
+    def ends(self, room: str, verdict: Verdict) -> None:
+        """Note what ``verdict`` on the open try ``room`` means."""
+        post = self.rooms[room]
+        sent, model = self.sent[post.room_base], self.models[post.url]
+        self.note(f"{room} at {post.url}: {verdict.value}")
+        self.seen[verdict.value] += 1
+        if verdict in LOSSES:
+            sent.lost[post.part, post.url] = model.lost_at = self.now
+        elif verdict is Verdict.ERROR:
+            sent.erred.setdefault(post.part, set()).add(post.url)
+            sent.lost[post.part, post.url] = self.now
+        if verdict in (Verdict.DELIVERED, Verdict.ERROR):
+            model.sign_at = self.now
+        if verdict is Verdict.DELIVERED:
+            sent.arrived.add(post.part)
+
+    def again(self, room: str) -> None:
+        """A late or second answer about ``room``."""
+        if room in self.core._open:
+            return
+        end = end_of(self.chance.choice(list(Verdict)))
+        self.note(f"late: {room}: {end.verdict.value}")
+        assert self.core.answered(room, end, self.now) == [], "a late answer changed something"
+        self.check()
+
+    def late(self) -> None:
+        if self.rooms:
+            self.again(self.chance.choice(list(self.rooms)))
+
+    def room_fails(self) -> None:
+        """The scheduler reports a room, perhaps twice, perhaps an old one."""
+        if not self.rooms:
+            return
+        room = self.chance.choice(list(self.core._open) or list(self.rooms))
+        if self.chance.random() < 0.3:
+            room = self.chance.choice(list(self.rooms))
+        code = self.chance.choice((502, 504, 404, 410, 500) if self.steady else (502, 504, 404, 500, 413, 499))
+        post = self.rooms[room]
+        if self.steady and self.models[post.url].steady:
+            code = 502
+        for _ in range(self.chance.choice((1, 2))):
+            repeated = post.room_base in self.over
+            if room in self.core._open:
+                verdict = {500: Verdict.ERROR, 413: Verdict.INPUT, 499: Verdict.ABORTED}.get(code, Verdict.LOST)
+                self.sent[post.room_base].blamed |= verdict in (Verdict.INPUT, Verdict.ABORTED)
+                self.ends(room, verdict)
+            self.carry_out(self.core.room_failed(room, code, "the room failed", self.now), repeated=repeated)
+
+    def probe_ends(self) -> None:
+        probed = [one for one in self.models.values() if one.probed_at < math.inf]
+        if not probed:
+            return
+        model = self.chance.choice(probed)
+        fresh = model.probed_at >= model.lost_at  # the probe that a loss causes begins in the same event
+        model.probed_at = math.inf
+        if not model.steady and not model.alive:
+            self.note(f"{model.url} refuses a probe")
+            self.carry_out(self.core.probe_failed(model.url, "refused", silent=False, now=self.now))
+        elif not model.steady and (model.frozen or self.chance.random() < 0.1):
+            self.note(f"{model.url} is silent")
+            self.carry_out(self.core.probe_failed(model.url, "timed out", silent=True, now=self.now))
+        else:
+            self.note(f"{model.url} answers a probe")
+            if fresh:
+                model.sign_at = self.now
+            cache = self.chance.random() < 0.3
+            self.carry_out(
+                self.core.probed(model.url, draining=model.draining, prefix_cache=cache, now=self.now)
+            )  # fmt: skip
+
+    def standing(self) -> None:
+        """The scheduler's side reports an encoder, perhaps wrongly."""
+        model = self.chance.choice(list(self.models.values()))
+        connected, refusal = model.alive, ""
+        if not model.steady and self.chance.random() < 0.3:
+            connected = self.chance.random() < 0.5
+            model.silences += self.chance.random() < 0.3
+            refusal = self.chance.choice(("", "", "another model"))
+        if connected and not refusal:
+            model.sign_at = self.now
+        load = self.chance.choice((0, 5))
+        self.note(f"{model.url} stands: connected {connected}, silences {model.silences}, refusal {refusal!r}")
+        self.carry_out(self.core.stands(
+            EncoderStanding(model.url, connected, model.silences, refusal, model.draining, load), self.now
+        ))  # fmt: skip
+
+    def fault(self) -> None:
+        """An encoder changes; whoever watches it learns that later."""
+        model = self.chance.choice([one for one in self.models.values() if not one.steady])
+        name = self.chance.choice(("alive", "frozen", "draining", "erring", "refusing"))
+        setattr(model, name, not getattr(model, name))
+        self.note(f"{model.url}: {name} = {getattr(model, name)}")
+        self.seen[name] += 1
+
+    def know(self) -> None:
+        known = [url for url in URLS if self.models[url].steady or self.chance.random() < 0.8]
+        for url in set(self.known) - set(known):
+            self.models[url].probed_at = math.inf
+        self.known = known
+        self.note(f"known: {known}")
+        self.carry_out(self.core.know(known, self.now))
+
+    def tick(self) -> None:
+        self.note("tick")
+        self.carry_out(self.core.tick(self.now))
+        assert all(self.now <= one.deadline + OVERDUE for one in self.core.requests.values()), "an overdue request"
+
+    # -- a whole schedule ------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        if self.log is not None:
+            self.log(f"{self.now:9.3f}  {text}")
+
+    def run(self, steps: int = 60) -> None:
+        self.know()
+        if self.chance.random() < 0.8:  # most begin with encoders that are up
+            while any(one.probed_at < math.inf for one in self.models.values()):
+                self.step(self.probe_ends)
+        events = [
+            *[self.request] * 4, *[self.answer] * 5, *[self.probe_ends] * 4, *[self.standing] * 2,
+            *[self.tick] * 2, self.late, self.room_fails, self.fault, self.fault, self.know,
+        ]  # fmt: skip
+        weights = [1.0] * (len(events) - 1) + [0.3]
+        for event in self.chance.choices(events, weights, k=steps):
+            self.step(event)
+            self.core.report(self.now)
+        self.end()
+
+    def step(self, event: Callable[[], None]) -> None:
+        self.now += self.chance.choice((1e-6, 1e-6, 0.01, 0.1, 0.1, 1.0, 3.0))
+        event()
+
+    def end(self) -> None:
+        """Nothing more happens but time: every request ends."""
+        for _ in range(30):
+            self.now += 3.0
+            self.tick()
+        assert not self.core.requests and not self.core._open and not self.core._waiting and not self.running
+        assert set(self.sent) == self.over
+
+
+def play(seed: str, *, steady: bool) -> tuple[Counter[str], str]:
+    """One schedule: what happened, and how it broke a promise (empty: it did not)."""
+    schedule = Schedule(seed, steady=steady)
+    try:
+        schedule.run()
+    except Exception as error:
+        return schedule.seen, f"{type(error).__name__}: {error}"
+    return schedule.seen, ""

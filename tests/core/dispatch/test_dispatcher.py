@@ -1,0 +1,543 @@
+"""Dispatch of requests: which part is at which encoder, and what becomes of a part whose try failed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sglang_mm_conn.core.dispatch import dispatcher
+from sglang_mm_conn.core.dispatch.actions import CancelPost, Forget, GiveUp, Post, Probe, Redispatched
+from sglang_mm_conn.core.dispatch.choice import Item
+from sglang_mm_conn.core.dispatch.dispatcher import NO_ENCODER
+from sglang_mm_conn.core.dispatch.fleet import ERRORS_IN_A_ROW, EncoderStanding
+from sglang_mm_conn.core.dispatch.verdicts import Verdict
+from sglang_mm_conn.core.states import EncoderState
+from tests.core.dispatch.driver import A, B, C, D, Driver
+
+LOSSES = [Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdict.STRANGER]
+
+
+# -- a request -----------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_posted_to_encoders_that_are_up_and_forgotten_when_it_has_arrived() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(1.0, 1.0)
+    assert [(url, part.number, part.of, part.first, part.count) for url, part in driver.placed] == [
+        (A, 0, 2, 0, 1), (B, 1, 2, 1, 1)
+    ]  # fmt: skip
+    assert [(post.url, post.room) for post in driver.posts] == [
+        (A, f"{base}_local_part_0"), (B, f"{base}_local_part_1")
+    ]  # fmt: skip
+    assert driver.loads() == {A: (1, 1.0), B: (1, 1.0)}
+    driver.answer(driver.at(base, 1).room, Verdict.DELIVERED)
+    assert driver.forgotten == [] and driver.loads() == {A: (1, 1.0), B: (0, 0.0)}
+    driver.answer(driver.at(base, 0).room, Verdict.DELIVERED)
+    assert driver.forgotten == [base] and driver.news == [] and not driver.core.requests
+
+
+def test_items_of_each_modality_are_parts_of_their_own_in_the_order_of_the_modalities() -> None:
+    driver = Driver(A, B)
+    driver.dispatch_items([Item("VIDEO", 9.0), Item("IMAGE", 0.1), Item("IMAGE", 0.1)])
+    assert [(part.modality, part.number, part.of, part.first, part.count) for _, part in driver.placed] == [
+        ("VIDEO", 0, 2, 0, 1), ("IMAGE", 1, 2, 0, 2)
+    ]  # fmt: skip
+    assert driver.placed[0][0] != driver.placed[1][0]  # the video is work for the one, so the images go to the other
+    assert driver.placed[1][1].work == pytest.approx(0.2)
+
+
+def test_a_faster_encoder_gets_more() -> None:
+    driver = Driver(A, B)
+    for _ in range(60):
+        base = driver.dispatch(1.0)
+        driver.now += 0.1 if driver.at(base).url == A else 0.4
+        driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    driver.posts.clear()
+    for _ in range(12):
+        driver.dispatch(1.0)
+    urls = [post.url for post in driver.posts]
+    assert urls.count(A) >= 8
+
+
+def test_encoders_with_caches_get_the_same_item_again() -> None:
+    driver = Driver(A, B, C, D, up=False)
+    for url in (A, B, C, D):
+        driver.well(url, prefix_cache=True)
+    for key in "abcdefgh":
+        urls = set()
+        for _ in range(3):
+            base = driver.dispatch_items([Item("IMAGE", 1.0, key)])
+            urls.add(driver.at(base).url)
+            driver.answer(driver.at(base).room, Verdict.DELIVERED)
+        assert len(urls) == 1
+
+
+# -- another encoder -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verdict", [*LOSSES, Verdict.ERROR])
+def test_a_part_whose_try_failed_goes_to_another_encoder_in_another_room(verdict: Verdict) -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    old = driver.at(base)
+    actions = driver.answer(old.room, verdict)
+    new = driver.at(base)
+    assert (old.url, new.url) == (A, B) and new.room != old.room and new.part == old.part == 0
+    told = Redispatched(base, 0, B, new.room)
+    assert actions[0] == CancelPost(old.room) and list(actions).index(told) < list(actions).index(new)
+    assert driver.news == [told] and driver.core.redispatched == 1
+    assert driver.loads() == {A: (0, 0.0), B: (1, 1.0)}
+    assert any(A in line and old.room in line and B in line and new.room in line for line in driver.log)
+    driver.answer(new.room, Verdict.DELIVERED)
+    assert driver.forgotten == [base]
+
+
+def test_a_failed_room_counts_as_a_failed_try_and_its_post_is_cancelled() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    old = driver.at(base)
+    assert CancelPost(old.room) in driver.room_failed(old.room)
+    assert driver.at(base).url == B
+
+
+@pytest.mark.parametrize(
+    ("verdict", "state"),
+    [
+        (Verdict.REFUSED, EncoderState.DOWN),
+        (Verdict.STRANGER, EncoderState.DOWN),
+        (Verdict.CUT_OFF, EncoderState.SUSPECT),
+        (Verdict.DRAINS, EncoderState.DRAINING),
+        (Verdict.LOST, EncoderState.UP),
+    ],
+)
+def test_a_lost_part_says_something_of_its_encoder_and_a_probe_follows(verdict: Verdict, state: EncoderState) -> None:
+    driver = Driver(A, B)
+    assert Probe(A) in driver.answer(driver.at(driver.dispatch()).room, verdict)
+    assert driver.state(A) is state
+
+
+def test_an_error_says_nothing_until_there_are_several_in_a_row() -> None:
+    driver = Driver(A, B)
+    for number in range(ERRORS_IN_A_ROW):
+        assert driver.state(A) is EncoderState.UP
+        base = driver.dispatch(0.1 + number)
+        while driver.at(base).url != A:  # occupied with healthy work, B is not chosen
+            base = driver.dispatch(5.0)
+        driver.answer(driver.at(base).room, Verdict.ERROR)
+    assert driver.state(A) is EncoderState.SUSPECT
+
+
+def test_rooms_of_all_tries_differ_and_numbers_of_parts_stay() -> None:
+    driver = Driver(A, B, C, D)
+    base = driver.dispatch(5.0, 5.0, 5.0)
+    assert len(driver.open) == 3
+    for _ in range(2):
+        for part in range(3):
+            driver.answer(driver.at(base, part).room, Verdict.LOST)
+    assert sorted(post.part for post in driver.posts) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({post.room for post in driver.posts}) == 9
+    assert all(post.room.endswith(f"_local_part_{post.part}") for post in driver.posts)
+    assert {part.of for _, part in driver.placed} == {3}
+
+
+@pytest.mark.parametrize("tries", [1, 2, 3])
+def test_a_part_has_a_limited_number_of_tries(tries: int) -> None:
+    driver = Driver(A, B, C, D, tries=tries)
+    base = driver.dispatch()
+    for _ in range(tries):
+        assert driver.news_of(base)[-1:] == [] or isinstance(driver.news_of(base)[-1], Redispatched)
+        driver.answer(driver.at(base).room, Verdict.CUT_OFF, "Cannot connect to host 10.0.0.7:30000")
+    give_up = driver.news_of(base)[-1]
+    assert isinstance(give_up, GiveUp) and give_up.code == 502 and "10.0.0.7" not in give_up.reason
+    assert len(driver.posts) == tries and driver.forgotten == [base] and driver.core.given_up == 1
+    assert (f"{tries} encoders failed on the same part" in give_up.reason) == (tries > 1)
+
+
+def test_the_client_is_told_the_encoders_error_after_the_last_try() -> None:
+    driver = Driver(A, B, tries=2)
+    base = driver.dispatch()
+    driver.answer(driver.at(base).room, Verdict.LOST)
+    driver.answer(driver.at(base).room, Verdict.ERROR, "out of memory")
+    assert driver.news_of(base)[-1] == GiveUp(base, 500, "2 encoders failed on the same part of this request: "
+                                              "out of memory")  # fmt: skip
+
+
+def test_the_only_try_that_may_be_made_tells_the_client_its_error() -> None:
+    driver = Driver(A, B, tries=1)
+    base = driver.dispatch()
+    driver.answer(driver.at(base).room, Verdict.ERROR, "out of memory", 507)
+    assert driver.news_of(base) == [GiveUp(base, 507, "out of memory")]
+
+
+@pytest.mark.parametrize("verdict", LOSSES)
+def test_no_code_of_a_transfer_is_told_the_client_as_its_own_fault(verdict: Verdict) -> None:
+    for tries in (1, 2):
+        driver = Driver(A, B, tries=tries)
+        base = driver.dispatch()
+        for _ in range(tries):
+            driver.answer(driver.at(base).room, verdict, code=404 if verdict is Verdict.LOST else 0)
+        (give_up,) = [one for one in driver.news_of(base) if isinstance(one, GiveUp)]
+        assert give_up.code in (502, 503)
+
+
+def test_an_encoder_that_failed_to_encode_a_part_never_gets_it_again() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    driver.answer(driver.at(base).room, Verdict.ERROR)
+    driver.well(A)
+    driver.answer(driver.at(base).room, Verdict.LOST)
+    driver.well(B)
+    assert [post.url for post in driver.posts] == [A, B, B]
+
+
+def test_an_error_that_every_encoder_makes_is_told_the_client_as_soon_as_none_is_left() -> None:
+    driver = Driver(A, B, tries=9, wait=30.0)
+    base = driver.dispatch()
+    driver.answer(driver.at(base).room, Verdict.ERROR, "cannot decode")
+    driver.answer(driver.at(base).room, Verdict.ERROR, "cannot decode this")
+    assert driver.news_of(base)[-1] == GiveUp(base, 500, "cannot decode this")
+
+
+@pytest.mark.parametrize("verdict", [Verdict.LOST, Verdict.CUT_OFF, Verdict.REFUSED])
+def test_the_same_encoder_gets_a_part_again_only_after_a_later_sign_of_life(verdict: Verdict) -> None:
+    driver = Driver(A, wait=30.0)
+    base = driver.dispatch()
+    driver.answer(driver.at(base).room, verdict)
+    for _ in range(5):
+        driver.tick(0.1)
+    assert len(driver.posts) == 1 and driver.news == []
+    driver.well(A)
+    assert driver.at(base).url == A and len(driver.posts) == 2
+
+
+def test_an_encoder_that_lost_a_part_gets_it_again_only_where_no_other_is_left() -> None:
+    driver = Driver(A, B, C)
+    base = driver.dispatch()
+    driver.answer(driver.at(base).room, Verdict.LOST)
+    driver.well(A)
+    driver.dispatch(50.0)  # the third one is busy
+    driver.answer(driver.at(base).room, Verdict.LOST)
+    assert [post.url for post in driver.posts if post.room_base == base] == [A, B, C]
+
+
+def test_two_lost_parts_do_not_share_an_encoder() -> None:
+    """One of them may have killed the encoder that they shared."""
+    driver = Driver(A, B, C)
+    first = driver.dispatch(1.0)
+    others = [driver.dispatch(5.0), driver.dispatch(4.0)]
+    second = driver.dispatch(1.0)
+    assert driver.at(first).url == driver.at(second).url == A and {driver.at(one).url for one in others} == {B, C}
+    driver.answer(driver.at(first).room, Verdict.CUT_OFF)
+    driver.answer(driver.at(second).room, Verdict.CUT_OFF)
+    assert {driver.at(first).url, driver.at(second).url} == {B, C}
+
+
+# -- faults of the input, and aborts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [400, 408, 413, 422])
+def test_a_fault_of_the_input_is_told_the_client_and_never_repeated(code: int) -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(5.0, 5.0)
+    driver.answer(driver.at(base, 0).room, Verdict.INPUT, "bad image", code)
+    assert driver.news == [GiveUp(base, code, "bad image")] and driver.forgotten == [base]
+    assert len(driver.posts) == 2 and driver.open == {} and driver.loads() == {A: (0, 0.0), B: (0, 0.0)}
+    assert driver.state(A) is driver.state(B) is EncoderState.UP
+
+
+def test_a_room_that_fails_for_the_input_cancels_its_post() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    room = driver.at(base).room
+    driver.room_failed(room, 413, "too large")
+    assert driver.news == [GiveUp(base, 413, "too large")] and driver.cancelled == [room]
+
+
+def test_an_aborted_request_ends_quietly() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(5.0, 5.0)
+    other = driver.at(base, 1).room
+    driver.answer(driver.at(base, 0).room, Verdict.ABORTED)
+    assert driver.news == [] and driver.forgotten == [base] and other in driver.cancelled
+    assert driver.core.given_up == 0 and driver.loads() == {A: (0, 0.0), B: (0, 0.0)}
+
+
+# -- late events ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_a_late_answer_or_failure_of_an_older_try_changes_nothing(verdict: Verdict) -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    old = driver.at(base).room
+    driver.answer(old, Verdict.LOST)
+    before = (driver.at(base), driver.loads(), driver.state(A), driver.state(B))
+    assert driver.answer(old, verdict) == []
+    assert driver.room_failed(old) == [] and driver.room_failed(old, 499) == []
+    assert (driver.at(base), driver.loads(), driver.state(A), driver.state(B)) == before
+
+
+def test_events_of_rooms_that_nobody_knows_change_nothing() -> None:
+    driver = Driver(A)
+    assert driver.answer("another server's", Verdict.CUT_OFF) == [] and driver.room_failed("another server's") == []
+
+
+def test_answers_that_come_twice_count_once() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(5.0, 5.0)
+    room = driver.at(base, 0).room
+    driver.answer(room, Verdict.DELIVERED)
+    assert driver.answer(room, Verdict.DELIVERED) == [] and driver.answer(room, Verdict.CUT_OFF) == []
+    assert driver.forgotten == [] and driver.loads()[B] == (1, 5.0)
+
+
+def test_a_room_that_fails_after_its_request_has_arrived_fails_the_request() -> None:
+    """The encoder said that the part had arrived, so the items are gone."""
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    room = driver.at(base).room
+    driver.answer(room, Verdict.DELIVERED)
+    for _ in range(2):  # the report is repeated
+        (give_up,) = driver.room_failed(room, 404, "http://a:1 does not know it")
+        assert isinstance(give_up, GiveUp) and (give_up.room_base, give_up.code) == (base, 502)
+        assert A not in give_up.reason
+    assert driver.forgotten == [base]
+
+
+def test_rooms_of_old_requests_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "_FINISHED_ROOMS", 3)
+    driver = Driver(A)
+    rooms = []
+    for _ in range(4):
+        rooms.append(driver.at(driver.dispatch()).room)
+        driver.answer(rooms[-1], Verdict.DELIVERED)
+    assert driver.room_failed(rooms[0]) == [] and driver.room_failed(rooms[1]) != []
+
+
+# -- encoders that end ---------------------------------------------------------------------------------------------
+
+
+def test_all_parts_of_an_encoder_that_is_down_move() -> None:
+    driver = Driver(A, B, C)
+    bases = [driver.dispatch() for _ in range(9)]
+    mine = [base for base in bases if driver.at(base).url == A]
+    assert len(mine) == 3
+    driver.stands(A)
+    rooms = [driver.at(base).room for base in mine]
+    driver.stands(A, connected=False, silences=1)  # it fell silent
+    assert driver.state(A) is EncoderState.DOWN and driver.loads()[A] == (0, 0.0)
+    assert all(driver.at(base).url in (B, C) for base in bases) and set(rooms) <= set(driver.cancelled)
+    assert len(driver.news) == 3
+
+
+def test_parts_stay_with_an_encoder_that_drains_until_it_ends() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    driver.well(A, draining=True)
+    assert driver.state(A) is EncoderState.DRAINING and driver.at(base).url == A
+    assert driver.at(driver.dispatch(100.0)).url == driver.at(driver.dispatch(100.0)).url == B
+    driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert driver.forgotten == [base] and driver.state(A) is EncoderState.DRAINING
+
+
+def test_parts_of_a_suspect_encoder_wait_for_the_probe() -> None:
+    driver = Driver(A, B)
+    driver.stands(A)
+    base = driver.dispatch()
+    driver.stands(A, connected=False)
+    assert driver.state(A) is EncoderState.SUSPECT and driver.at(base).url == A
+    driver.absent(A)
+    assert driver.at(base).url == B
+
+
+def test_parts_of_a_busy_encoder_stay_while_its_control_connection_lives() -> None:
+    driver = Driver(A, B)
+    driver.stands(A)
+    base = driver.dispatch()
+    for _ in range(10):
+        driver.core.fleet.probe_now(A)
+        driver.tick(1.0)
+        driver.absent(A, silent=True)
+        driver.stands(A)
+    assert driver.state(A) is EncoderState.UP and driver.at(base).url == A and len(driver.posts) == 1
+
+
+def test_parts_of_an_encoder_that_is_known_no_more_go_on() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    driver.know(B)
+    assert driver.at(base).url == A
+    driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert driver.forgotten == [base]
+    lost = driver.dispatch(1.0)
+    driver.know(A)
+    driver.well(A)
+    driver.answer(driver.at(lost).room, Verdict.CUT_OFF)
+    assert driver.at(lost).url == A
+
+
+def test_an_encoder_that_comes_back_has_the_parts_that_went_on() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(3.0)
+    driver.know(B)
+    driver.know(A, B)
+    assert driver.loads()[A] == (1, 3.0)
+    driver.well(A)
+    another = driver.dispatch(9.0, 9.0)
+    assert driver.loads()[A] == (2, 12.0)
+    driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert driver.loads()[A] == (1, 9.0) and another
+
+
+# -- no encoder ----------------------------------------------------------------------------------------------------
+
+
+def down(*urls: str, wait: float = 0.0) -> Driver:
+    driver = Driver(*urls, wait=wait, up=False)
+    for url in urls:
+        driver.absent(url)
+    return driver
+
+
+def test_with_no_encoder_left_the_client_is_told_at_once_to_come_again() -> None:
+    driver = down(A, B)
+    base = driver.dispatch()
+    assert driver.news == [GiveUp(base, 503, NO_ENCODER)] and driver.forgotten == [base] and driver.posts == []
+    assert [(url, part.number, part.of) for url, part in driver.placed] == [(A, 0, 1)]
+    driver = Driver(A)
+    base = driver.dispatch()
+    driver.answer(driver.at(base).room, Verdict.REFUSED)
+    assert driver.news == [GiveUp(base, 503, NO_ENCODER)]
+
+
+def test_without_any_encoder_a_request_is_answered_too() -> None:
+    driver = Driver()
+    base = driver.dispatch_items([Item("IMAGE", 1.0), Item("AUDIO", 1.0)])
+    assert driver.news == [GiveUp(base, 503, NO_ENCODER)] and [url for url, _ in driver.placed] == ["", ""]
+
+
+def test_a_request_waits_for_the_first_probe_of_an_encoder_and_is_then_posted() -> None:
+    driver = Driver(A, up=False)
+    base = driver.dispatch_items([Item("IMAGE", 1.0), Item("IMAGE", 1.0), Item("AUDIO", 1.0)])
+    driver.tick(1.0)
+    assert driver.posts == [] and driver.news == [] and driver.core.report(driver.now)["waiting_parts"] == 2
+    driver.well(A)
+    assert [(post.url, post.part) for post in driver.posts] == [(A, 0), (A, 1)]
+    # Its rooms are others than those that the scheduler was first told.
+    assert driver.news == [Redispatched(base, post.part, A, post.room) for post in driver.posts]
+    assert driver.core.redispatched == 0
+    for post in list(driver.open.values()):
+        driver.answer(post.room, Verdict.DELIVERED)
+    assert driver.forgotten == [base]
+
+
+def test_a_request_waits_as_long_as_it_may_and_is_served_when_an_encoder_returns() -> None:
+    driver = down(A, wait=10.0)
+    base = driver.dispatch()
+    driver.tick(9.0)
+    assert driver.news == []
+    driver.well(A)
+    assert driver.at(base).url == A
+
+
+def test_a_request_that_has_waited_too_long_is_given_up() -> None:
+    driver = down(A, wait=10.0)
+    base = driver.dispatch()
+    driver.tick(9.9)
+    driver.absent(A)
+    assert driver.news == []
+    driver.tick(0.2)
+    assert driver.news == [GiveUp(base, 503, NO_ENCODER)]
+
+
+def test_a_part_that_lost_its_encoder_waits_anew() -> None:
+    driver = Driver(A, wait=10.0)
+    base = driver.dispatch(seconds=200.0)
+    driver.now += 50.0
+    driver.answer(driver.at(base).room, Verdict.REFUSED)
+    driver.absent(A)
+    driver.tick(9.0)
+    assert driver.news == []
+    driver.tick(2.0)
+    assert driver.news == [GiveUp(base, 503, NO_ENCODER)]
+
+
+def test_a_request_given_up_for_one_part_leaves_no_other_part_waiting() -> None:
+    driver = down(A)
+    base = driver.dispatch_items([Item("IMAGE", 1.0), Item("AUDIO", 1.0)])
+    assert driver.news == [GiveUp(base, 503, NO_ENCODER)] and driver.forgotten == [base]
+    assert driver.core.report(driver.now)["waiting_parts"] == 0
+
+
+# -- time ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_whose_deadline_has_passed_is_forgotten_a_little_later() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(5.0, 5.0, seconds=60.0)
+    driver.tick(64.0)
+    assert driver.forgotten == []
+    driver.tick(1.5)
+    assert driver.forgotten == [base] and driver.open == {} and driver.news == []
+    assert driver.loads() == {A: (0, 0.0), B: (0, 0.0)}
+
+
+def test_a_part_is_not_posted_after_its_deadline() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(seconds=10.0)
+    driver.now += 10.1
+    driver.answer(driver.at(base).room, Verdict.LOST)
+    assert len(driver.posts) == 1 and driver.news == []
+    driver.tick(5.0)
+    assert driver.forgotten == [base]
+
+
+def test_ticks_probe_what_is_due_and_every_event_does_so_too() -> None:
+    driver = Driver(A, up=False)
+    assert driver.probes == [A]
+    driver.absent(A)
+    gaps = []
+    for _ in range(1000):
+        if Probe(A) in driver.tick(0.05):
+            gaps.append(driver.now)
+            driver.absent(A)
+    assert len(gaps) > 10 and max(after - before for before, after in itertools.pairwise(gaps)) <= 3.06
+
+
+# -- what operators see --------------------------------------------------------------------------------------------
+
+
+def test_changes_of_states_are_logged_with_their_reasons() -> None:
+    driver = Driver(A)
+    driver.answer(driver.at(driver.dispatch()).room, Verdict.CUT_OFF, "the connection broke")
+    assert f"Encoder {A}: suspect -> up: it answers" in driver.log
+    assert f"Encoder {A}: up -> suspect: the connection broke" in driver.log
+
+
+def test_the_report_names_each_encoder_with_its_state_and_work() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(4.0)
+    driver.answer(driver.at(base).room, Verdict.LOST)
+    report = driver.core.report(driver.now)
+    assert {key: report[key] for key in ("requests", "waiting_parts", "redispatched", "given_up")} == {
+        "requests": 1, "waiting_parts": 0, "redispatched": 1, "given_up": 0
+    }  # fmt: skip
+    assert report["encoders"] == {
+        A: {"state": "up", "reason": "it answers", "parts": 0, "work": 0.0, "tried": 1, "failed": 1},
+        B: {"state": "up", "reason": "it answers", "parts": 1, "work": 4.0, "tried": 1, "failed": 0},
+    }
+
+
+def test_a_standing_of_another_kind_of_loss_moves_parts_too() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    driver.carry_out(driver.core.stands(EncoderStanding(A, False, refusal="another model"), driver.now))
+    assert driver.at(base).url == B
+
+
+def test_actions_are_of_the_kinds_that_were_asked_for() -> None:
+    driver = Driver(A)
+    base = driver.dispatch()
+    actions = driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert actions == [Forget(base)] and isinstance(driver.posts[0], Post)
