@@ -10,6 +10,7 @@ import asyncio
 import faulthandler
 import logging
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -61,7 +62,10 @@ class Termination:
         """Holds SIGTERM for as long as the application runs."""
         theirs = signal.getsignal(signal.SIGTERM)
         server = getattr(theirs, "__self__", None)
-        if not self._seconds or not isinstance(server, uvicorn.Server):  # or not in the main thread
+        main = threading.current_thread() is threading.main_thread()
+        if not self._seconds or not main or not isinstance(server, uvicorn.Server):
+            if self._seconds and main:
+                logger.warning("SIGTERM will not drain this encoder: uvicorn has not installed its handler for it")
             yield
             return
         loop = asyncio.get_running_loop()

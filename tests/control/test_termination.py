@@ -5,6 +5,7 @@ The server is a real uvicorn in a process of its own, without a model (draining_
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -179,6 +180,19 @@ def test_ctrl_c_stays_that_of_uvicorn(serve: Callable[[float], Served]) -> None:
     assert held.result().ok
     served.ends(5)
     assert "draining" not in served.log and "Finished server process" in served.log
+
+
+def test_a_server_that_cannot_drain_on_sigterm_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def run(seconds: float) -> None:
+        app = App(seconds=seconds).app
+        async with app.router.lifespan_context(app):
+            assert signal.getsignal(signal.SIGTERM) is before
+
+    before = signal.getsignal(signal.SIGTERM)
+    asyncio.run(run(0.0))
+    assert "SIGTERM" not in caplog.text
+    asyncio.run(run(1.0))
+    assert "SIGTERM will not drain this encoder" in caplog.text
 
 
 def test_outside_the_main_thread_no_handler_is_touched() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import requests
 
 from sglang_mm_conn.control.bootstrap import look_up
 from sglang_mm_conn.control.draining import ask_status
-from sglang_mm_conn.demo.chat import ask
+from sglang_mm_conn.demo.chat import Answer, ask
 from sglang_mm_conn.demo.images import Image
 from sglang_mm_conn.demo.questions import QUESTIONS, Question
 from sglang_mm_conn.demo.servers import Server, ServerGroup
@@ -44,6 +44,14 @@ def held(server: Server) -> int:
     return ask_status(server.url, None).held
 
 
+def hold_all(group: ServerGroup, clients: ThreadPoolExecutor) -> list[Future[Answer]]:
+    """Ask all of LOAD, with the language server's scheduler frozen: the encoder can deliver nothing and holds them."""
+    os.kill(scheduler_of(group.language), signal.SIGSTOP)
+    answers = [clients.submit(ask, group.language.url, question) for question in LOAD]
+    wait_until(lambda: held(group.encoder) == len(LOAD), "the encoder holds all requests", 60)
+    return answers
+
+
 def test_sigterm_under_load_costs_no_request_and_the_command_stops_and_starts_work(
     reference: Callable[..., Any], new_group: Callable[..., ServerGroup]
 ) -> None:
@@ -65,9 +73,7 @@ def test_sigterm_under_load_costs_no_request_and_the_command_stops_and_starts_wo
     assert ask(language.url, ONE_IMAGE).same_as(right[ONE_IMAGE.name])
 
     with ThreadPoolExecutor(len(LOAD)) as clients:
-        os.kill(scheduler_of(language), signal.SIGSTOP)  # so the encoder can deliver none of them
-        answers = [clients.submit(ask, language.url, question) for question in LOAD]
-        wait_until(lambda: held(encoder) == len(LOAD), "the encoder holds all requests", 60)
+        answers = hold_all(group, clients)
         os.kill(encoder.pid, signal.SIGTERM)
         wait_until(lambda: look_up(encoder.url).draining, "the encoder drains", 5)
         assert held(encoder) == len(LOAD)
@@ -83,3 +89,30 @@ def test_sigterm_under_load_costs_no_request_and_the_command_stops_and_starts_wo
     assert last and took < float(last[1]) + 3, (took, last)
     status = re.search(r"the server's process ended with status (-?\d+)", encoder.log())
     assert status and int(status[1]) == -signal.SIGTERM, "as uvicorn ends without us"
+
+
+def test_workers_that_cannot_finish_in_time_give_their_requests_up_with_503(
+    new_group: Callable[..., ServerGroup],
+) -> None:
+    flags = ("--dp-size", "2", "--enable-prefix-mm-cache")
+    group = new_group("qwen2_5_vl", env={**ENV, "SGLANG_MM_CONN_DRAIN_SECONDS": "2"}, encoder_flags=flags)
+    encoder, language = group.encoder, group.language
+    assert ask(language.url, ONE_IMAGE).ok
+    assert drain(encoder.url).returncode == 0
+    info = look_up(encoder.url)
+    assert info.draining and info.prefix_cache and len(info.workers) == 2
+    assert drain(encoder.url, "--undo").returncode == 0
+
+    with ThreadPoolExecutor(len(LOAD)) as clients:
+        answers = hold_all(group, clients)
+        began = time.monotonic()
+        os.kill(encoder.pid, signal.SIGTERM)
+        wait_until(lambda: not encoder.alive, "the encoder has ended", 20)
+        took = time.monotonic() - began
+        os.kill(scheduler_of(language), signal.SIGCONT)
+        for answer in answers:
+            assert answer.result().status >= 500, "there is no other encoder"
+    assert 2 <= took < 8, took
+    assert f"{len(LOAD)} requests to /encode were given up" in encoder.log()
+    assert encoder.log().count("code=503 reason=the encoder has drained") == len(LOAD)
+    assert ask(language.url, QUESTIONS[0]).ok, "the language server lives on"

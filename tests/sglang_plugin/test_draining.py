@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing
 import threading
 import time
 from collections.abc import Callable
-from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-import torch
 from fastapi import FastAPI
-from sglang.srt.disaggregation.encoder.server import MMError
 
 from sglang_mm_conn.connector.encoder.endpoint import ServerStatus
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, Worker
 from sglang_mm_conn.control.draining import order
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
-from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin import encoder as plugin
 from sglang_mm_conn.sglang_plugin import processes
@@ -30,7 +25,6 @@ from sglang_mm_conn.sglang_plugin.processes import DpWorkers, Notice
 from tests.control.draining_app import Threaded
 
 INFO = BootstrapInfo(PROTOCOL_VERSION, [Worker("0123456789abcdef", 4711)])
-SERVER = "5e" * 8
 
 
 class FakeEndpoint:
@@ -133,41 +127,3 @@ def test_the_bootstrap_answer_says_whether_it_drains_and_caches(workers: bool, m
     if workers:
         ours.close()
         theirs.close()
-
-
-# -- rooms that are over before the model runs ---------------------------------------------------------------------
-
-
-def announced(monkeypatch: pytest.MonkeyPatch, over: list[bool], *, health_check: bool = False) -> list[str]:
-    """Announce a batch whose rooms are over or not, as the hook does. Returns the rooms announced."""
-    rooms = [new_room_base(SERVER) for _ in over]
-    ended = dict(zip(rooms, over, strict=True))
-    made: list[str] = []
-
-    def announce(manager: Any, room: str, shape: list[int], dtype: Any) -> Any:
-        made.append(room)
-        return SimpleNamespace(ended=SimpleNamespace(done=lambda: ended[room]))
-
-    async def original(self: Any, ctx: Any, requests: Any) -> None:
-        pass
-
-    monkeypatch.setattr(plugin, "_announce", announce)
-    data = SimpleNamespace(shape=[2, 3], dtype=torch.float32)
-    encoder = SimpleNamespace(
-        conn_multimodal=SimpleNamespace(),
-        req_states={room: SimpleNamespace(embedding_data=data) for room in rooms},
-    )
-    ctx = SimpleNamespace(is_health_check=health_check)
-    asyncio.run(plugin.announce_rooms(original, encoder, ctx, [{"req_id": room} for room in rooms]))
-    return made
-
-
-def test_the_model_does_not_run_for_a_batch_whose_rooms_were_all_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MMError, match="given up") as caught:
-        announced(monkeypatch, [True, True])
-    assert caught.value.code == HTTPStatus.GONE, "400 would make sglang try each request again"
-
-
-def test_the_model_runs_for_a_batch_with_one_room_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(announced(monkeypatch, [True, False])) == 2
-    assert announced(monkeypatch, [True], health_check=True) == []
