@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import sys
 import tempfile
@@ -118,7 +119,7 @@ class Answers:
         if question not in self._known:
             if self._reference is None:
                 self._reference = Reference(self._model, _answers_directory(self._model))
-                self._story.say("a colocated server is asked what is right, where that is not known yet")
+                self._story.say("right is what a colocated server answers, or answered in an earlier run")
             self._known[question] = self._reference.answer(question)
         return self._known[question]
 
@@ -130,11 +131,7 @@ class Answers:
 
 def _answers_directory(model: Path) -> Path:
     """Of this model, by these versions of what computes."""
-    import sglang
-    import torch
-    import transformers
-
-    stamp = "-".join((model.name, *(module.__version__ for module in (sglang, torch, transformers))))
+    stamp = "-".join((model.name, *map(importlib.metadata.version, ("sglang", "torch", "transformers"))))
     directory = WORK / "answers" / f"{stamp}-{tiny_models.VERSION}"
     directory.mkdir(parents=True, exist_ok=True)
     return directory

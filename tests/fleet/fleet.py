@@ -179,7 +179,7 @@ class Fleet:
                 return most
             time.sleep(0.02)
         took = time.monotonic() - ready_at
-        self.story.say(f"{server.name} encodes {took:.1f} s after it was ready; {load.tally()}")
+        self.story.say(f"{server.name} has work again after {took:.1f} s; {load.tally()}")
         return took
 
     # -- how it ends -------------------------------------------------------------------------------------------------

@@ -151,28 +151,25 @@ def kind_of(error: str) -> str:
 
 
 def troubles(replies: Iterable[Reply], events: Sequence[Event], most: int = 12) -> list[str]:
-    """A line for each kind of failed or wrong answer: how many, what it said, and when, counted from the last event
-    before the first of them. The most frequent first."""
-    kinds: dict[tuple[str, str], list[Reply]] = {}
+    """A line for each kind of failed or wrong answer after each event: how many, what it said, when it began and for
+    how long it went on. The most frequent first."""
+    kinds: dict[tuple[str, str, Event | None], list[Reply]] = {}
     for reply in replies:
         if reply.failed or reply.wrong:
             status = "wrong answer" if reply.wrong else f"HTTP {reply.status}" if reply.status else "no answer"
-            kinds.setdefault((status, kind_of(reply.error)[:200]), []).append(reply)
+            kinds.setdefault((status, kind_of(reply.error)[:200], last_event(reply.ended, events)), []).append(reply)
     lines = []
-    for (status, text), some in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
+    for (status, text, event), some in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         first, last = min(reply.ended for reply in some), max(reply.ended for reply in some)
+        after = f", first {first - event.at:.1f} s after {event.text!r}" if event else ""
         span = f"over {last - first:.1f} s" if last - first >= 0.1 else "at once"
-        after = since_event(first, events)
         slowest = max(reply.seconds for reply in some)
         said = f": {text}" if text else ""
-        lines.append(f"{len(some)} times {status}{after}, {span}, the slowest after {slowest:.1f} s{said}")
+        lines.append(f"{len(some)} x {status}{after}, {span}, the slowest took {slowest:.1f} s{said}")
     left_out = len(lines) - most
     return [*lines[:most], f"and {left_out} other kinds"] if left_out > 0 else lines
 
 
-def since_event(moment: float, events: Sequence[Event]) -> str:
-    """Where a moment lies, in words: after which event, by how much. Empty before the first one."""
-    before = [event for event in events if event.at <= moment]
-    if not before:
-        return ""
-    return f", first {moment - before[-1].at:.1f} s after {before[-1].text!r}"
+def last_event(moment: float, events: Sequence[Event]) -> Event | None:
+    """None before the first one. Events are in the order of their moments."""
+    return next((event for event in reversed(events) if event.at <= moment), None)

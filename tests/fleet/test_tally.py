@@ -67,11 +67,9 @@ def test_errors_of_one_kind_are_told_once_whatever_names_they_carry() -> None:
 def test_troubles_say_how_many_failed_and_how_long_after_what() -> None:
     events = [Event(0.0, "ready"), Event(5.2, "encoder-1 killed"), Event(90.0, "later")]
     lines = troubles(REPLIES, events)
-    assert lines[0].startswith(
-        "2 times HTTP 502, first 0.3 s after 'encoder-1 killed', over 5.5 s, the slowest after 9.0"
-    )
-    assert any(line.startswith("1 times wrong answer, first 3.5 s after 'ready', at once") for line in lines)
-    assert any(line.startswith("1 times no answer") for line in lines)
+    assert lines[0].startswith("2 x HTTP 502, first 0.3 s after 'encoder-1 killed', over 5.5 s, the slowest took 9.0")
+    assert any(line.startswith("1 x wrong answer, first 3.5 s after 'ready', at once") for line in lines)
+    assert any(line.startswith("1 x no answer") for line in lines)
     assert troubles(REPLIES[:2], events) == []
 
 

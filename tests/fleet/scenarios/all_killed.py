@@ -81,8 +81,10 @@ class Outage:
         if meanwhile:  # once its list is empty, sglang's own rule
             figures = [*figures, f"{meanwhile} images answered without an encoder"]
         made = self._fleet.judged(name, servers, everything, goals, figures)
-        # Those of the first moments may end otherwise: they had been given to an encoder that died.
-        made.expected = sum(
-            self.began - FIRST_MOMENTS < one.began < self.ready_at + USED_AGAIN_SECONDS for one in images.failed
+        # Those of the first moments may end otherwise: an encoder that died had them.
+        first = self.began + FIRST_MOMENTS
+        meanwhile_failed = Tally.of(
+            images.failed, since=self.began - FIRST_MOMENTS, until=self.ready_at + USED_AGAIN_SECONDS
         )
+        made.expected = sum(one.status == UNAVAILABLE or one.began < first for one in meanwhile_failed.replies)
         return made

@@ -40,7 +40,7 @@ def beside(fleet: Fleet, group: ServerGroup, name: str, stranger: Stranger) -> O
         with fleet.load(group) as load:
             time.sleep(3 * fleet.options.seconds)
     fleet.story.event(f"off the list: {name}")
-    return fleet.outcome(f"{NAME}: {name}", "1 encoder and the stranger", load.tally())
+    return fleet.outcome(f"{NAME}: on the list, {name}", "1 encoder and the stranger", load.tally())
 
 
 def replaced(fleet: Fleet, group: ServerGroup, name: str, stranger: Stranger) -> Outcome:
@@ -55,11 +55,7 @@ def replaced(fleet: Fleet, group: ServerGroup, name: str, stranger: Stranger) ->
         fleet.story.event(f"gone: {name}")
         fleet.seconds_until_used(victim, fleet.start(victim), load)
         time.sleep(fleet.options.seconds)
-    return fleet.outcome(f"{NAME}: replaced by one that {_verb(name)}", f"{ENCODERS} encoders", load.tally())
-
-
-def _verb(name: str) -> str:
-    return f"is {name}" if name.startswith("a ") else name
+    return fleet.outcome(f"{NAME}: in place of a good one, {name}", f"{ENCODERS} encoders", load.tally())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tests.fleet.outcome import Goal, Outcome
 NAME = "rolling-restart"
 WHAT = "three encoders get SIGTERM and are started again, one after the other, for 1,000 requests and more"
 ENCODERS = 3
+ROUNDS = 2  # at least
 
 
 def run(fleet: Fleet) -> list[Outcome]:
@@ -20,7 +21,7 @@ def run(fleet: Fleet) -> list[Outcome]:
     with fleet.load(group) as load:
         time.sleep(fleet.options.seconds)
         fleet.story.say(f"undisturbed: {load.tally()}")
-        while not restarts or load.tally().requests < fleet.options.requests:
+        while len(restarts) < ROUNDS * ENCODERS or load.tally().requests < fleet.options.requests:
             restarts += [Restart(fleet, encoder, load) for encoder in group.encoders]
             fleet.story.say(f"{len(restarts)} restarts: {load.tally()}")
         time.sleep(fleet.options.seconds)
