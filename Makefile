@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test unit lint coverage simulate faults fuzz soak gpu-kit clean
+.PHONY: help install demo bench test unit lint coverage simulate faults fuzz soak fleet gpu-kit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ fuzz: install ## Random and mutated frames at real processes, beside healthy tra
 
 soak: install ## 100,000 rooms through a pool that is short, with aborts: minutes (options: ARGS="--help")
 	@$(PYTHON) -m tests.soak $(ARGS)
+
+fleet: install ## Whole sglang servers whose encoders end, freeze, lie or are slow: an hour (options: ARGS="--help")
+	@$(PYTHON) -m tests.fleet $(ARGS)
 
 gpu-kit: install ## Collect what ci/gpu.sh needs on a machine with a GPU and no network (docs/gpu.md)
 	@$(PYTHON) ci/gpu/kit.py $(ARGS)

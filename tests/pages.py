@@ -148,6 +148,7 @@ def reliability_headline() -> str:
     """What each long run printed, and in how many schedules the simulator noticed that a protection was gone."""
     lines = ["| run | what it printed |", "|---|---|"]
     runs = {"faults": "faults", "simulator": "schedules", "fuzz": "frames and floods", "soak": "rooms"}
+    runs["fleet"] = "whole servers"
     for name, title in runs.items():
         text = (ROOT / "docs" / "results" / f"{name}.md").read_text()
         printed = re.findall(r"printed this:\s+(\S.*)$", text, re.MULTILINE)

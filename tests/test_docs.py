@@ -18,6 +18,7 @@ from sglang_mm_conn.bench.markdown_blocks import RESULTS, SERVERS, STREAMED, TRA
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.demo.launch import Launch
 from tests.faults import table
+from tests.fleet import __main__ as fleet
 from tests.fuzz import __main__ as fuzz
 from tests.gpu import document as gpu
 from tests.pages import DEPLOYMENTS, GENERATED, ROOT, named_block, sglang_commands, shell_blocks
@@ -51,6 +52,7 @@ _GENERATED = {
     "fuzz": (fuzz.DOCUMENT, *fuzz.MARKERS),
     "fuzz --flood": (fuzz.DOCUMENT, *fuzz.FLOOD_MARKERS),
     "soak": (soak.DOCUMENT, *soak.MARKERS),
+    "fleet": (fleet.DOCUMENT, *fleet.MARKERS),
 }
 
 
