@@ -9,9 +9,11 @@ every language server. Both are bounded by the load, after Mirrokni et al., "Con
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import msgspec
 
@@ -115,17 +117,23 @@ def _score(key: str, url: str) -> bytes:
 
 def _by_speed(items: Sequence[Item], candidates: Sequence[Candidate]) -> list[str]:
     """The URL for each item. Each encoder gets one run, so that it makes one part."""
-    counts: dict[str, int] = {}
+    planned: dict[str, float] = {}  # work
     for item in items:
         best = min(
             candidates,
             key=lambda one: (
-                one.finish(item.work) + (PART_SECONDS if counts and one.url not in counts else 0.0), one.share
+                one.finish(item.work) + (PART_SECONDS if planned and one.url not in planned else 0.0), one.share
             ),
         )  # fmt: skip
         _assign(best, item.work)
-        counts[best.url] = counts.get(best.url, 0) + 1
-    return [url for url, count in counts.items() for _ in range(count)]
+        planned[best.url] = planned.get(best.url, 0.0) + item.work
+    # The runs: an item goes to the encoder within whose planned work its middle lies.
+    urls, ends = list(planned), list(accumulate(planned.values()))
+    done, chosen = 0.0, []
+    for item in items:
+        chosen.append(urls[min(bisect_right(ends, done + item.work / 2), len(urls) - 1)])
+        done += item.work
+    return chosen
 
 
 def _assign(candidate: Candidate, work: float) -> None:

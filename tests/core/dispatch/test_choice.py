@@ -67,6 +67,21 @@ def test_without_caches_an_encoder_gets_one_run_and_every_item_has_one_encoder(s
         ]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_is_the_work_that_its_encoder_should_get_whatever_the_order_of_the_items(seed: int) -> None:
+    """Items of one run stay together, so the work may be off by one item."""
+    chance = random.Random(seed)
+    items = images(*(chance.choice((0.1, 0.5, 2, 8)) for _ in range(chance.randrange(4, 16))))
+    some = candidates(0, 0, 0, 0)
+    got = dict.fromkeys(URLS, 0.0)
+    for share in Chooser().share_out(items, some):
+        got[share.url] += sum(item.work for item in items[share.first : share.first + share.count])
+    assert all(abs(got[one.url] - one.backlog) <= max(item.work for item in items) for one in some)
+    assert sorted(Chooser().share_out(images(*[1] * 10, 10), candidates(0, 0)), key=lambda one: one.first) == [
+        Share(URLS[0], 0, 10), Share(URLS[1], 10, 1)
+    ]  # fmt: skip
+
+
 def test_work_that_is_given_counts_for_the_next_modality() -> None:
     two = candidates(0, 0)
     Chooser().share_out(images(1), two)
