@@ -68,7 +68,7 @@ def test_without_caches_an_encoder_gets_one_run_and_every_item_has_one_encoder(s
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_run_is_the_work_that_its_encoder_should_get_whatever_the_order_of_the_items(seed: int) -> None:
+def test_a_run_is_the_work_that_its_encoder_should_get_in_any_order_of_items(seed: int) -> None:
     """Items of one run stay together, so the work may be off by one item."""
     chance = random.Random(seed)
     items = images(*(chance.choice((0.1, 0.5, 2, 8)) for _ in range(chance.randrange(4, 16))))

@@ -21,7 +21,7 @@ LOSSES = [Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdic
 # -- a request -----------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_posted_to_encoders_that_are_up_and_forgotten_when_it_has_arrived() -> None:
+def test_a_request_is_posted_to_encoders_that_are_up_and_then_forgotten() -> None:
     driver = Driver(A, B)
     base = driver.dispatch(1.0, 1.0)
     assert [(url, part.number, part.of, part.first, part.count) for url, part in driver.placed] == [
@@ -37,7 +37,7 @@ def test_a_request_is_posted_to_encoders_that_are_up_and_forgotten_when_it_has_a
     assert driver.forgotten == [base] and driver.news == [] and not driver.core.requests
 
 
-def test_items_of_each_modality_are_parts_of_their_own_in_the_order_of_the_modalities() -> None:
+def test_items_of_each_modality_are_parts_of_their_own_in_their_order() -> None:
     driver = Driver(A, B)
     driver.dispatch_items([Item("VIDEO", 9.0), Item("IMAGE", 0.1), Item("IMAGE", 0.1)])
     assert [(part.modality, part.number, part.of, part.first, part.count) for _, part in driver.placed] == [
@@ -191,7 +191,7 @@ def test_an_encoder_that_failed_to_encode_a_part_never_gets_it_again() -> None:
     assert [post.url for post in driver.posts] == [A, B, B]
 
 
-def test_an_error_that_every_encoder_makes_is_told_the_client_as_soon_as_none_is_left() -> None:
+def test_an_error_that_every_encoder_makes_is_told_as_soon_as_none_is_left() -> None:
     driver = Driver(A, B, tries=9, wait=30.0)
     base = driver.dispatch()
     driver.answer(driver.at(base).room, Verdict.ERROR, "cannot decode")
