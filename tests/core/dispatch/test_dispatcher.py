@@ -154,6 +154,29 @@ def test_a_part_has_a_limited_number_of_tries(tries: int) -> None:
     assert (f"{tries} encoders failed on the same part" in give_up.reason) == (tries > 1)
 
 
+@pytest.mark.parametrize("verdict", [Verdict.DRAINS, Verdict.REFUSED])
+def test_encoders_that_do_not_take_a_part_use_up_no_try(verdict: Verdict) -> None:
+    """Six of eight encoders drain or end at the same time, and no probe has told the dispatcher yet."""
+    driver = Driver(*(f"http://{number}:1" for number in range(8)), tries=2)
+    base = driver.dispatch()
+    for _ in range(6):
+        driver.answer(driver.at(base).room, verdict)
+    assert driver.open and len(driver.posts) == 7
+    driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert driver.forgotten == [base] and not any(isinstance(news, GiveUp) for news in driver.news)
+
+
+def test_an_encoder_that_answers_probes_and_takes_nothing_is_not_tried_without_end() -> None:
+    driver = Driver(A, tries=3, wait=30.0)
+    base = driver.dispatch()
+    for _ in range(10):
+        if driver.open:
+            driver.answer(driver.at(base).room, Verdict.REFUSED)
+            driver.tick(0.1)
+            driver.well(A)
+    assert len(driver.posts) == 4 and isinstance(driver.news_of(base)[-1], GiveUp)
+
+
 def test_the_client_is_told_the_encoders_error_after_the_last_try() -> None:
     driver = Driver(A, B, tries=2)
     base = driver.dispatch()
