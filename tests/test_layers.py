@@ -29,8 +29,8 @@ NEVER = {("datapath", "control")}
 MAY_IMPORT_SGLANG = ("conn_multimodal", "sglang_plugin", "bench.transports.builtin")
 # core is data and logic: no IO, no threads, no clock, and nothing that is drawn at random but names.
 PURE = {
-    "__future__", "abc", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "heapq", "http",
-    "itertools", "math", "msgspec", "operator", "re", "typing",
+    "__future__", "abc", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib", "heapq",
+    "http", "itertools", "math", "msgspec", "operator", "re", "statistics", "typing",
 }  # fmt: skip
 ALSO_IN_CORE = {("core.rooms", "secrets")}
 

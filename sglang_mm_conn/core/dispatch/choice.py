@@ -9,19 +9,24 @@ every language server. Both are bounded by the load, after Mirrokni et al., "Con
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import log2
+from statistics import fmean, median
 
 import msgspec
 
 # What a further part costs a request: one more HTTP request and one more room.
 PART_SECONDS = 0.01
-# An encoder that has got this much more than the average is no home for a new item ...
+# An encoder that has got this much more than its share, according to its speed, is no home for a new item.
 SHARE_BOUND = 1.15
-# ... and one whose backlog is longer than this many times the average, and than two items, is too busy for an item that
-# it may have kept.
-BACKLOG_BOUND = 2.0
+# An encoder that would finish an item this many times later than the others on average is too busy to get it, also if
+# it may have kept it. If the others are idle and equal, that is one with more than two items.
+BUSY_BOUND = 3.0
+_LEAST_RATE = 1e-6
 _REMEMBERED_ITEMS = 1 << 16
 
 
@@ -85,12 +90,16 @@ class Chooser:
 
     def _by_content(self, item: Item, candidates: Sequence[Candidate]) -> str:
         by_url = {one.url: one for one in candidates if one.caches}
-        mean = sum(one.backlog for one in candidates) / len(candidates)
-        limit = max(BACKLOG_BOUND * mean, mean + 2 * item.work)
+        total = sum(one.finish(item.work) for one in candidates)
+
+        def busy(one: Candidate) -> bool:
+            mine = one.finish(item.work)
+            return len(candidates) > 1 and mine > BUSY_BOUND * (total - mine) / (len(candidates) - 1)
+
         chosen = by_url.get(self._went.get(item.key, ""))
         if chosen is None:
-            chosen = self._home(item, list(by_url.values()))
-        elif chosen.backlog > limit:
+            chosen = self._home(item, list(by_url.values()), busy)
+        elif busy(chosen):
             chosen = min(candidates, key=lambda one: one.finish(item.work))  # this once
             _assign(chosen, item.work)
             return chosen.url
@@ -102,11 +111,15 @@ class Chooser:
         return chosen.url
 
     @staticmethod
-    def _home(item: Item, candidates: Sequence[Candidate]) -> Candidate:
-        """The first in the item's own order of encoders that has not got more than its share."""
-        most = SHARE_BOUND * (sum(one.share for one in candidates) + item.work) / len(candidates) + item.work
+    def _home(item: Item, candidates: Sequence[Candidate], busy: Callable[[Candidate], bool]) -> Candidate:
+        """The first in the item's own order of encoders that is not busy and has not got more than its share."""
         order = sorted(candidates, key=lambda one: _score(item.key, one.url), reverse=True)
-        return next((one for one in order if one.share + item.work <= most), order[0])
+        able = [one for one in order if not busy(one)] or order
+        # Each server has measured other rates. Rounded to powers of two they are mostly the same on all servers.
+        usual = max(median(one.rate for one in candidates), _LEAST_RATE)
+        seconds = {one.url: 2.0 ** round(log2(max(one.rate, _LEAST_RATE) / usual)) for one in candidates}
+        most = SHARE_BOUND * fmean((one.share + item.work) * seconds[one.url] for one in candidates)
+        return next((one for one in able if one.share * seconds[one.url] <= most), able[0])
 
 
 def _score(key: str, url: str) -> bytes:
@@ -115,17 +128,23 @@ def _score(key: str, url: str) -> bytes:
 
 def _by_speed(items: Sequence[Item], candidates: Sequence[Candidate]) -> list[str]:
     """The URL for each item. Each encoder gets one run, so that it makes one part."""
-    counts: dict[str, int] = {}
+    planned: dict[str, float] = {}  # work
     for item in items:
         best = min(
             candidates,
             key=lambda one: (
-                one.finish(item.work) + (PART_SECONDS if counts and one.url not in counts else 0.0), one.share
+                one.finish(item.work) + (PART_SECONDS if planned and one.url not in planned else 0.0), one.share
             ),
         )  # fmt: skip
         _assign(best, item.work)
-        counts[best.url] = counts.get(best.url, 0) + 1
-    return [url for url, count in counts.items() for _ in range(count)]
+        planned[best.url] = planned.get(best.url, 0.0) + item.work
+    # The runs: an item goes to the encoder within whose planned work its middle lies.
+    urls, ends = list(planned), list(accumulate(planned.values()))
+    done, chosen = 0.0, []
+    for item in items:
+        chosen.append(urls[min(bisect_right(ends, done + item.work / 2), len(urls) - 1)])
+        done += item.work
+    return chosen
 
 
 def _assign(candidate: Candidate, work: float) -> None:

@@ -5,8 +5,8 @@ Pure; time is an argument. Every event returns actions, to be carried out in ord
 - A part has one try under way at most, or it waits for an encoder, or it has arrived. So none is lost or taken twice.
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
-- At most ``tries`` encoders get one part, so a part that kills encoders ends after so many. Two parts that have one try
-  left do not share an encoder: to fail with the one that kills, the other would have to be with it each time.
+- At most ``tries`` encoders take one part, so a part that kills encoders ends after so many. Two parts that have one
+  try left do not share an encoder: to fail with the one that kills, the other would have to be with it each time.
 - A part is posted again only to an encoder that is up, and to the same one only if that has proved since that it is
   well.
 """
@@ -188,6 +188,8 @@ class DispatchCore:
         if end.verdict is Verdict.INPUT:
             return [cancel, *self._give_up(request, end.code, end.reason), *self._settle([], now)]
         part.last = end
+        if end.verdict in (Verdict.REFUSED, Verdict.DRAINS) and self._tries > 1:
+            part.refused.add(attempt.url)
         self._wait(request, part, now)
         if end.verdict is Verdict.ERROR:
             part.excluded.add(attempt.url)
@@ -253,7 +255,7 @@ class DispatchCore:
         """Post a part that waits; give its request up if that is hopeless."""
         if now > request.deadline:
             return []  # nobody waits for it any more
-        if len(part.tries) >= self._tries:
+        if part.taken >= self._tries:
             return self._out_of_tries(request, part)
         able = self._able(part, now)
         if able:
@@ -290,15 +292,15 @@ class DispatchCore:
 
     def _choose(self, part: Part, able: list[Encoder], now: float) -> Encoder | None:
         """One of ``able`` for a part that waits; None: it must wait for its turn."""
-        others = [(attempt.url, len(other.tries)) for _, other in self._open.values()
-                  if (attempt := other.current) is not None and len(other.tries) > 1]  # fmt: skip
+        others = [(attempt.url, other.taken) for _, other in self._open.values()
+                  if (attempt := other.current) is not None and other.taken > 1]  # fmt: skip
         # One of several parts that lost their encoder may have killed it. So they do not share the next one if that can
         # be helped, and their last one never.
-        if part.tries and len(part.tries) == self._tries - 1:
+        if 0 < part.taken == self._tries - 1:
             last = {url for url, tries in others if tries == self._tries}
             able = [one for one in able if one.url not in last]
         again = {url for url, _ in others}
-        able = [one for one in able if part.tries and one.url not in again] or able
+        able = [one for one in able if part.taken and one.url not in again] or able
         finish = {one.url: one for one in self._candidates(able, now)}
         return min(able, key=lambda one: finish[one.url].finish(part.work), default=None)
 
@@ -317,11 +319,11 @@ class DispatchCore:
         last, attempt = part.last, part.tries[-1]
         assert last is not None
         text = f"Part {part.number} of {request.rid} has failed at {attempt.url} (room {attempt.room}), "
-        line = LogLine(WARNING, f"{text}the last of {len(part.tries)} tries: {last.reason}")
+        line = LogLine(WARNING, f"{text}the last of {part.taken} tries: {last.reason}")
         code, reason = _for_client(last)
-        if len(part.tries) > 1:
+        if part.taken > 1:
             found = f": {reason}" if last.verdict is Verdict.ERROR else ""
-            reason = f"{len(part.tries)} encoders failed on the same part of this request{found}"
+            reason = f"{part.taken} encoders failed on the same part of this request{found}"
         return [line, *self._give_up(request, code, reason)]
 
     def _give_up(self, request: Request, code: int, reason: str) -> list[DispatchAction]:

@@ -40,6 +40,7 @@ class Part:
         waits_since: since when it waits for an encoder; None: it does not wait.
         delivered: whether it has arrived.
         excluded: encoders that failed to encode it. They would fail again.
+        refused: encoders that did not take it, at least once.
     """
 
     number: int
@@ -53,6 +54,15 @@ class Part:
     waits_since: float | None = None
     delivered: bool = False
     excluded: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
+
+    @property
+    def taken(self) -> int:
+        """Number of tries at which an encoder may have got the part. The first refusal of each encoder is none.
+
+        So no part fails because several encoders end or drain at the same time, and none is tried without end.
+        """
+        return len(self.tries) - len(self.refused)
 
     @property
     def current(self) -> Try | None:

@@ -12,7 +12,7 @@ from tests.simulator.scheduler import attribute
 
 MUTATIONS: dict[str, Change] = {
     "a part has a limited number of tries": change(
-        DispatchCore, "_serve", ("len(part.tries) >= self._tries", "False")
+        DispatchCore, "_serve", ("part.taken >= self._tries", "False")
     ),
     "an encoder that failed to encode a part does not get it again": change(
         DispatchCore, "_able", ("one.url not in part.excluded and ", "")
@@ -87,6 +87,9 @@ MUTATIONS: dict[str, Change] = {
     ),
     "a request is forgotten only when all of its parts have arrived": change(
         DispatchCore, "_ended", ("done = all(", "done = any(")
+    ),
+    "an encoder that does not take a part uses up no try": change(
+        DispatchCore, "_ended", ("part.refused.add(attempt.url)", "pass")
     ),
     "two parts with one try left do not share an encoder": change(
         DispatchCore, "_choose", ("able = [one for one in able if one.url not in last]", "pass")

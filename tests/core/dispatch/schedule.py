@@ -58,11 +58,16 @@ class Sent:
     deadline: float
     rooms: list[str]  # of its parts
     tries: Counter[int] = field(default_factory=Counter)
+    refused: set[tuple[int, str]] = field(default_factory=set)  # part, encoder that did not take it
     erred: dict[int, set[str]] = field(default_factory=dict)  # encoders that failed to encode the part
     lost: dict[tuple[int, str], float] = field(default_factory=dict)  # part, encoder -> when it was lost there
     arrived: set[int] = field(default_factory=set)  # parts
     blamed: bool = False  # its input was at fault, or it was aborted
     failed: bool = False  # it was given up
+
+    def taken(self, part: int) -> int:
+        """Tries of ``part`` but for the first refusal of each encoder."""
+        return self.tries[part] - sum(number == part for number, _ in self.refused)
 
 
 class Schedule:
@@ -135,7 +140,8 @@ class Schedule:
         assert told.get((post.room_base, post.part), post.room) == post.room
         self.rooms[post.room] = self.running[post.room] = post
         sent.tries[post.part] += 1
-        assert sent.tries[post.part] <= self.tries, "too many tries"
+        assert sent.taken(post.part) <= self.tries, "too many tries"
+        assert sent.tries[post.part] <= self.tries + len(URLS), "a part is tried without end"
         assert self.now <= sent.deadline, "a post after the deadline"
         one = self.core.fleet.encoders[post.url]
         assert one.state is EncoderState.UP or one.failing, f"a post to an encoder that is {one.state.value}"
@@ -147,7 +153,7 @@ class Schedule:
     def given_up(self, sent: Sent) -> None:
         self.seen["given up"] += 1
         sent.failed = True
-        used_up = max(sent.tries.values(), default=0) >= self.tries
+        used_up = any(sent.taken(part) >= self.tries for part in sent.tries)
         assert not self.steady or sent.blamed or used_up, "given up although an encoder was well all the time"
 
     # -- what must always hold -------------------------------------------------------------------------------------
@@ -185,12 +191,12 @@ class Schedule:
         """A part waits only if no other encoder is up. Two parts with one try left do not share an encoder."""
         careful = [
             one.current.url for request in self.core.requests.values() for one in request.parts
-            if one.current is not None and len(one.tries) == self.tries > 1
+            if one.current is not None and one.taken == self.tries > 1
         ]  # fmt: skip
         assert len(careful) == len(set(careful)), "two parts with one try left share an encoder"
         for part in waiting:
             not_for_it = {one.url for one in part.tries}
-            if len(part.tries) == self.tries - 1:
+            if 0 < part.taken == self.tries - 1:
                 not_for_it.update(careful)
             assert not any(
                 one.state is EncoderState.UP and one.url not in not_for_it for one in self.core.fleet.encoders.values()
@@ -259,6 +265,8 @@ class Schedule:
         self.seen[verdict.value] += 1
         if verdict in LOSSES:
             sent.lost[post.part, post.url] = model.lost_at = self.now
+            if verdict in (Verdict.REFUSED, Verdict.DRAINS) and self.tries > 1:
+                sent.refused.add((post.part, post.url))
         elif verdict is Verdict.ERROR:
             sent.erred.setdefault(post.part, set()).add(post.url)
             sent.lost[post.part, post.url] = self.now

@@ -21,7 +21,7 @@ LOSSES = [Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdic
 # -- a request -----------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_posted_to_encoders_that_are_up_and_forgotten_when_it_has_arrived() -> None:
+def test_a_request_is_posted_to_encoders_that_are_up_and_then_forgotten() -> None:
     driver = Driver(A, B)
     base = driver.dispatch(1.0, 1.0)
     assert [(url, part.number, part.of, part.first, part.count) for url, part in driver.placed] == [
@@ -37,7 +37,7 @@ def test_a_request_is_posted_to_encoders_that_are_up_and_forgotten_when_it_has_a
     assert driver.forgotten == [base] and driver.news == [] and not driver.core.requests
 
 
-def test_items_of_each_modality_are_parts_of_their_own_in_the_order_of_the_modalities() -> None:
+def test_items_of_each_modality_are_parts_of_their_own_in_their_order() -> None:
     driver = Driver(A, B)
     driver.dispatch_items([Item("VIDEO", 9.0), Item("IMAGE", 0.1), Item("IMAGE", 0.1)])
     assert [(part.modality, part.number, part.of, part.first, part.count) for _, part in driver.placed] == [
@@ -154,6 +154,29 @@ def test_a_part_has_a_limited_number_of_tries(tries: int) -> None:
     assert (f"{tries} encoders failed on the same part" in give_up.reason) == (tries > 1)
 
 
+@pytest.mark.parametrize("verdict", [Verdict.DRAINS, Verdict.REFUSED])
+def test_encoders_that_do_not_take_a_part_use_up_no_try(verdict: Verdict) -> None:
+    """Six of eight encoders drain or end at the same time, and no probe has told the dispatcher yet."""
+    driver = Driver(*(f"http://{number}:1" for number in range(8)), tries=2)
+    base = driver.dispatch()
+    for _ in range(6):
+        driver.answer(driver.at(base).room, verdict)
+    assert driver.open and len(driver.posts) == 7
+    driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert driver.forgotten == [base] and not any(isinstance(news, GiveUp) for news in driver.news)
+
+
+def test_an_encoder_that_answers_probes_and_takes_nothing_is_not_tried_without_end() -> None:
+    driver = Driver(A, tries=3, wait=30.0)
+    base = driver.dispatch()
+    for _ in range(10):
+        if driver.open:
+            driver.answer(driver.at(base).room, Verdict.REFUSED)
+            driver.tick(0.1)
+            driver.well(A)
+    assert len(driver.posts) == 4 and isinstance(driver.news_of(base)[-1], GiveUp)
+
+
 def test_the_client_is_told_the_encoders_error_after_the_last_try() -> None:
     driver = Driver(A, B, tries=2)
     base = driver.dispatch()
@@ -191,7 +214,7 @@ def test_an_encoder_that_failed_to_encode_a_part_never_gets_it_again() -> None:
     assert [post.url for post in driver.posts] == [A, B, B]
 
 
-def test_an_error_that_every_encoder_makes_is_told_the_client_as_soon_as_none_is_left() -> None:
+def test_an_error_that_every_encoder_makes_is_told_as_soon_as_none_is_left() -> None:
     driver = Driver(A, B, tries=9, wait=30.0)
     base = driver.dispatch()
     driver.answer(driver.at(base).room, Verdict.ERROR, "cannot decode")

@@ -147,9 +147,10 @@ class Closed:
         return [one / sum(did) for one in did]
 
 
+@pytest.mark.parametrize("caches", [False, True])
 @pytest.mark.parametrize("clients", [8, 32])
-def test_a_three_times_slower_encoder_ends_up_with_about_a_quarter_of_the_work(clients: int) -> None:
-    loop = Closed([0.1, 0.3], clients, caches=False)
+def test_a_three_times_slower_encoder_ends_up_with_about_a_quarter_of_the_work(clients: int, caches: bool) -> None:
+    loop = Closed([0.1, 0.3], clients, caches=caches)
     loop.run(500)
     assert 0.18 <= loop.run(2000)[1] <= 0.32
 
