@@ -73,6 +73,7 @@ class Encoder:
         probe_at: the next probe is due then.
         probe_delay: seconds from the next probe to the one after it.
         heard_at: time of the last sign of life.
+        connected_at: when the scheduler's side last said that it is connected, which is true of a frozen one, too.
         errors: errors in a row.
         trial_at, trial_delay: when it may get a part as a trial while it fails, and the interval after that.
         prefix_cache: whether it keeps embeddings of earlier items.
@@ -90,6 +91,7 @@ class Encoder:
     probe_at: float = -math.inf
     probe_delay: float = FIRST_PROBE_SECONDS
     heard_at: float = -math.inf
+    connected_at: float = -math.inf
     errors: int = 0
     trial_at: float = math.inf
     trial_delay: float = FIRST_TRIAL_SECONDS
@@ -160,7 +162,7 @@ class Fleet:
     def _probe_time(one: Encoder) -> float:
         if one.state is not EncoderState.UP or one.probe_at == -math.inf:
             return one.probe_at
-        return max(one.probe_at, one.heard_at + QUIET_SECONDS)
+        return max(one.probe_at, max(one.heard_at, one.connected_at) + QUIET_SECONDS)
 
     def probe_now(self, url: str) -> None:
         """Probe ``url`` as soon as possible: there is a doubt about it."""
@@ -206,7 +208,7 @@ class Fleet:
                 return []
             return self._become(one, EncoderState.DOWN, standing.refusal)
         if standing.connected:
-            one.heard_at = now
+            one.connected_at = now
             if before is None or not before.connected or before.draining != standing.draining or before.refusal:
                 return self._well(one, standing.draining, "it is registered", now)
             return []
