@@ -319,8 +319,8 @@ class DispatchCore:
                 actions.append(CancelPost(attempt.room))
             part.waits_since = None
             self._waiting.pop((request.room_base, part.number), None)
-            for earlier in part.tries:
-                self._finished[earlier.room] = request.room_base
+            if part.tries:  # a failure of an earlier try may still be on its way, and means nothing
+                self._finished[part.tries[-1].room] = request.room_base
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]
