@@ -39,6 +39,8 @@ from sglang_mm_conn.core.states import EncoderState
 NO_ENCODER = "no encoder is available for the images, video or audio of this request, try again later"
 _USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
 _OVERDUE_SECONDS = 5.0  # the scheduler has given a request up for so long: nobody waits for it
+# The language side has given a room up. If its request still waits, its scheduler says so within this time.
+_ABORTED_SECONDS = 5.0
 _FINISHED_ROOMS = 4096
 
 # What a failed try proves about its encoder, and whether that may get the part again once it is well.
@@ -112,7 +114,10 @@ class DispatchCore:
         """The scheduler's side says that ``room`` has failed, and waits for what this decides."""
         found = self._open.get(room)
         if found is not None:
-            return self._ended(*found, of_failure(code, reason), now)
+            end = of_failure(code, reason)
+            if end.verdict is Verdict.ABORTED:  # not by the request, which waits: by another rank, or its post was cut
+                end = TryEnd(Verdict.LOST, int(HTTPStatus.BAD_GATEWAY), reason)
+            return self._ended(*found, end, now)
         base = self._finished.get(room)
         # The encoder said that the part had arrived, and the request's items are gone.
         return [] if base is None else [GiveUp(base, code, reason)]
@@ -139,7 +144,7 @@ class DispatchCore:
     def tick(self, now: float) -> list[DispatchAction]:
         """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""
         actions: list[DispatchAction] = []
-        for request in [one for one in self.requests.values() if now > one.deadline + _OVERDUE_SECONDS]:
+        for request in [one for one in self.requests.values() if self._is_over(one, now)]:
             actions += self._finish(request)
         return actions + self._settle([], now)
 
@@ -165,8 +170,20 @@ class DispatchCore:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _is_over(request: Request, now: float) -> bool:
+        """Whether nobody waits for ``request`` any more."""
+        if now > request.deadline + _OVERDUE_SECONDS:
+            return True
+        tries = [part.current for part in request.parts]
+        return any(one is not None and one.aborted_at and now > one.aborted_at + _ABORTED_SECONDS for one in tries)
+
     def _ended(self, request: Request, part: Part, end: TryEnd, now: float) -> list[DispatchAction]:
         """The try of ``part`` that is under way has ended."""
+        if end.verdict is Verdict.ABORTED:
+            assert part.current is not None
+            part.current.aborted_at = now
+            return []
         attempt = self._close(part, now)
         if end.verdict is Verdict.DELIVERED:
             changes = self.fleet.delivered(attempt.url, now)
@@ -176,8 +193,6 @@ class DispatchCore:
             part.delivered = True
             done = all(other.delivered for other in request.parts)
             return (self._finish(request) if done else []) + self._settle(changes, now)
-        if end.verdict is Verdict.ABORTED:
-            return self._finish(request)
         if end.verdict is Verdict.INPUT:
             return self._give_up(request, end.code, end.reason)
         part.last = end

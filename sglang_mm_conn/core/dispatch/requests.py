@@ -17,6 +17,7 @@ class Try:
         began: time of the post.
         ahead: work ahead of it and its own.
         ended: time of its end; None: it is under way.
+        aborted_at: when its encoder said that the language side has given it up.
     """
 
     room: str
@@ -24,6 +25,7 @@ class Try:
     began: float
     ahead: float
     ended: float | None = None
+    aborted_at: float | None = None
 
 
 @dataclass(slots=True)
