@@ -116,14 +116,10 @@ class DispatchedSchedule(Schedule):
             Item(kind, self.chance.choice([0.1, 1.0, 2.0]), f"{number}.{at}" if self._caching else "")
             for at, kind in enumerate(kinds)
         ]
-        timeout = LONG_DEADLINE
-        request = Request(
-            number, server, base, items, [self.chance.randint(1, 5) for _ in items], timeout, self.kernel.now + timeout
-        )
+        request = Request(number, server, base, items, [self.chance.randint(1, 5) for _ in items], LONG_DEADLINE)
         dice = self.chance.random()
         if dice < 0.05:
             request.timeout = self.chance.uniform(1, 15)
-            request.deadline = self.kernel.now + request.timeout
             request.touched.add("a short deadline")
         elif dice < 0.08:
             request.rejected = True
@@ -137,9 +133,7 @@ class DispatchedSchedule(Schedule):
         self.requests[base] = request
         self.seen["requests"] += 1
         self.kernel.note(f"request {number}: {len(items)} items to {server.ranks[0].name}, room base {base}")
-        self.tokenizers[server.name].dispatch(request)
-        if request.rejected:
-            request.outcome = (400, "the prompt is rejected")
+        self.tokenizers[server.name].dispatch_soon(request)
 
     def new_try(self, tokenizer: Tokenizer, request: Request, part: CorePart, url: str, room: str) -> Try:
         rows = request.rows_of(part)
@@ -223,11 +217,10 @@ class DispatchedSchedule(Schedule):
         """Why the dispatcher may give the request up; empty: it may not."""
         now = self.kernel.now
         well = {url for url in tokenizer.known if now - self._unwell[request.server.name, url] > WELL}
-        for number, tries in request.tries.items():
-            part = next(part for _, part in request.placed if part.number == number)
+        for _, part in request.placed:
             if part.delivered or part.current is not None:
                 continue
-            posted = [attempt for attempt in tries if attempt.posted]
+            posted = [attempt for attempt in request.tries.get(part.number, []) if attempt.posted]
             if len(posted) >= tokenizer.tries:
                 return "its tries are used up"
             if not well - part.excluded:

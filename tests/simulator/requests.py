@@ -43,7 +43,7 @@ class Request:
     items: list[Item]
     rows: list[int]
     timeout: float
-    deadline: float
+    deadline: float = 0.0
     bad_input: bool = False
     rejected: bool = False
     touched: set[str] = field(default_factory=set)

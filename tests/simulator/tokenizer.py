@@ -54,6 +54,7 @@ class Tokenizer(Process):
         self._schedule = schedule
         self._kernel = kernel
         self._clock = kernel.now
+        self._main = kernel.lane(self)
         self._loop = kernel.lane(self)  # carries actions out, in their order
         self._http = kernel.lane(self, width=100)  # answers and probes
         self._reports = kernel.lane(self)
@@ -74,8 +75,12 @@ class Tokenizer(Process):
         self.known = tuple(urls)
         self.perform(lambda now: self.core.know(urls, now))
 
-    def dispatch(self, request: Request) -> None:
+    def dispatch_soon(self, request: Request) -> None:
+        self._kernel.put(self._main, partial(self._dispatch, request))
+
+    def _dispatch(self, request: Request) -> None:
         """The tokenizer dispatches a request, and sends it to the scheduler."""
+        request.deadline = self._kernel.now + request.timeout
         request.placed, actions = self.core.dispatch(
             str(request.number), request.room_base, request.items, request.deadline, self.clock()
         )
@@ -83,7 +88,9 @@ class Tokenizer(Process):
         for url, part in request.placed:
             if part.number not in request.tries:
                 self._schedule.new_try(self, request, part, url, f"{request.room_base}_local_part_{part.number}")
-        if not request.rejected:
+        if request.rejected:
+            request.outcome = (400, "the prompt is rejected")
+        else:
             self._kernel.put(self._to_scheduler, partial(self._send, request))
 
     def tick(self) -> None:
@@ -213,14 +220,16 @@ class Tokenizer(Process):
             self._schedule.later(TIMEOUT, lambda: self._kernel.put(self._http, partial(self.perform, silent)))
         else:
             info = encoder.look_up_answer()
-            found = partial(self._probed, url, info.draining, info.prefix_cache)
+            found = partial(self._probed, url, info.draining, info.prefix_cache, self.clock())
             self._kernel.put(self._http, partial(self.perform, found))
 
     def _probe_failed(self, url: str, reason: str, silent: bool, now: float) -> list[DispatchAction]:
         return self.core.probe_failed(url, reason, silent=silent, now=now)
 
-    def _probed(self, url: str, draining: bool, prefix_cache: bool, now: float) -> list[DispatchAction]:
-        self.signs[url] = now
+    def _probed(
+        self, url: str, draining: bool, prefix_cache: bool, answered: float, now: float
+    ) -> list[DispatchAction]:
+        self.signs[url] = max(answered, self.signs.get(url, answered))
         return self.core.probed(url, draining=draining, prefix_cache=prefix_cache, now=now)
 
     # -- what the scheduler's side says --------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class Encoder:
         machine: its state.
         reason: why it has this state.
         standing: what the scheduler's side last said.
-        probing: whether a probe is under way.
+        probing: whether a probe is under way; ``probed_at``: when the last one began.
         probe_at: the next probe is due then.
         probe_delay: seconds from the next probe to the one after it.
         heard_at: time of the last sign of life.
@@ -88,6 +88,7 @@ class Encoder:
     reason: str = "not probed yet"
     standing: EncoderStanding | None = None
     probing: bool = False
+    probed_at: float = -math.inf
     probe_at: float = -math.inf
     probe_delay: float = FIRST_PROBE_SECONDS
     heard_at: float = -math.inf
@@ -153,7 +154,7 @@ class Fleet:
         """The encoders to probe now. Each of them counts as being probed until ``probed`` or ``probe_failed``."""
         due = [one for one in self.encoders.values() if not one.probing and now >= self._probe_time(one)]
         for one in due:
-            one.probing = True
+            one.probing, one.probed_at = True, now
             one.probe_at = now + one.probe_delay
             one.probe_delay = min(one.probe_delay * PROBE_FACTOR, MOST_PROBE_SECONDS)
         return [one.url for one in due]
@@ -177,7 +178,10 @@ class Fleet:
             return []
         one.probing = False
         one.prefix_cache = prefix_cache
-        return self._well(one, draining, "it answers", now)
+        one.heard_at = max(one.heard_at, one.probed_at)  # it may have been lost since
+        if one.probe_at > -math.inf:
+            one.probe_at, one.probe_delay = now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
+        return self._well(one, draining, "it answers")
 
     def probe_failed(self, url: str, reason: str, *, silent: bool) -> list[StateChange]:
         """A look-up has failed. ``silent``: because no answer came in time, which a busy encoder may owe."""
@@ -210,7 +214,8 @@ class Fleet:
         if standing.connected:
             one.connected_at = now
             if before is None or not before.connected or before.draining != standing.draining or before.refusal:
-                return self._well(one, standing.draining, "it is registered", now)
+                self.probe_now(one.url)  # the report may be old
+                return self._well(one, standing.draining, "it is registered")
             return []
         if before is not None and before.connected and one.state is EncoderState.UP:
             self.probe_now(one.url)
@@ -262,9 +267,7 @@ class Fleet:
             return []
         return self._become(one, to, reason)
 
-    def _well(self, one: Encoder, draining: bool, reason: str, now: float) -> list[StateChange]:
-        one.heard_at = now
-        one.probe_at, one.probe_delay = now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
+    def _well(self, one: Encoder, draining: bool, reason: str) -> list[StateChange]:
         if one.standing is not None and one.standing.refusal:
             return self._become(one, EncoderState.DOWN, one.standing.refusal)
         if draining:
