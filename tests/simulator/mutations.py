@@ -194,7 +194,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(Registrations, "tick", ("encoder.silences += process.registered_once", "pass")),
     ),
     "no encoder gets a part again without a sign of life": (
-        change(DispatchCore, "_choose", ("(ended is None or one.heard_at > ended)", "True")),
+        change(DispatchCore, "_choose", ("(ended is None or one.heard_at >= ended)", "True")),
     ),
     "no encoder gets a part again that it failed to encode": (
         change(DispatchCore, "_ended", ("part.excluded.add(attempt.url)", "pass")),

@@ -186,7 +186,7 @@ class RankRequest:
                     raise Violation(f"{where} says that it is part {part} of {of}")
                 joined.append((attempt, flat))
         except ConnError as error:
-            assembly.error = error
+            assembly.error = error.with_traceback(None)  # whose frames would keep the rows
         else:
             assembly.rows = joined
 

@@ -283,7 +283,7 @@ class DispatchCore:
         able = []
         for one in self.fleet.usable(now):
             ended = lost_at.get(one.url)
-            if one.url not in part.excluded and (ended is None or one.heard_at > ended):
+            if one.url not in part.excluded and (ended is None or one.heard_at >= ended):
                 able.append(one)
         # Those that had it last: a part that kills encoders meets as few other parts as possible.
         able = [one for one in able if one.url not in lost_at] or able
@@ -339,5 +339,3 @@ class DispatchCore:
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]
-
-

@@ -70,6 +70,7 @@ class Encoder:
         reason: why it has this state.
         standing: what the scheduler's side last said.
         probing: whether a probe is under way; ``probed_at``: when the last one began.
+        doubted: whether a part was lost there, or a report speaks against it, and no probe has been answered since.
         probe_at: the next probe is due then.
         probe_delay: seconds from the next probe to the one after it.
         heard_at: time of the last sign of life.
@@ -89,6 +90,7 @@ class Encoder:
     standing: EncoderStanding | None = None
     probing: bool = False
     probed_at: float = -math.inf
+    doubted: bool = False
     probe_at: float = -math.inf
     probe_delay: float = FIRST_PROBE_SECONDS
     heard_at: float = -math.inf
@@ -119,7 +121,7 @@ class Encoder:
         """Whether a probe will soon say more."""
         if self.state is EncoderState.SUSPECT:
             return not self.failing
-        return self.state is EncoderState.UP and (self.probing or self.probe_at == -math.inf)
+        return self.state is EncoderState.UP and self.doubted
 
 
 class Fleet:
@@ -161,7 +163,7 @@ class Fleet:
 
     @staticmethod
     def _probe_time(one: Encoder) -> float:
-        if one.state is not EncoderState.UP or one.probe_at == -math.inf:
+        if one.state is not EncoderState.UP or one.doubted:
             return one.probe_at
         return max(one.probe_at, max(one.heard_at, one.connected_at) + QUIET_SECONDS)
 
@@ -169,7 +171,7 @@ class Fleet:
         """Probe ``url`` as soon as possible: there is a doubt about it."""
         one = self.encoders.get(url)
         if one is not None:
-            one.probe_at, one.probe_delay = -math.inf, FIRST_PROBE_SECONDS
+            one.doubted, one.probe_at, one.probe_delay = True, -math.inf, FIRST_PROBE_SECONDS
 
     def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[StateChange]:
         """The encoder has answered a look-up."""
@@ -179,8 +181,8 @@ class Fleet:
         one.probing = False
         one.prefix_cache = prefix_cache
         one.heard_at = max(one.heard_at, one.probed_at)  # it may have been lost since
-        if one.probe_at > -math.inf:
-            one.probe_at, one.probe_delay = now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
+        if one.probe_at > -math.inf:  # otherwise there is a doubt that is newer than the probe
+            one.doubted, one.probe_at, one.probe_delay = False, now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
         return self._well(one, draining, "it answers")
 
     def probe_failed(self, url: str, reason: str, *, silent: bool) -> list[StateChange]:
