@@ -42,6 +42,9 @@ from sglang_mm_conn.sglang_plugin.internals import extend_internal_state, widest
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation, uses_connector
 from sglang_mm_conn.sglang_plugin.redispatch import redispatched
 
+# So long a rank that cannot ask the dispatcher waits for its decision about a room that has failed on this rank.
+_PATIENCE_SECONDS = 10.0
+
 
 def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``create_mm_receiver``: this plugin's receiver for a server with the flag, else sglang's."""
@@ -100,7 +103,8 @@ class SchedulerReceiver(MMReceiverHTTP):
         self._reports: ReportSender | None = None
         if self.tp_rank == 0 and os.environ.get(REPORTS_ENV):  # on the host of the dispatchers
             self._reports = ReportSender(os.environ[REPORTS_ENV])
-            self.manager.language_endpoint.watch_encoders(lambda encoders: self._report(Standings(encoders)))
+            send = self._reports.send
+            self.manager.language_endpoint.watch_encoders(lambda encoders: send(Standings(encoders)))
         for url in self.encode_urls:
             self.manager.language_endpoint.use_encoder(url)
 
@@ -108,10 +112,6 @@ class SchedulerReceiver(MMReceiverHTTP):
         """The server's incarnation on all its hosts: that of rank 0, whose host names the rooms."""
         mine = server_incarnation()
         return mine if self.tp_size == 1 else str(self.tp_group.all_gather_object(mine)[0])
-
-    def _report(self, report: Report) -> None:
-        if self._reports is not None:
-            self._reports.send(report)
 
     def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
         """Called every tick: accepts new requests, polls waiting ones. Returns (ready requests, aborted requests)."""
@@ -126,8 +126,9 @@ class SchedulerReceiver(MMReceiverHTTP):
         news = [(one.rid, found) for one in received if (found := _news_in(one)) is not None]
         received = [request for request in received if _news_in(request) is None]
         requests, aborted = self._process_waiting_requests(
-            received, WaitingEmbeddingRequest, manager=self.manager, report=self._report
-        )
+            received, WaitingEmbeddingRequest, manager=self.manager,
+            report=None if self._reports is None else self._reports.send,
+        )  # fmt: skip
         for rid, redispatch in news:  # afterwards, because the request itself may have come in this tick
             waiting = self.waiting_by_rid.get(rid)
             if waiting is not None and waiting.room_base == redispatch.room_base:
@@ -162,7 +163,7 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def __init__(
         self, rid: str, recv_req: Any, mm_processor: Any, encoder_urls: list[str], model_type: str,
-        manager: EmbeddingManager, report: Callable[[Report], None], **_: Any,
+        manager: EmbeddingManager, report: Callable[[Report], None] | None, **_: Any,
     ) -> None:  # fmt: skip
         # Does not call super().__init__, which opens a socket per request.
         self.rid = rid
@@ -181,7 +182,8 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self._pool_slot_id = self._mm_finalizer = self.registration_future = None
         self.encoder_urls, bases = zip(*map(split_room, encoder_urls), strict=True)
         self.room_base = bases[0]
-        self._parts: WaitingParts[EmbeddingReceiver] = WaitingParts(self._expect, report)
+        patience = manager.args.settings.dispatch_wait + _PATIENCE_SECONDS
+        self._parts: WaitingParts[EmbeddingReceiver] = WaitingParts(self._expect, report, patience)
         self._assembly: Any = None
         if not self.room_base:
             raise ConnError(

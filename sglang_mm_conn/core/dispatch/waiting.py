@@ -45,12 +45,20 @@ class WaitingParts(Generic[Room]):
         rooms: the current room of each part, by its number. Empty once the request is over on this rank.
     """
 
-    def __init__(self, expect: Callable[[str, str], Room], report: Callable[[RoomFailed], None]) -> None:
-        """``expect``: begins to wait for a room of an encoder (URL, room). ``report``: tells the dispatcher."""
+    def __init__(
+        self, expect: Callable[[str, str], Room], report: Callable[[RoomFailed], None] | None, patience: float
+    ) -> None:
+        """
+        Args:
+            expect: begins to wait for a room of an encoder (URL, room).
+            report: tells the dispatcher; None: this rank cannot. What fails a part on every rank is told by another.
+            patience: without ``report``, how many seconds after the failure of a room the request fails, too.
+        """
         self.rooms: list[Room] = []
         self._expect = expect
         self._report = report
-        self._asked: dict[str, float] = {}  # failed rooms, and when the dispatcher is told again
+        self._patience = patience
+        self._asked: dict[str, float] = {}  # failed rooms: when the dispatcher is told again, or patience ends
 
     def expect(self, url: str, room: str) -> None:
         """Wait for the next part."""
@@ -84,7 +92,10 @@ class WaitingParts(Generic[Room]):
         except TransferFailed as error:
             if not may_be_tried_again(error.code):
                 raise
-            if now >= self._asked.get(error.room, now):
+            if self._report is None:
+                if now > self._asked.setdefault(error.room, now + self._patience):
+                    raise
+            elif now >= self._asked.get(error.room, now):
                 self._asked[error.room] = now + ASK_AGAIN_SECONDS
                 self._report(room_failed(error.room, error.code, error.reason))
 
