@@ -2,7 +2,7 @@
 
 Pure; time is an argument. Every event returns actions, to be carried out in order.
 
-- A part has one try under way at most, or it waits for an encoder, or it has arrived. So no part is lost or taken twice.
+- A part has one try under way, or waits for an encoder, or has arrived. So no part is lost or taken twice.
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
 - At most ``tries`` encoders get one part, so a part that kills encoders ends after so many.
@@ -41,6 +41,8 @@ _USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
 _OVERDUE_SECONDS = 5.0  # the scheduler has given a request up for so long: nobody waits for it
 # The language side has given a room up. If its request still waits, its scheduler says so within this time.
 _ABORTED_SECONDS = 5.0
+# An encoder may be lost after it has said that a part has arrived, and before the language side knows.
+_DELIVERED_SECONDS = 5.0
 _FINISHED_ROOMS = 4096
 
 # What a failed try proves about its encoder, and whether that may get the part again once it is well.
@@ -67,6 +69,7 @@ class DispatchCore:
         self._wait_seconds = wait_seconds
         self._new_room_base = new_room_base
         self._open: dict[str, tuple[Request, Part]] = {}  # by the room of the try that is under way
+        self._delivered: dict[str, tuple[Request, Part]] = {}  # by the room that it arrived in
         self._waiting: dict[tuple[str, int], tuple[Request, Part]] = {}  # by room base and number: wait for an encoder
         self._finished: OrderedDict[str, str] = OrderedDict()  # rooms of requests that are over -> their room base
 
@@ -112,14 +115,14 @@ class DispatchCore:
 
     def room_failed(self, room: str, code: int, reason: str, now: float) -> list[DispatchAction]:
         """The scheduler's side says that ``room`` has failed, and waits for what this decides."""
-        found = self._open.get(room)
+        found = self._open.get(room) or self._delivered.get(room)
         if found is not None:
             end = of_failure(code, reason)
             if end.verdict is Verdict.ABORTED:  # not by the request, which waits: by another rank, or its post was cut
                 end = TryEnd(Verdict.LOST, int(HTTPStatus.BAD_GATEWAY), reason)
             return self._ended(*found, end, now)
         base = self._finished.get(room)
-        # The encoder said that the part had arrived, and the request's items are gone.
+        # The request's items are gone.
         return [] if base is None else [GiveUp(base, code, reason)]
 
     # -- encoders ------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ class DispatchCore:
     def report(self, now: float) -> dict[str, object]:
         """What operators see: the encoders, and how many requests are under way."""
         return {
-            "requests": len(self.requests),
+            "requests": sum(one.delivered_at is None for one in self.requests.values()),
             "waiting_parts": len(self._waiting),
             "redispatched": self.redispatched,
             "given_up": self.given_up,
@@ -175,6 +178,8 @@ class DispatchCore:
         """Whether nobody waits for ``request`` any more."""
         if now > request.deadline + _OVERDUE_SECONDS:
             return True
+        if request.delivered_at is not None:
+            return now > request.delivered_at + _DELIVERED_SECONDS
         tries = [part.current for part in request.parts]
         return any(one is not None and one.aborted_at and now > one.aborted_at + _ABORTED_SECONDS for one in tries)
 
@@ -191,11 +196,14 @@ class DispatchCore:
             if one is not None:
                 one.load.took(now - attempt.began, attempt.ahead, now)
             part.delivered = True
-            done = all(other.delivered for other in request.parts)
-            return (self._finish(request) if done else []) + self._settle(changes, now)
+            self._delivered[attempt.room] = (request, part)
+            if all(other.delivered for other in request.parts):
+                request.delivered_at = now
+            return self._settle(changes, now)
         if end.verdict is Verdict.INPUT:
             return self._give_up(request, end.code, end.reason)
         part.last = end
+        request.delivered_at = None
         self._wait(request, part, now)
         if end.verdict is Verdict.ERROR:
             part.excluded.add(attempt.url)
@@ -205,9 +213,12 @@ class DispatchCore:
         return [CancelPost(attempt.room), *self._settle(changes, now)]
 
     def _close(self, part: Part, now: float) -> Try:
-        attempt = part.current
-        assert attempt is not None
+        attempt = part.tries[-1]
         attempt.ended = now
+        if part.delivered:  # after all it was not
+            part.delivered = False
+            del self._delivered[attempt.room]
+            return attempt
         del self._open[attempt.room]
         one = self.fleet.encoders.get(attempt.url)
         if one is not None and one.load.parts:  # it may have been forgotten and come back meanwhile
@@ -336,6 +347,7 @@ class DispatchCore:
             self._waiting.pop((request.room_base, part.number), None)
             if part.tries:  # a failure of an earlier try may still be on its way, and means nothing
                 self._finished[part.tries[-1].room] = request.room_base
+                self._delivered.pop(part.tries[-1].room, None)
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]

@@ -1,8 +1,8 @@
 """Owns the estimate of an encoder's load: the work that it has, and how long it takes for some more. Pure.
 
-Work is counted in units of about one megapixel. How many seconds a unit takes is learned per encoder, from how long each
-part took in relation to the work that was ahead of it. So an encoder that is slow, or has other servers' work, too, is
-seen to be slow.
+Work is counted in units of about one megapixel. How many seconds a unit takes is learned per encoder, from how long
+each part took in relation to the work that was ahead of it. So an encoder that is slow, or has other servers' work,
+too, is seen to be slow.
 """
 
 from __future__ import annotations
