@@ -216,6 +216,8 @@ class DispatchedSchedule(Schedule):
     def _excuse(self, tokenizer: Tokenizer, request: Request) -> str:
         """Why the dispatcher may give the request up; empty: it may not."""
         now = self.kernel.now
+        if request.room_base not in tokenizer.core.requests and all(part.delivered for _, part in request.placed):
+            return "it was lost long after its delivery"
         well = {url for url in tokenizer.known if now - self._unwell[request.server.name, url] > WELL}
         for _, part in request.placed:
             if part.delivered or part.current is not None:
@@ -609,6 +611,7 @@ class DispatchedSchedule(Schedule):
                 "requests": len(core.requests),
                 "tries": len(core._open),
                 "waiting parts": len(core._waiting),
+                "delivered parts": len(core._delivered),
                 "parts at encoders": sum(one.load.parts for one in core.fleet.encoders.values()),
                 "work at encoders": sum(one.load.work for one in core.fleet.encoders.values()),
                 "posts": len(tokenizer.posting),

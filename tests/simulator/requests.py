@@ -18,6 +18,7 @@ from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.reports import RoomFailed
 from sglang_mm_conn.core.dispatch.requests import Part as CorePart
+from sglang_mm_conn.core.dispatch.verdicts import may_be_tried_again
 from sglang_mm_conn.core.dispatch.waiting import WaitingParts
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.states import Poll
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[RoomFailed], None]
 
+PATIENCE = 10.0  # see sglang_plugin.scheduler
 TIMED_OUT, FAILED, PENDING, ARRIVED = range(-2, 2)  # the worst is the least, as in sglang
 
 
@@ -121,8 +123,11 @@ class RankRequest:
         self.rows: list[tuple[Try, torch.Tensor]] = []
         self._schedule = schedule
         self._rank = rank
+        self._asks_nobody = report is None
         self._started = schedule.kernel.now
-        self._parts: WaitingParts[SimulatedRoom] = WaitingParts(self._expect, report)
+        self._parts: WaitingParts[SimulatedRoom] = WaitingParts(
+            self._expect, report, schedule.tokenizers[request.server.name].wait_seconds + PATIENCE
+        )
         self._assembly: _Assembly | None = None
         for url, part in request.placed:
             self._parts.expect(url, request.tries[part.number][0].room)
@@ -149,6 +154,9 @@ class RankRequest:
             try:
                 self._look(now)
             except TransferFailed as error:
+                if self._asks_nobody and may_be_tried_again(error.code):
+                    self.request.excuse = "a rank that cannot ask the dispatcher lost a part"
+                    self._schedule.seen["lost where nobody can be asked"] += 1
                 self.fail(error.code, error.reason)
             except ConnError as error:
                 self.fail(int(HTTPStatus.INTERNAL_SERVER_ERROR), str(error))
@@ -236,7 +244,7 @@ class SchedulerRanks:
         waiting, now = self.waiting[index], self._schedule.kernel.now
         for message in messages:
             if isinstance(message, Request):
-                report = self._report if index == 0 else _tell_nobody
+                report = self._report if index == 0 else None  # the others may be on another host
                 rank = self._server.ranks[index]
                 waiting[message.room_base] = RankRequest(self._schedule, message, rank, report)
             elif isinstance(message, GiveUp) and message.room_base in waiting:
@@ -275,7 +283,3 @@ class SchedulerRanks:
                 else:
                     self._schedule.by_room[message.room].outcome.setdefault(rank.name, "never asked for")
         self._under_way -= 1
-
-
-def _tell_nobody(_: RoomFailed) -> None:
-    """Only rank 0 is on the host of the dispatcher."""

@@ -43,6 +43,7 @@ class Tokenizer(Process):
         kernel = schedule.kernel
         self.server = server
         self.tries = tries
+        self.wait_seconds = wait_seconds
         self.core = DispatchCore(
             tries=tries, wait_seconds=wait_seconds, new_room_base=partial(new_room_base, server.name)
         )
