@@ -34,7 +34,7 @@ from tests.simulator.tokenizer import Tokenizer
 # An encoder that was well for so long must be known to be well.
 WELL = 20.0
 # A server that stood still for so long may find rooms that nobody claimed in time.
-LONG_STANDSTILL = 14.0
+LONG_STANDSTILL = 12.0
 # A process that was silent for longer than the peer timeout is known to be silent after so many seconds more.
 NOTICED_WITHIN = 8.0
 
@@ -54,6 +54,7 @@ class DispatchedSchedule(Schedule):
         self._trouble: dict[tuple[str, str], float] = {}  # (server, URL) -> when there was one last
         self._unwell: dict[tuple[str, str], float] = {}  # (server, URL) -> when it could not serve the server last
         self._silent_since: dict[tuple[str, str], float] = {}
+        self._still_since: dict[str, float] = {}  # by server
 
     # -- the world -----------------------------------------------------------------------------------------------
 
@@ -361,8 +362,21 @@ class DispatchedSchedule(Schedule):
         super().pass_time(seconds)
         for tokenizer in self.tokenizers.values():
             if not tokenizer.dead:
+                self._touch_standstill(tokenizer)
                 for url in self.world.encoders:
                     self._watch(tokenizer, url)
+
+    def _touch_standstill(self, tokenizer: Tokenizer) -> None:
+        server = tokenizer.server
+        if not tokenizer.frozen and not any(rank.frozen for rank in server.ranks):
+            self._still_since.pop(server.name, None)
+            return
+        since = self._still_since.setdefault(server.name, self.kernel.now)
+        if self.kernel.now - since >= LONG_STANDSTILL:
+            for request in self.requests.values():
+                if request.open and request.server is server:
+                    request.touched.add("its server stood still")
+                    self._touch_request(request, "its server stood still")
 
     def _watch(self, tokenizer: Tokenizer, url: str) -> None:
         """Note how an encoder looks to a server."""
@@ -445,11 +459,6 @@ class DispatchedSchedule(Schedule):
     def _froze(self, process: Process, seconds: float) -> None:
         if isinstance(process, EncoderProcess):
             self._note_trouble(process)
-        elif seconds >= LONG_STANDSTILL:
-            for request in self.requests.values():
-                if request.open and process in (*request.server.ranks, self.tokenizers[request.server.name]):
-                    request.touched.add("its server stood still")
-                    self._touch_request(request, "its server stood still")
 
     def _obstruct_some(self) -> bool:
         done = super()._obstruct_some()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_mm_conn.core import rooms
-from sglang_mm_conn.core.dispatch import verdicts
+from sglang_mm_conn.core.dispatch import verdicts, waiting
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
 from sglang_mm_conn.core.dispatch.fleet import Fleet
 from sglang_mm_conn.core.dispatch.waiting import WaitingParts
@@ -225,7 +225,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "requests past their deadline are forgotten": (
-        change(DispatchCore, "tick", ("now > one.deadline + _OVERDUE_SECONDS", "False")),
+        change(DispatchCore, "_is_over", ("now > request.deadline + _OVERDUE_SECONDS", "False")),
     ),
     "an encoder that drains gets no work": (
         change(Fleet, "usable", ("one.state is EncoderState.UP]", "one.state.value in ('up', 'draining')]")),
@@ -235,6 +235,43 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     ),
     "the dispatcher is asked again": (
         change(WaitingParts, "_ask_about", ("now + ASK_AGAIN_SECONDS", "now + 1e9")),
+    ),
+    "a late failure of an earlier try gives nothing up": (
+        change(
+            DispatchCore, "_finish",
+            (
+                "                self._finished[part.tries[-1].room] = request.room_base\n",
+                "                for earlier in part.tries:\n"
+                "                    self._finished[earlier.room] = request.room_base\n",
+            ),
+        ),
+    ),
+    "a room that another rank has aborted is tried again": (
+        change(waiting, "may_be_tried_again", ("is not Verdict.INPUT", "not in (Verdict.INPUT, Verdict.ABORTED)")),
+    ),
+    "the scheduler says whether an aborted room's request waits": (
+        change(
+            DispatchCore, "_ended",
+            (
+                "            part.current.aborted_at = now\n            return []\n",
+                "            return self._finish(request)\n",
+            ),
+        ),
+    ),
+    "a report is no sign of life": (
+        change(Fleet, "stands", ("one.connected_at = now", "one.heard_at = now")),
+    ),
+    "a probe proves life when it was sent, not when it was answered": (
+        change(Fleet, "probed", ("max(one.heard_at, one.probed_at)", "now")),
+    ),
+    "a doubted encoder is probed until it answers": (
+        change(Fleet, "_probe_time", (" or one.doubted", "")),
+    ),
+    "a part that was lost after its delivery is tried again": (
+        change(DispatchCore, "room_failed", (" or self._delivered.get(room)", "")),
+    ),
+    "a rank that cannot ask gives up in the end": (
+        change(WaitingParts, "_ask_about", ("if now > self._asked", "if False and self._asked")),
     ),
 }  # fmt: skip
 

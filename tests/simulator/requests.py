@@ -116,7 +116,9 @@ class _Assembly:
 class RankRequest:
     """A request that waits on one rank: what sglang_plugin.scheduler.WaitingEmbeddingRequest is."""
 
-    def __init__(self, schedule: DispatchedSchedule, request: Request, rank: LanguageProcess, report: Report) -> None:
+    def __init__(
+        self, schedule: DispatchedSchedule, request: Request, rank: LanguageProcess, report: Report | None
+    ) -> None:
         self.request = request
         self.status = PENDING
         self.error: tuple[int, str] = (0, "")

@@ -207,7 +207,7 @@ class Tokenizer(Process):
         if end.verdict not in (Verdict.REFUSED, Verdict.CUT_OFF):
             self.signs[attempt.url] = self._clock
         if attempt.room in self.core._open:
-            attempt.input_at_fault = end.verdict is Verdict.INPUT
+            attempt.input_at_fault = end.code == HTTPStatus.BAD_REQUEST
             attempt.erred = end.verdict is Verdict.ERROR
         self._kernel.note(f"{self.name}: room {attempt.room} was answered: {end.verdict.value} {end.code} {end.reason}")
         self.perform(partial(self.core.answered, attempt.room, end))
