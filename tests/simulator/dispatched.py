@@ -25,18 +25,21 @@ from sglang_mm_conn.core.messages import Heartbeat, Message
 from sglang_mm_conn.core.outcomes import Outcome
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.states import EncoderState
+from tests.simulator.network import Pair
 from tests.simulator.processes import DTYPE, ROW_BYTES, EncoderProcess, LanguageProcess
 from tests.simulator.requests import Request, Try
 from tests.simulator.schedule import LONG_DEADLINE, PEER_TIMEOUT, RECOVERY, Schedule, Server
 from tests.simulator.scheduler import Lane, Process, Violation
 from tests.simulator.tokenizer import Tokenizer
 
-# An encoder that was well for so long must be known to be well.
-WELL = 20.0
+# An encoder that was well for so long must be known to be well; so much earlier at the start of a server.
+WELL, WELL_AT_START = 10.0, 3.0
 # A server that stood still for so long may find rooms that nobody claimed in time.
 LONG_STANDSTILL = 12.0
 # A process that was silent for longer than the peer timeout is known to be silent after so many seconds more.
 NOTICED_WITHIN = 8.0
+# So long after a room has failed the dispatcher must have decided.
+DECIDED_WITHIN = 25.0
 
 
 class DispatchedSchedule(Schedule):
@@ -55,6 +58,8 @@ class DispatchedSchedule(Schedule):
         self._unwell: dict[tuple[str, str], float] = {}  # (server, URL) -> when it could not serve the server last
         self._silent_since: dict[tuple[str, str], float] = {}
         self._still_since: dict[str, float] = {}  # by server
+        self._still_last: dict[str, float] = {}
+        self._kills_after_answer = 0  # that wait for an encoder to say that a part has arrived
 
     # -- the world -----------------------------------------------------------------------------------------------
 
@@ -95,7 +100,7 @@ class DispatchedSchedule(Schedule):
         self.tokenizers[server.name] = tokenizer
         self.world.others.append(tokenizer)
         for url in self.world.encoders:
-            self._unwell[server.name, url] = self.kernel.now
+            self._unwell[server.name, url] = self.kernel.now - WELL + WELL_AT_START
         tokenizer.know(list(self.world.encoders))
         return server
 
@@ -287,6 +292,9 @@ class DispatchedSchedule(Schedule):
             attempt.sender_outcome = action
             if action.success:
                 self._answer(attempt, 200, b"null")
+                if self._kills_after_answer and not encoder.dead:
+                    self._kills_after_answer -= 1
+                    self.kernel.put(encoder.http, lambda: None if encoder.dead else self._kill(encoder))
             else:
                 self._answer_error(attempt, action.outcome.code, action.outcome.reason)
 
@@ -333,7 +341,8 @@ class DispatchedSchedule(Schedule):
             else:
                 self._tokenizer(attempt).answer(attempt, end)
 
-        self.later(self.chance.choice([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 10.0]), arrive)
+        late = [1.0, 1.0, 1.0, 1.0] if state else [1.0, 1.0, 10.0, 60.0]
+        self.later(self.chance.choice([0.0] * 16 + late), arrive)
 
     def _tokenizer(self, attempt: Try) -> Tokenizer:
         return self.tokenizers[attempt.server.name]
@@ -363,6 +372,7 @@ class DispatchedSchedule(Schedule):
         for tokenizer in self.tokenizers.values():
             if not tokenizer.dead:
                 self._touch_standstill(tokenizer)
+                self._check_decisions(tokenizer)
                 for url in self.world.encoders:
                     self._watch(tokenizer, url)
 
@@ -372,6 +382,7 @@ class DispatchedSchedule(Schedule):
             self._still_since.pop(server.name, None)
             return
         since = self._still_since.setdefault(server.name, self.kernel.now)
+        self._still_last[server.name] = self.kernel.now
         if self.kernel.now - since >= LONG_STANDSTILL:
             for request in self.requests.values():
                 if request.open and request.server is server:
@@ -412,6 +423,17 @@ class DispatchedSchedule(Schedule):
                     what = f"part {part.number} of request {request.rid}"
                     raise Violation(f"{what} stays at {encoder.url}, which is silent since {since}")
 
+    def _check_decisions(self, tokenizer: Tokenizer) -> None:
+        """No request waits for a room that has failed."""
+        since = max(self._still_last.get(tokenizer.server.name, -math.inf), self.kernel.now - DECIDED_WITHIN)
+        for request in tokenizer.core.requests.values():
+            for part in request.parts:
+                if not part.tries or part.waits_since is not None or not self.requests[request.room_base].open:
+                    continue
+                failed_at = self.by_room[part.tries[-1].room].failed_at
+                if failed_at is not None and failed_at < since and self.kernel.now - since >= DECIDED_WITHIN:
+                    raise Violation(f"nobody decides about part {part.number} of request {request.rid}, which failed")
+
     def _in_trouble(self, server: Server, url: str) -> bool:
         return self.kernel.now - self._trouble.get((server.name, url), -math.inf) < RECOVERY
 
@@ -427,7 +449,8 @@ class DispatchedSchedule(Schedule):
             (6, self._freeze_some),
             (4, self._obstruct_some),
             (4, self._cut_some),
-            (8, self._kill_encoder),
+            (6, self._kill_encoder),
+            (3, self._kill_after_answer),
             (1, self._kill_server),
             (4, self._fail_write),
             (3, self._duplicate_some),
@@ -459,6 +482,22 @@ class DispatchedSchedule(Schedule):
     def _froze(self, process: Process, seconds: float) -> None:
         if isinstance(process, EncoderProcess):
             self._note_trouble(process)
+
+    def _kill_after_answer(self) -> bool:
+        """Its last message to the ranks may be lost."""
+        self._kills_after_answer += 1
+        return True
+
+    def _pair(self) -> Pair | None:
+        """Often a rank that cannot ask the dispatcher, and an encoder that has work of it."""
+        pairs = [
+            (attempt.server.ranks[1].name, attempt.encoder.name)
+            for tokenizer in self.tokenizers.values()
+            if not tokenizer.dead and len(tokenizer.server.ranks) > 1
+            for attempt in tokenizer.posting.values()
+            if attempt.encoder is not None and not attempt.encoder.dead
+        ]
+        return self.chance.choice(pairs) if pairs and self.chance.random() < 0.5 else super()._pair()
 
     def _obstruct_some(self) -> bool:
         done = super()._obstruct_some()

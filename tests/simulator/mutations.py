@@ -236,16 +236,6 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "the dispatcher is asked again": (
         change(WaitingParts, "_ask_about", ("now + ASK_AGAIN_SECONDS", "now + 1e9")),
     ),
-    "a late failure of an earlier try gives nothing up": (
-        change(
-            DispatchCore, "_finish",
-            (
-                "                self._finished[part.tries[-1].room] = request.room_base\n",
-                "                for earlier in part.tries:\n"
-                "                    self._finished[earlier.room] = request.room_base\n",
-            ),
-        ),
-    ),
     "a room that another rank has aborted is tried again": (
         change(waiting, "may_be_tried_again", ("is not Verdict.INPUT", "not in (Verdict.INPUT, Verdict.ABORTED)")),
     ),

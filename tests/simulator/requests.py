@@ -74,6 +74,7 @@ class Try(Part):
     posted: bool = False  # otherwise no encoder was up when the request came
     encoder: EncoderProcess | None = None  # that has got it
     answered: bool = False
+    failed_at: float | None = None  # when rank 0 saw that its room has failed
     began: float = 0.0
     input_at_fault: bool = False  # the dispatcher was told so
     erred: bool = False  # the dispatcher was told that its encoder failed
@@ -96,7 +97,10 @@ class SimulatedRoom:
         outcome = self.rank.endpoint.outcome(self.room)
         if not outcome.reason or not 400 <= outcome.code <= 599:
             raise Violation(f"room {self.room} failed without a reason: {outcome}")
-        self.attempt.outcome.setdefault(self.rank.name, outcome.reason)
+        if self.rank.name not in self.attempt.outcome:
+            self.attempt.outcome[self.rank.name] = outcome.reason
+            if self.rank is self.attempt.server.ranks[0]:
+                self.attempt.failed_at = self.rank.world.kernel.now
         raise TransferFailed(self.room, outcome.reason, outcome.code)
 
     def clear(self) -> None:

@@ -51,7 +51,7 @@ class Tokenizer(Process):
         self.posting: dict[str, Try] = {}  # by room
         self.signs: dict[str, float] = {}  # of life, by URL
         self.known: tuple[str, ...] = ()
-        self.loses_reports = kernel.chance.random() < 0.1
+        self.loses_reports = kernel.chance.random() < 0.2
         self._schedule = schedule
         self._kernel = kernel
         self._clock = kernel.now
@@ -236,7 +236,7 @@ class Tokenizer(Process):
     # -- what the scheduler's side says --------------------------------------------------------------------------
 
     def _lost(self) -> bool:
-        return self.loses_reports and self._kernel.chance.random() < 0.2
+        return self.loses_reports and self._kernel.chance.random() < 0.25
 
     def _watch(self, standings: list[EncoderStanding]) -> None:
         if not self._lost():
