@@ -202,7 +202,8 @@ class DispatchedSchedule(Schedule):
             earlier.touched.add("no encoder was up")
             return
         self.seen["redispatched"] += 1
-        if not earlier.touched and not self._in_trouble(request.server, earlier.url):
+        stood_still = self.kernel.now - self._still_last.get(request.server.name, -math.inf) < RECOVERY
+        if not earlier.touched and not stood_still and not self._in_trouble(request.server, earlier.url):
             raise Violation(f"part {news.part} of request {request.number} is moved from {earlier.url} without a cause")
         earlier.touched.add("moved")
 
