@@ -27,13 +27,12 @@ from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, Embe
 from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.control.reports import ReportSender
 from sglang_mm_conn.core.dispatch.actions import Redispatched
-from sglang_mm_conn.core.dispatch.reports import Report, Standings, room_failed
-from sglang_mm_conn.core.dispatch.verdicts import may_be_tried_again
+from sglang_mm_conn.core.dispatch.reports import Report, Standings
+from sglang_mm_conn.core.dispatch.waiting import WaitingParts
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.outcomes import known_http_status
 from sglang_mm_conn.core.rooms import part_room
 from sglang_mm_conn.core.settings import Settings
-from sglang_mm_conn.core.states import Poll
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
@@ -43,7 +42,8 @@ from sglang_mm_conn.sglang_plugin.internals import extend_internal_state, widest
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation, uses_connector
 from sglang_mm_conn.sglang_plugin.redispatch import redispatched
 
-_ASK_AGAIN_SECONDS = 1.0  # a report may be lost
+# So long a rank that cannot ask the dispatcher waits for its decision about a room that has failed on this rank.
+_PATIENCE_SECONDS = 10.0
 
 
 def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,8 @@ class SchedulerReceiver(MMReceiverHTTP):
         self._reports: ReportSender | None = None
         if self.tp_rank == 0 and os.environ.get(REPORTS_ENV):  # on the host of the dispatchers
             self._reports = ReportSender(os.environ[REPORTS_ENV])
-            self.manager.language_endpoint.watch_encoders(lambda encoders: self._report(Standings(encoders)))
+            send = self._reports.send
+            self.manager.language_endpoint.watch_encoders(lambda encoders: send(Standings(encoders)))
         for url in self.encode_urls:
             self.manager.language_endpoint.use_encoder(url)
 
@@ -111,10 +112,6 @@ class SchedulerReceiver(MMReceiverHTTP):
         """The server's incarnation on all its hosts: that of rank 0, whose host names the rooms."""
         mine = server_incarnation()
         return mine if self.tp_size == 1 else str(self.tp_group.all_gather_object(mine)[0])
-
-    def _report(self, report: Report) -> None:
-        if self._reports is not None:
-            self._reports.send(report)
 
     def process_waiting_requests(self, recv_reqs: list[Any]) -> Any:
         """Called every tick: accepts new requests, polls waiting ones. Returns (ready requests, aborted requests)."""
@@ -129,8 +126,9 @@ class SchedulerReceiver(MMReceiverHTTP):
         news = [(one.rid, found) for one in received if (found := _news_in(one)) is not None]
         received = [request for request in received if _news_in(request) is None]
         requests, aborted = self._process_waiting_requests(
-            received, WaitingEmbeddingRequest, manager=self.manager, report=self._report
-        )
+            received, WaitingEmbeddingRequest, manager=self.manager,
+            report=None if self._reports is None else self._reports.send,
+        )  # fmt: skip
         for rid, redispatch in news:  # afterwards, because the request itself may have come in this tick
             waiting = self.waiting_by_rid.get(rid)
             if waiting is not None and waiting.room_base == redispatch.room_base:
@@ -161,15 +159,11 @@ def _news_in(request: Any) -> Redispatched | None:
 
 
 class WaitingEmbeddingRequest(WaitingMMRequestBase):
-    """A request that waits for its rooms. A part of the request, sent by one encoder, is one room.
-
-    If a room fails for no fault of the input, the dispatcher decides: it names another encoder and room for the part
-    (``redispatch``), or sends an error. Until then the request waits, within its deadline.
-    """
+    """A request that waits for its rooms (``core.dispatch.waiting``). What one encoder sends of it is one room."""
 
     def __init__(
         self, rid: str, recv_req: Any, mm_processor: Any, encoder_urls: list[str], model_type: str,
-        manager: EmbeddingManager, report: Callable[[Report], None], **_: Any,
+        manager: EmbeddingManager, report: Callable[[Report], None] | None, **_: Any,
     ) -> None:  # fmt: skip
         # Does not call super().__init__, which opens a socket per request.
         self.rid = rid
@@ -178,8 +172,6 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self.model_type = model_type
         self.num_items_assigned = recv_req.num_items_assigned
         self.manager = manager
-        self._report = report
-        self._asked: dict[str, float] = {}  # failed rooms, and when the dispatcher was last told
         self._prompt = recv_req.input_ids
         self.status = WaitingMMRequestStatus.PENDING
         self.error_msg: str | None = None
@@ -190,7 +182,8 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self._pool_slot_id = self._mm_finalizer = self.registration_future = None
         self.encoder_urls, bases = zip(*map(split_room, encoder_urls), strict=True)
         self.room_base = bases[0]
-        self._receivers: list[EmbeddingReceiver] = []
+        patience = manager.args.settings.dispatch_wait + _PATIENCE_SECONDS
+        self._parts: WaitingParts[EmbeddingReceiver] = WaitingParts(self._expect, report, patience)
         self._assembly: Any = None
         if not self.room_base:
             raise ConnError(
@@ -206,7 +199,7 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         for modality in modalities:
             for url, items in zip(self.encoder_urls, self.num_items_assigned[modality], strict=False):
                 if items:
-                    self._receivers.append(self._expect(url, part_room(self.room_base, part)))
+                    self._parts.expect(url, part_room(self.room_base, part))
                     part += 1
         assert part == sum(parts.values())
 
@@ -218,10 +211,12 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def redispatch(self, news: Redispatched) -> None:
         """A part comes from another encoder, in another room. All ranks do this in the same tick."""
-        if not 0 <= news.part < len(self._receivers):
-            return  # the request has failed on this rank
-        self._receivers[news.part].clear()
-        self._receivers[news.part] = self._expect(news.url, news.room)
+        try:
+            if not self._parts.redispatch(news):
+                return  # the request has failed on this rank
+        except Exception as error:  # fails this request, not the scheduler
+            self._fail_assemble(error)
+            return
         # This rank may already have had all parts, and another one not.
         self._assembly = self.recv_embedding_data = None
         self.recv_req.mm_inputs, self.recv_req.input_ids = None, self._prompt
@@ -233,12 +228,10 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             return
         try:
             if self._assembly is None:
-                states = [receiver.poll() for receiver in self._receivers]
-                if Poll.Failed in states:
-                    self._ask_about([self._receivers[i] for i, state in enumerate(states) if state is Poll.Failed])
-                if any(state is not Poll.Success for state in states):
+                if not self._parts.arrived(time.monotonic()):
                     return
-                self._assembly = self.manager.language_endpoint.submit(partial(self._join_parts, [*self._receivers]))
+                join = partial(self._join_parts, [*self._parts.rooms])
+                self._assembly = self.manager.language_endpoint.submit(join)
             if self._assembly.done():
                 self.recv_embedding_data, embeddings = self._assembly.result()
                 self._finish_assemble(embeddings)
@@ -246,18 +239,6 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             self._fail_and_release(f"{error.reason} (room {error.room})", error.code)
         except Exception as error:
             self._fail_assemble(error)
-
-    def _ask_about(self, failed: list[EmbeddingReceiver]) -> None:
-        """Tell the dispatcher of the failed rooms. Raises TransferFailed if it need not be asked."""
-        for receiver in failed:
-            try:
-                receiver.failure_exception()
-            except TransferFailed as error:
-                if not may_be_tried_again(error.code):
-                    raise
-                if time.monotonic() >= self._asked.get(error.room, 0.0):
-                    self._asked[error.room] = time.monotonic() + _ASK_AGAIN_SECONDS
-                    self._report(room_failed(error.room, error.code, error.reason))
 
     def _join_parts(
         self, receivers: list[EmbeddingReceiver]
@@ -298,9 +279,7 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self._clear_rooms()
 
     def _clear_rooms(self) -> None:
-        for receiver in self._receivers:
-            receiver.clear()
-        self._receivers = []
+        self._parts.clear()
         self._assembly = None  # an exception in it would keep the rows alive
 
     def _extract_embedding_from_buffer(self, recv_obj: Any, parts: Any) -> None:

@@ -12,8 +12,10 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 
 from tests.faults.table import RESULTS, write
+from tests.simulator.dispatched import DispatchedSchedule
 from tests.simulator.mutations import MUTATIONS, without
 from tests.simulator.schedule import Schedule
 
@@ -50,9 +52,15 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def schedule_of(name: str, trace: Callable[[str], None] | None = None) -> Schedule:
+    """The requests of every other schedule go through a dispatcher."""
+    _, _, number = name.rpartition(":")
+    return DispatchedSchedule(name, trace) if number.isdigit() and int(number) % 2 else Schedule(name, trace)
+
+
 def play(name: str) -> tuple[Counter[str], str]:
     """One schedule: what happened, and how it broke a promise (empty: it did not)."""
-    schedule = Schedule(name)
+    schedule = schedule_of(name)
     try:
         return schedule.run(), ""
     except Exception as error:
@@ -130,7 +138,7 @@ def prove(seed: str, schedules: int, jobs: int, *, as_json: bool, into_document:
 
 
 def replay(name: str, protection: str | None) -> int:
-    schedule = Schedule(name, print)
+    schedule = schedule_of(name, print)
     with without(protection) if protection else contextlib.nullcontext():
         try:
             schedule.run()

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_mm_conn.core import rooms
+from sglang_mm_conn.core.dispatch import verdicts, waiting
+from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
+from sglang_mm_conn.core.dispatch.fleet import Fleet
+from sglang_mm_conn.core.dispatch.waiting import WaitingParts
 from sglang_mm_conn.core.encoder.sender import SenderCore
 from sglang_mm_conn.core.language import accounts
 from sglang_mm_conn.core.language.receiver import ReceiverCore
@@ -172,6 +176,92 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     ),
     "deadlines are enforced": (
         change(ReceiverCore, "tick", ("now >= entry.deadline", "False")),
+    ),
+    # Of the dispatcher:
+    "each try has a room of its own": (
+        change(DispatchCore, "_serve", ("part_room(self._new_room_base(), ", "part_room(request.room_base, ")),
+    ),
+    "the scheduler gives the room of an earlier try up": (
+        change(WaitingParts, "redispatch", ("self.rooms[news.part].clear()", "pass")),
+    ),
+    "tries are bounded": (
+        change(DispatchCore, "_serve", ("len(part.tries) >= self._tries", "False")),
+    ),
+    "no try is left at an encoder that is down": (
+        change(DispatchCore, "_settle", ("if change.new is EncoderState.DOWN:", "if False:")),
+    ),
+    "a process that fell silent is reported": (
+        change(Registrations, "tick", ("encoder.silences += process.registered_once", "pass")),
+    ),
+    "no encoder gets a part again without a sign of life": (
+        change(DispatchCore, "_choose", ("(ended is None or one.heard_at >= ended)", "True")),
+    ),
+    "no encoder gets a part again that it failed to encode": (
+        change(DispatchCore, "_ended", ("part.excluded.add(attempt.url)", "pass")),
+    ),
+    "a part keeps its number": (
+        change(
+            DispatchCore, "_post",
+            (
+                "        self._open[room] = (request, part)\n",
+                "        self._open[room] = (request, part)\n"
+                "        part.number = (part.number + (len(part.tries) > 1)) % part.of\n",
+            ),
+        ),
+    ),
+    "a fault of the input is not tried again": (
+        change(verdicts, "of_failure", ("verdict = Verdict.INPUT", "verdict = Verdict.ERROR")),
+    ),
+    "the answer of an earlier try says nothing of the newer": (
+        change(
+            DispatchCore, "answered",
+            (
+                "        if found is None:\n",
+                "        for pair in self._open.values():\n"
+                "            if any(attempt.room == room for attempt in pair[1].tries):\n"
+                "                found = pair\n"
+                "        if found is None:\n",
+            ),
+        ),
+    ),
+    "requests past their deadline are forgotten": (
+        change(DispatchCore, "_is_over", ("now > request.deadline + _OVERDUE_SECONDS", "False")),
+    ),
+    "an encoder that drains gets no work": (
+        change(Fleet, "usable", ("one.state is EncoderState.UP]", "one.state.value in ('up', 'draining')]")),
+    ),
+    "a request waits while the dispatcher decides": (
+        change(WaitingParts, "_ask_about", ("not may_be_tried_again(error.code)", "True")),
+    ),
+    "the dispatcher is asked again": (
+        change(WaitingParts, "_ask_about", ("now + ASK_AGAIN_SECONDS", "now + 1e9")),
+    ),
+    "a room that another rank has aborted is tried again": (
+        change(waiting, "may_be_tried_again", ("is not Verdict.INPUT", "not in (Verdict.INPUT, Verdict.ABORTED)")),
+    ),
+    "the scheduler says whether an aborted room's request waits": (
+        change(
+            DispatchCore, "_ended",
+            (
+                "            part.current.aborted_at = now\n            return []\n",
+                "            return self._finish(request)\n",
+            ),
+        ),
+    ),
+    "a report is no sign of life": (
+        change(Fleet, "stands", ("one.connected_at = now", "one.heard_at = now")),
+    ),
+    "a probe proves life when it was sent, not when it was answered": (
+        change(Fleet, "probed", ("max(one.heard_at, one.probed_at)", "now")),
+    ),
+    "a doubted encoder is probed until it answers": (
+        change(Fleet, "_probe_time", (" or one.doubted", "")),
+    ),
+    "a part that was lost after its delivery is tried again": (
+        change(DispatchCore, "room_failed", (" or self._delivered.get(room)", "")),
+    ),
+    "a rank that cannot ask gives up in the end": (
+        change(WaitingParts, "_ask_about", ("if now > self._asked", "if False and self._asked")),
     ),
 }  # fmt: skip
 

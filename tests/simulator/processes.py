@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
+import msgspec
 import torch
 
 from sglang_mm_conn.connector.encoder.endpoint import EncoderEndpoint
@@ -44,6 +45,7 @@ class World:
         self.network = Network(kernel)
         self.encoders: dict[str, EncoderProcess] = {}  # by URL: the newest process there
         self.languages: list[LanguageProcess] = []
+        self.others: list[Process] = []
         self.segments: dict[str, SimulatedSegment] = {}
         self.owners_by_target: dict[str, LanguageProcess] = {}  # also of engines that are no more
         self.engines_by_target: dict[str, weakref.ref[SimulatedEngine]] = {}  # by target
@@ -54,8 +56,8 @@ class World:
         self.numbers = itertools.count(20000)
         self.over = False  # the schedule was broken off
 
-    def processes(self) -> list[EncoderProcess | LanguageProcess]:
-        return [*self.encoders.values(), *self.languages]
+    def processes(self) -> list[Process]:
+        return [*self.encoders.values(), *self.languages, *self.others]
 
 
 class SimulatedRuntime(Runtime):
@@ -91,9 +93,9 @@ class SimulatedRuntime(Runtime):
         encoder = self._world.encoders[encoder_url]
         if encoder.dead:
             raise EncoderAbsent("refused", refused=True)
-        if not self._world.network.reaches(self._process, encoder):
-            raise EncoderAbsent("timed out", refused=False)
-        return encoder.endpoint.bootstrap_info[0]
+        if not encoder.answers_look_ups and not self._world.network.reaches(self._process, encoder):
+            raise EncoderAbsent("timed out", refused=False, silent=True)
+        return encoder.look_up_answer()
 
     def pool(self, geometry: Geometry, *, shared: bool, memory_device: str) -> BlockPool:
         pool = BlockPool(geometry, shared=False)
@@ -120,7 +122,13 @@ class SimulatedRuntime(Runtime):
 
 
 class EncoderProcess(Process):
-    """One life of an encoder at ``url``."""
+    """One life of an encoder at ``url``.
+
+    Attributes:
+        draining: whether it says that it takes no new work.
+        prefix_cache: whether it says that it keeps embeddings.
+        answers_look_ups: whether its HTTP server answers them even while this process is frozen or cut off.
+    """
 
     def __init__(self, world: World, name: str, url: str, host: int, settings: Settings) -> None:
         super().__init__(name)
@@ -129,6 +137,7 @@ class EncoderProcess(Process):
         self.host = host
         self.busy: Counter[int] = Counter()  # transfer queue -> workers in a data call
         self.handing_over = False
+        self.draining = self.prefix_cache = self.answers_look_ups = False
         self.endpoint = EncoderEndpoint(
             settings, host="127.0.0.1", dtype=DTYPE, widest_row_bytes=ROW_BYTES, send_timeout=SEND_TIMEOUT,
             data_paths={"shm": SimulatedPath("shm", self), "mooncake": SimulatedPath("mooncake", self)},
@@ -144,6 +153,12 @@ class EncoderProcess(Process):
         for entry in self.endpoint.core.rooms.values():
             if not entry.machine.final and entry.deadline < self.world.kernel.now:
                 raise Violation(f"room {entry.room} outlived its deadline on {self.name}")
+
+    def look_up_answer(self) -> BootstrapInfo:
+        info, _ = self.endpoint.bootstrap_info
+        if not self.draining and not self.prefix_cache:
+            return info
+        return msgspec.structs.replace(info, draining=self.draining, prefix_cache=self.prefix_cache)
 
     def hand_over(self, room: str, embedding: torch.Tensor, metadata: bytes) -> None:
         """The model has computed the embedding; its thread writes no large one."""

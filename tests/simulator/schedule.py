@@ -33,7 +33,7 @@ from sglang_mm_conn.core.states import Poll
 from tests.simulator.memory import Write, content
 from tests.simulator.network import Connection, Pair
 from tests.simulator.processes import DTYPE, ROW_BYTES, EncoderProcess, LanguageProcess, World, new_server
-from tests.simulator.scheduler import Kernel, Violation, attribute
+from tests.simulator.scheduler import Kernel, Process, Violation, attribute
 
 FRAME_LIMIT = 1 << 24
 HEARTBEAT, PEER_TIMEOUT, CLAIM_TIMEOUT, DOUBT_PATIENCE = 3.0, 12.0, 25.0, 3.0
@@ -356,8 +356,8 @@ class Schedule:
 
     # -- faults --------------------------------------------------------------------------------------------------
 
-    def fault(self) -> None:
-        kinds: list[tuple[int, Callable[[], bool]]] = [
+    def _kinds_of_fault(self) -> list[tuple[int, Callable[[], bool]]]:
+        return [
             (6, self._abort_some),
             (5, self._freeze_some),
             (5, self._obstruct_some),
@@ -368,6 +368,9 @@ class Schedule:
             (4, self._duplicate_some),
             (3, self._twist_some),
         ]
+
+    def fault(self) -> None:
+        kinds = self._kinds_of_fault()
         weights = [weight for weight, _ in kinds]
         for _ in range(4):
             (kind,) = self.chance.choices([kind for _, kind in kinds], weights)
@@ -398,6 +401,7 @@ class Schedule:
         seconds = self._duration()
         self.kernel.note(f"{process.name} is frozen for {seconds} s")
         process.frozen = True
+        self._froze(process, seconds)
 
         def thaw() -> None:
             self.kernel.note(f"{process.name} goes on")
@@ -405,6 +409,9 @@ class Schedule:
 
         self.later(seconds, thaw)
         return True
+
+    def _froze(self, process: Process, seconds: float) -> None:
+        """``process`` stands still for ``seconds`` from now on."""
 
     def _pair(self) -> Pair | None:
         pairs = [

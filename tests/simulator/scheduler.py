@@ -29,6 +29,9 @@ class Process:
     def runs(self) -> bool:
         return not self.frozen and not self.dead
 
+    def tick(self) -> None:
+        """Time has passed."""
+
 
 class Lane:
     """Work that is done in order; with ``width`` > 1 any of the first ``width`` pieces comes next (a pool of threads).

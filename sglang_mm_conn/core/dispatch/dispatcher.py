@@ -40,6 +40,10 @@ from sglang_mm_conn.core.states import EncoderState
 NO_ENCODER = "no encoder is available for the images, video or audio of this request, try again later"
 _USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
 _OVERDUE_SECONDS = 5.0  # the scheduler has given a request up for so long: nobody waits for it
+# The language side has given a room up. If its request still waits, its scheduler says so within this time.
+_ABORTED_SECONDS = 2.0
+# An encoder may be lost after it has said that a part has arrived, and before the language side knows.
+_DELIVERED_SECONDS = 2.0
 _FINISHED_ROOMS = 4096
 
 # What a failed try proves about its encoder, and whether that may get the part again once it is well.
@@ -66,6 +70,7 @@ class DispatchCore:
         self._wait_seconds = wait_seconds
         self._new_room_base = new_room_base
         self._open: dict[str, tuple[Request, Part]] = {}  # by the room of the try that is under way
+        self._delivered: dict[str, tuple[Request, Part]] = {}  # by the room that it arrived in
         self._waiting: dict[tuple[str, int], tuple[Request, Part]] = {}  # by room base and number: wait for an encoder
         self._finished: OrderedDict[str, str] = OrderedDict()  # rooms of requests that are over -> their room base
 
@@ -111,11 +116,14 @@ class DispatchCore:
 
     def room_failed(self, room: str, code: int, reason: str, now: float) -> list[DispatchAction]:
         """The scheduler's side says that ``room`` has failed, and waits for what this decides."""
-        found = self._open.get(room)
+        found = self._open.get(room) or self._delivered.get(room)
         if found is not None:
-            return self._ended(*found, of_failure(code, reason), now)
+            end = of_failure(code, reason)
+            if end.verdict is Verdict.ABORTED:  # not by the request, which waits: by another rank, or its post was cut
+                end = TryEnd(Verdict.LOST, int(HTTPStatus.BAD_GATEWAY), reason)
+            return self._ended(*found, end, now)
         base = self._finished.get(room)
-        # The encoder said that the part had arrived, and the request's items are gone.
+        # The request's items are gone.
         return [] if base is None else [GiveUp(base, *_for_client(of_failure(code, reason)))]
 
     # -- encoders ------------------------------------------------------------------------------------------------
@@ -145,14 +153,14 @@ class DispatchCore:
     def tick(self, now: float) -> list[DispatchAction]:
         """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""
         actions: list[DispatchAction] = []
-        for request in [one for one in self.requests.values() if now > one.deadline + _OVERDUE_SECONDS]:
+        for request in [one for one in self.requests.values() if self._is_over(one, now)]:
             actions += self._finish(request)
         return actions + self._settle([], now)
 
     def report(self, now: float) -> dict[str, object]:
         """What operators see: the encoders, and how many requests are under way."""
         return {
-            "requests": len(self.requests),
+            "requests": sum(one.delivered_at is None for one in self.requests.values()),
             "waiting_parts": len(self._waiting),
             "redispatched": self.redispatched,
             "given_up": self.given_up,
@@ -171,8 +179,22 @@ class DispatchCore:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _is_over(request: Request, now: float) -> bool:
+        """Whether nobody waits for ``request`` any more."""
+        if now > request.deadline + _OVERDUE_SECONDS:
+            return True
+        if request.delivered_at is not None:
+            return now > request.delivered_at + _DELIVERED_SECONDS
+        tries = [part.current for part in request.parts]
+        return any(one is not None and one.aborted_at and now > one.aborted_at + _ABORTED_SECONDS for one in tries)
+
     def _ended(self, request: Request, part: Part, end: TryEnd, now: float) -> list[DispatchAction]:
         """The try of ``part`` that is under way has ended."""
+        if end.verdict is Verdict.ABORTED:
+            assert part.current is not None
+            part.current.aborted_at = now
+            return []
         attempt = self._close(part, now)
         if end.verdict is Verdict.DELIVERED:
             changes = self.fleet.delivered(attempt.url, now)
@@ -180,14 +202,15 @@ class DispatchCore:
             if one is not None:
                 one.load.took(now - attempt.began, attempt.ahead, now)
             part.delivered = True
-            done = all(other.delivered for other in request.parts)
-            return (self._finish(request) if done else []) + self._settle(changes, now)
+            self._delivered[attempt.room] = (request, part)
+            if all(other.delivered for other in request.parts):
+                request.delivered_at = now
+            return self._settle(changes, now)
         cancel = CancelPost(attempt.room)  # it may have ended otherwise than by an answer
-        if end.verdict is Verdict.ABORTED:
-            return [cancel, *self._finish(request), *self._settle([], now)]
         if end.verdict is Verdict.INPUT:
             return [cancel, *self._give_up(request, end.code, end.reason), *self._settle([], now)]
         part.last = end
+        request.delivered_at = None
         if end.verdict in (Verdict.REFUSED, Verdict.DRAINS) and self._tries > 1:
             part.refused.add(attempt.url)
         self._wait(request, part, now)
@@ -199,9 +222,12 @@ class DispatchCore:
         return [cancel, *self._settle(changes, now)]
 
     def _close(self, part: Part, now: float) -> Try:
-        attempt = part.current
-        assert attempt is not None
+        attempt = part.tries[-1]
         attempt.ended = now
+        if part.delivered:  # after all it was not
+            part.delivered = False
+            del self._delivered[attempt.room]
+            return attempt
         del self._open[attempt.room]
         one = self.fleet.encoders.get(attempt.url)
         if one is not None:
@@ -285,7 +311,7 @@ class DispatchCore:
         able = []
         for one in self.fleet.usable(now):
             ended = lost_at.get(one.url)
-            if one.url not in part.excluded and (ended is None or one.heard_at > ended):
+            if one.url not in part.excluded and (ended is None or one.heard_at >= ended):
                 able.append(one)
         # Those that had it come last.
         return [one for one in able if one.url not in lost_at] or able
@@ -341,8 +367,9 @@ class DispatchCore:
                 actions.append(CancelPost(attempt.room))
             part.waits_since = None
             self._waiting.pop((request.room_base, part.number), None)
-            for earlier in part.tries:
-                self._finished[earlier.room] = request.room_base
+            if part.tries:  # a failure of an earlier try may still be on its way, and means nothing
+                self._finished[part.tries[-1].room] = request.room_base
+                self._delivered.pop(part.tries[-1].room, None)
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]

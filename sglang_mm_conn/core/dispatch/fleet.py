@@ -69,10 +69,12 @@ class Encoder:
         machine: its state.
         reason: why it has this state.
         standing: what the scheduler's side last said.
-        probing: whether a probe is under way.
+        probing: whether a probe is under way; ``probed_at``: when the last one began.
+        doubted: whether a part was lost there, or a report speaks against it, and no probe has been answered since.
         probe_at: the next probe is due then.
         probe_delay: seconds from the next probe to the one after it.
         heard_at: time of the last sign of life.
+        connected_at: when the scheduler's side last said that it is connected, which is true of a frozen one, too.
         errors: errors in a row.
         trial_at, trial_delay: when it may get a part as a trial while it fails, and the interval after that.
         prefix_cache: whether it keeps embeddings of earlier items.
@@ -87,9 +89,12 @@ class Encoder:
     reason: str = "not probed yet"
     standing: EncoderStanding | None = None
     probing: bool = False
+    probed_at: float = -math.inf
+    doubted: bool = False
     probe_at: float = -math.inf
     probe_delay: float = FIRST_PROBE_SECONDS
     heard_at: float = -math.inf
+    connected_at: float = -math.inf
     errors: int = 0
     trial_at: float = math.inf
     trial_delay: float = FIRST_TRIAL_SECONDS
@@ -116,7 +121,7 @@ class Encoder:
         """Whether a probe will soon say more."""
         if self.state is EncoderState.SUSPECT:
             return not self.failing
-        return self.state is EncoderState.UP and (self.probing or self.probe_at == -math.inf)
+        return self.state is EncoderState.UP and self.doubted
 
 
 class Fleet:
@@ -151,22 +156,22 @@ class Fleet:
         """The encoders to probe now. Each of them counts as being probed until ``probed`` or ``probe_failed``."""
         due = [one for one in self.encoders.values() if not one.probing and now >= self._probe_time(one)]
         for one in due:
-            one.probing = True
+            one.probing, one.probed_at = True, now
             one.probe_at = now + one.probe_delay
             one.probe_delay = min(one.probe_delay * PROBE_FACTOR, MOST_PROBE_SECONDS)
         return [one.url for one in due]
 
     @staticmethod
     def _probe_time(one: Encoder) -> float:
-        if one.state is not EncoderState.UP or one.probe_at == -math.inf:
+        if one.state is not EncoderState.UP or one.doubted:
             return one.probe_at
-        return max(one.probe_at, one.heard_at + QUIET_SECONDS)
+        return max(one.probe_at, max(one.heard_at, one.connected_at) + QUIET_SECONDS)
 
     def probe_now(self, url: str) -> None:
         """Probe ``url`` as soon as possible: there is a doubt about it."""
         one = self.encoders.get(url)
         if one is not None:
-            one.probe_at, one.probe_delay = -math.inf, FIRST_PROBE_SECONDS
+            one.doubted, one.probe_at, one.probe_delay = True, -math.inf, FIRST_PROBE_SECONDS
 
     def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[StateChange]:
         """The encoder has answered a look-up."""
@@ -175,9 +180,11 @@ class Fleet:
             return []
         one.probing = False
         one.prefix_cache = prefix_cache
+        one.heard_at = max(one.heard_at, one.probed_at)  # it may have been lost since
         if one.probe_at == -math.inf:
-            return []  # a part was lost since the probe began; the next probe says more
-        return self._well(one, draining, "it answers", now)
+            return []  # there is a doubt that is newer than the probe; the next probe says more
+        one.doubted, one.probe_at, one.probe_delay = False, now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
+        return self._well(one, draining, "it answers")
 
     def probe_failed(self, url: str, reason: str, *, silent: bool) -> list[StateChange]:
         """A look-up has failed. ``silent``: because no answer came in time, which a busy encoder may owe."""
@@ -208,9 +215,10 @@ class Fleet:
                 return []
             return self._become(one, EncoderState.DOWN, standing.refusal)
         if standing.connected:
-            one.heard_at = now
+            one.connected_at = now
             if before is None or not before.connected or before.draining != standing.draining or before.refusal:
-                return self._well(one, standing.draining, "it is registered", now)
+                self.probe_now(one.url)  # the report may be old
+                return self._well(one, standing.draining, "it is registered")
             return []
         if before is not None and before.connected and one.state is EncoderState.UP:
             self.probe_now(one.url)
@@ -262,9 +270,7 @@ class Fleet:
             return []
         return self._become(one, to, reason)
 
-    def _well(self, one: Encoder, draining: bool, reason: str, now: float) -> list[StateChange]:
-        one.heard_at = now
-        one.probe_at, one.probe_delay = now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
+    def _well(self, one: Encoder, draining: bool, reason: str) -> list[StateChange]:
         if one.standing is not None and one.standing.refusal:
             return self._become(one, EncoderState.DOWN, one.standing.refusal)
         if draining:

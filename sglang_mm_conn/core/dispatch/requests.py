@@ -17,6 +17,7 @@ class Try:
         began: time of the post.
         ahead: work ahead of it and its own.
         ended: time of its end; None: it is under way.
+        aborted_at: when its encoder said that the language side has given it up.
     """
 
     room: str
@@ -24,6 +25,7 @@ class Try:
     began: float
     ahead: float
     ended: float | None = None
+    aborted_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class Part:
         tries: all of them, the newest last.
         last: how the newest ended, if it failed.
         waits_since: since when it waits for an encoder; None: it does not wait.
-        delivered: whether it has arrived.
+        delivered: whether its encoder says that it has arrived.
         excluded: encoders that failed to encode it. They would fail again.
         refused: encoders that did not take it, at least once.
     """
@@ -72,16 +74,18 @@ class Part:
 
 @dataclass(slots=True)
 class Request:
-    """One request with parts that have not all arrived.
+    """One request that its scheduler may still wait for.
 
     Attributes:
         rid: its id, for logs; a later request may have the same.
         room_base: its name among all requests.
         deadline: time at which the scheduler gives it up.
         parts: by their numbers.
+        delivered_at: when the last part was delivered; None: not all are.
     """
 
     rid: str
     room_base: str
     deadline: float
     parts: list[Part]
+    delivered_at: float | None = None

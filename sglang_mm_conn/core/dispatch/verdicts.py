@@ -18,7 +18,7 @@ class Verdict(Enum):
 
     DELIVERED = "delivered"  # the encoder says that the embedding has arrived
     INPUT = "input"  # the input is at fault, or the deadline has passed: no other encoder would do better
-    ABORTED = "aborted"  # the request is over
+    ABORTED = "aborted"  # the language side has given the room up: the request is over, or a rank lost the encoder
     ERROR = "error"  # the encoder failed to encode it: another encoder may succeed
     LOST = "lost"  # the room failed for no fault of the input; the encoder may be well
     REFUSED = "refused"  # nothing listens at the encoder's address, or it cannot be reached
@@ -54,8 +54,11 @@ _LOST = {
 
 
 def may_be_tried_again(code: int) -> bool:
-    """Whether a room that failed with ``code`` may succeed at another encoder."""
-    return of_failure(code, "").verdict in (Verdict.ERROR, Verdict.LOST)
+    """Whether a room that failed with ``code`` may succeed at another encoder.
+
+    A request that waits has not given its room up. If the room was aborted, another rank did that, or the dispatcher.
+    """
+    return of_failure(code, "").verdict is not Verdict.INPUT
 
 
 def of_failure(code: int, reason: str) -> TryEnd:
