@@ -104,7 +104,11 @@ def fleet_of(options: Options, story: Story, logs: Path) -> Iterator[Fleet]:
             answers.stop()  # its memory and its cores are for those under test
             return groups(KIND, **of)
 
-        yield Fleet(group, groups.stop, answers, options, story, logs, model)
+        def reset() -> None:
+            answers.stop()
+            groups.stop()
+
+        yield Fleet(group, reset, answers, options, story, logs, model)
 
 
 class Answers:
