@@ -70,7 +70,7 @@ servers end with it, however it ends. About 1 GB of memory for each server, of w
     parser.add_argument("--data-path", choices=PATHS, default="shm", help="of the embeddings (default: %(default)s)")
     parser.add_argument(
         "--requests", type=int, default=1000, metavar="N",
-        help="rolling-restart goes on until so many were asked; a turn of two that are compared has a tenth of them "
+        help="rolling-restart goes on until so many were asked; a turn of two that are compared has a share of them "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -33,7 +33,7 @@ _STAND_IN = ROOT / "tests" / "fleet" / "stand_in"
 
 def run(fleet: Fleet) -> list[Outcome]:
     fleet.reset()
-    count = max(2 * CLIENTS, fleet.options.requests // 10)
+    count = max(2 * CLIENTS, fleet.options.requests // 5)
     with ExitStack() as stack:
         groups = {name: _group(fleet, name) for name in BACKENDS}
         for name, group in groups.items():
