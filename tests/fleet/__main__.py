@@ -70,7 +70,7 @@ servers end with it, however it ends. About 1 GB of memory for each server, of w
     parser.add_argument("--data-path", choices=PATHS, default="shm", help="of the embeddings (default: %(default)s)")
     parser.add_argument(
         "--requests", type=int, default=1000, metavar="N",
-        help="rolling-restart goes on until so many were asked; a turn of two that are compared has a tenth of them "
+        help="rolling-restart goes on until so many were asked; a turn of two that are compared has a share of them "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -104,7 +104,11 @@ def fleet_of(options: Options, story: Story, logs: Path) -> Iterator[Fleet]:
             answers.stop()  # its memory and its cores are for those under test
             return groups(KIND, **of)
 
-        yield Fleet(group, groups.stop, answers, options, story, logs, model)
+        def reset() -> None:
+            answers.stop()
+            groups.stop()
+
+        yield Fleet(group, reset, answers, options, story, logs, model)
 
 
 class Answers:

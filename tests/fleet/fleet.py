@@ -77,7 +77,7 @@ class Fleet:
 
     Attributes:
         group: options of ServerGroup -> a running group, the same one while the same options are asked for.
-        reset: stops the groups that run.
+        reset: stops the groups that run, and the colocated server.
         right: what a colocated server of the same model answers.
         options: of the run.
         story: of the run.

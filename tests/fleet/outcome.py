@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tests.fleet.tally import Tally
 
@@ -114,7 +115,7 @@ def on_terminal(outcomes: Sequence[Outcome]) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="right" if column in COLUMNS[2:6] else "left", overflow="fold")
     for one in outcomes:
-        table.add_row(*one.cells(), style={"missed": "red", "skipped": "yellow"}.get(one.verdict))
+        table.add_row(*map(Text, one.cells()), style={"missed": "red", "skipped": "yellow"}.get(one.verdict))
     return table
 
 

@@ -26,13 +26,13 @@ HITS, ALL = "sglang:encoder_cache_hit_files_total", "sglang:encoder_cache_total_
 
 
 def run(fleet: Fleet) -> list[Outcome]:
+    asked = one_image_each(IMAGES)
+    fleet.learn(asked)
     group = fleet.servers(
         ENCODERS, LANGUAGES,
         env={"SGLANG_ENCODER_MAX_BATCH_SIZE": "1"},  # sglang's cache leaves batches of several requests out
         encoder_flags=("--enable-prefix-mm-cache", "--enable-metrics"),
     )  # fmt: skip
-    asked = one_image_each(IMAGES)
-    fleet.learn(asked)
     urls = [server.url for server in group.languages]
     before = [counted(encoder) for encoder in group.encoders]
     tally = Tally(())

@@ -65,7 +65,7 @@ def _group(fleet: Fleet, name: str, checkout: Path) -> ServerGroup:
 
 
 def _compare(fleet: Fleet, groups: dict[str, ServerGroup]) -> Outcome:
-    count = max(2 * CLIENTS, fleet.options.requests // 10)
+    count = max(2 * CLIENTS, fleet.options.requests // 2)
     together: dict[str, list[Tally]] = {name: [] for name in groups}
     alone: dict[str, list[Tally]] = {name: [] for name in groups}
     for name, group in groups.items():
@@ -73,7 +73,7 @@ def _compare(fleet: Fleet, groups: dict[str, ServerGroup]) -> Outcome:
     for number in range(TURNS):
         # Each of them is the first one in every other turn.
         for name in (THIS, OLDER) if number % 2 == 0 else (OLDER, THIS):
-            alone[name].append(_ask(fleet, groups[name], count // 4, 1))
+            alone[name].append(_ask(fleet, groups[name], count // 5, 1))
             together[name].append(_ask(fleet, groups[name], count, CLIENTS))
             rate, median = together[name][-1].rate, alone[name][-1].median
             fleet.story.say(f"turn {number + 1}: {name}: {rate:.2f} requests/s, alone {median * 1e3:.0f} ms")

@@ -43,7 +43,8 @@ def run(fleet: Fleet) -> list[Outcome]:
             died_before = supervisor.deaths
             fleet.story.event(f"asked: {question.name}")
             reply = put(group.language.url, question, fleet.right)
-            fleet.story.event(f"answered: {question.name}: HTTP {reply.status} {reply.error[:300]}")
+            fleet.story.event(f"answered: {question.name}")
+            fleet.story.say(f"HTTP {reply.status} {reply.error[:300]}")
             time.sleep(fleet.options.seconds)  # nobody dies of it later
             died = supervisor.deaths - died_before
             goals += [

@@ -26,23 +26,25 @@ TURNS = 3  # of each
 LEAST_RATIO = 1.3
 
 
+# With images only: what is asked of the encoders is compared.
+ASKED = tuple(replace(one, max_tokens=4) for one in questions(30, seed=3000) if one.images)
+
+
 def play_in_turns(fleet: Fleet, groups: dict[str, ServerGroup], count: int) -> dict[str, list[Tally]]:
-    # With images only: what is asked of the encoders is compared.
-    asked = tuple(replace(one, max_tokens=4) for one in questions(30, seed=3000) if one.images)
-    fleet.learn(asked)
     turns: dict[str, list[Tally]] = {name: [] for name in groups}
     for name, group in groups.items():
-        warm = play([group.language.url], asked, fleet.right, count=2 * CLIENTS)
+        warm = play([group.language.url], ASKED, fleet.right, count=2 * CLIENTS)
         fleet.story.say(f"{name}, not counted: {warm}")
     for number in range(TURNS):
         for name, group in groups.items():
-            turns[name].append(play([group.language.url], asked, fleet.right, count=count))
+            turns[name].append(play([group.language.url], ASKED, fleet.right, count=count))
             last = turns[name][-1]
             fleet.story.say(f"turn {number + 1}: {name}: {last.rate:.2f} requests/s, p99 {last.p99:.2f} s; {last}")
     return turns
 
 
 def run(fleet: Fleet) -> list[Outcome]:
+    fleet.learn(ASKED)
     fleet.reset()
     with ExitStack() as stack:
         groups = {name: _group(fleet, name) for name in BACKENDS}
