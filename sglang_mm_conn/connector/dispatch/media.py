@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.load import work_of
@@ -15,6 +16,12 @@ from sglang_mm_conn.core.dispatch.load import work_of
 # Enough for the header of every common format; a JPEG may have its size behind a long EXIF block, and then counts as
 # one of unknown size. A multiple of four characters, so that the rest of the base64 text is not needed.
 _HEADER_CHARACTERS = 8192
+# Those whose size Pillow reads from the header. It wants all of a WebP file, which so counts as one of unknown size.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP")
+_NO_IMAGE = (
+    UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)  # fmt: skip
 _JPEG_TEXT = "/9j/"  # how every JPEG file begins in base64: no path
 
 
@@ -71,54 +78,8 @@ def _pixels(media: Any) -> int:
             return 0
     else:
         return 0
-    width, height = _size(head)
-    return width * height
-
-
-def _size(head: bytes) -> tuple[int, int]:
-    """Width and height of the image whose file begins with ``head``; zeros: unknown.
-
-    Pillow is not asked: it wants all of a WebP file, warns of large images, and would read whatever a client sends with
-    dozens of decoders.
-    """
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _big(head[16:20]), _big(head[20:24])
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return _little(head[6:8]), _little(head[8:10])
-    if head.startswith(b"BM"):
-        return _little(head[18:22]), abs(int.from_bytes(head[22:26], "little", signed=True))  # upside down: negative
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return _webp_size(head)
-    return _jpeg_size(head) if head.startswith(b"\xff\xd8") else (0, 0)
-
-
-def _webp_size(head: bytes) -> tuple[int, int]:
-    kind = head[12:16]
-    if kind == b"VP8X":
-        return _little(head[24:27]) + 1, _little(head[27:30]) + 1
-    if kind == b"VP8L":
-        bits = _little(head[21:25])
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return (_little(head[26:28]) & 0x3FFF, _little(head[28:30]) & 0x3FFF) if kind == b"VP8 " else (0, 0)
-
-
-def _jpeg_size(head: bytes) -> tuple[int, int]:
-    """Walks over the segments to the frame header, which has the size."""
-    at = 2
-    while at + 9 <= len(head) and head[at] == 0xFF:
-        marker = head[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _big(head[at + 7 : at + 9]), _big(head[at + 5 : at + 7])
-        else:
-            at += 2 + _big(head[at + 2 : at + 4])
-    return 0, 0
-
-
-def _big(data: bytes) -> int:
-    return int.from_bytes(data, "big")
-
-
-def _little(data: bytes) -> int:
-    return int.from_bytes(data, "little")
+    try:
+        with Image.open(io.BytesIO(head), formats=_FORMATS) as image:  # reads the header only
+            return image.width * image.height
+    except _NO_IMAGE:
+        return 0
