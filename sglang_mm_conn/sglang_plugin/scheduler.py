@@ -182,7 +182,8 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self._pool_slot_id = self._mm_finalizer = self.registration_future = None
         self.encoder_urls, bases = zip(*map(split_room, encoder_urls), strict=True)
         self.room_base = bases[0]
-        patience = manager.args.settings.dispatch_wait + _PATIENCE_SECONDS
+        # What fails a room on a follower is that rank's own fault: no other encoder would help.
+        patience = manager.args.settings.dispatch_wait + _PATIENCE_SECONDS if manager.args.leads else 0.0
         self._parts: WaitingParts[EmbeddingReceiver] = WaitingParts(self._expect, report, patience)
         self._assembly: Any = None
         if not self.room_base:

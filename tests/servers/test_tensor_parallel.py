@@ -22,6 +22,7 @@ from sglang_mm_conn.demo.servers import Server, ServerGroup, free_port
 from sglang_mm_conn.demo.timeline import received
 from sglang_mm_conn.memory.results import _name
 from sglang_mm_conn.memory.segment import DIRECTORY
+from tests.servers.clients import ConcurrentRequests
 from tests.servers.conftest import SharedGroups
 
 TEXT, ONE_IMAGE, LARGE = QUESTIONS[0], QUESTIONS[1], QUESTIONS[-1]
@@ -192,11 +193,11 @@ def test_two_hosts_get_a_copy_each(
     """Two nodes of one server, here on one machine: each has a leader, and an embedding is there when both have it."""
     shared_group.stop()
     right = reference("qwen2_5_vl")
-    for question in QUESTIONS:
+    for question in (*QUESTIONS, *CONCURRENT):
         right.answer(question)
     nodes = (*LANGUAGE_FLAGS, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}", "--node-rank")
     group = ServerGroup(
-        tiny_model("qwen2_5_vl"), tmp_path, env=ENV, languages=2, language_env=LANGUAGE_ENV,
+        tiny_model("qwen2_5_vl"), tmp_path, env=ENV, encoders=2, languages=2, language_env=LANGUAGE_ENV,
         language_flags=(*nodes, "0"),
     )  # fmt: skip
     first, second = group.languages
@@ -206,3 +207,12 @@ def test_two_hosts_get_a_copy_each(
         rooms = [{room.room: room.bytes for room in received(node.log())} for node in group.languages]
         assert rooms[0] == rooms[1] and rooms[0], "both hosts have every embedding"
         assert sorted(re.findall(r"Language rank (\d of \d)", group.encoder.log())) == ["0 of 2", "1 of 2"]
+
+        # A killed encoder's parts go to the other one, in rooms that both hosts change to.
+        with ConcurrentRequests(first.url, (TEXT, *CONCURRENT), clients=4, timeout=60) as concurrent:
+            concurrent.wait_for_more(8)
+            group.encoders[0].signal(signal.SIGKILL)
+            concurrent.wait_for_more(24)
+        for one in concurrent.asked:
+            assert one.answer is not None and one.answer.same_as(right.answer(one.question)), one
+        assert "goes from" in first.log()
