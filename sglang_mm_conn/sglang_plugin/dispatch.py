@@ -25,12 +25,11 @@ from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.errors import ConnError
-from sglang_mm_conn.core.outcomes import known_http_status
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation
-from sglang_mm_conn.sglang_plugin.redispatch import redispatch_request
+from sglang_mm_conn.sglang_plugin.redispatch import error_request, redispatch_request
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,6 @@ def split_room(url: str) -> tuple[str, str]:
     """(encoder URL, room base). The base is empty where sglang's own dispatcher made the request."""
     plain, _, room_base = url.partition("#")
     return plain, room_base
-
-
-def dispatch_tag(room_base: str) -> str:
-    """Ends the message of a dispatch error: a later request may have the same id, but has another room base."""
-    return f" [dispatch {room_base}]"
 
 
 class RoomDispatcher(MMReceiverHTTP):
@@ -135,11 +129,7 @@ def _tell(rid: str, tell: Tell | None, news: Redispatched | GiveUp) -> None:
     """Send ``news`` of the request ``rid`` to its scheduler."""
     if tell is None:
         return
-    if isinstance(news, Redispatched):
-        tell(redispatch_request(rid, news))
-        return
-    text = news.reason + dispatch_tag(news.room_base)
-    tell(EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=known_http_status(news.code)))
+    tell(redispatch_request(rid, news) if isinstance(news, Redispatched) else error_request(rid, news))
 
 
 async def report_encoders(original: Callable[[Any], Awaitable[list[Any]]], self: Any) -> list[Any]:

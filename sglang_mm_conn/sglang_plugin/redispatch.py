@@ -9,7 +9,8 @@ from __future__ import annotations
 import msgspec
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
 
-from sglang_mm_conn.core.dispatch.actions import Redispatched
+from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
+from sglang_mm_conn.core.outcomes import known_http_status
 
 _PREFIX = "conn_multimodal redispatch "
 # Made at import: see the hazard in control.bootstrap.
@@ -20,6 +21,22 @@ def redispatch_request(rid: str, news: Redispatched) -> EncoderDispatchErrorReq:
     """``news`` of the request ``rid`` as a message of sglang."""
     text = _PREFIX + msgspec.json.encode(news).decode()
     return EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=0)
+
+
+def error_request(rid: str, news: GiveUp) -> EncoderDispatchErrorReq:
+    """``news`` of the request ``rid`` as a message of sglang. Its text begins with the room base: a later request may
+    have the same id. The scheduler takes it off again."""
+    return EncoderDispatchErrorReq(
+        rid=rid, error_msg=f"{news.room_base} {news.reason}", error_code=known_http_status(news.code)
+    )
+
+
+def error_of(message: EncoderDispatchErrorReq, room_base: str) -> EncoderDispatchErrorReq | None:
+    """``message`` as the client gets it; None if it is about another request than that of ``room_base``."""
+    about, _, reason = message.error_msg.partition(" ")
+    if about != room_base:
+        return None
+    return EncoderDispatchErrorReq(rid=message.rid, error_msg=reason, error_code=message.error_code)
 
 
 def redispatched(message: EncoderDispatchErrorReq) -> Redispatched | None:

@@ -36,11 +36,11 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
-from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, dispatch_tag, split_room
+from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, split_room
 from sglang_mm_conn.sglang_plugin.idle import wake_on
 from sglang_mm_conn.sglang_plugin.internals import extend_internal_state, widest_row
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation, uses_connector
-from sglang_mm_conn.sglang_plugin.redispatch import redispatched
+from sglang_mm_conn.sglang_plugin.redispatch import error_of, redispatched
 
 # So long a rank that cannot ask the dispatcher waits for its decision about a room that has failed on this rank.
 _PATIENCE_SECONDS = 10.0
@@ -122,9 +122,8 @@ class SchedulerReceiver(MMReceiverHTTP):
             wake_on(self.scheduler, completions.fileno(), lambda: bool(self.waiting_list))
             # Part of `internal_states` in GET /server_info.
             extend_internal_state(self.scheduler, BACKEND, self.manager.language_endpoint.report)
-        received = [request for request in recv_reqs if not self._is_stale_error(request)]
-        news = [(one.rid, found) for one in received if (found := _news_in(one)) is not None]
-        received = [request for request in received if _news_in(request) is None]
+        news = [(one.rid, found) for one in recv_reqs if (found := _news_in(one)) is not None]
+        received = self._without_news(recv_reqs)
         requests, aborted = self._process_waiting_requests(
             received, WaitingEmbeddingRequest, manager=self.manager,
             report=None if self._reports is None else self._reports.send,
@@ -138,14 +137,22 @@ class SchedulerReceiver(MMReceiverHTTP):
             completions.notify()
         return ready_first(requests, received), aborted
 
-    def _is_stale_error(self, request: Any) -> bool:
-        """Whether ``request`` is a dispatch error of an earlier request with the same id."""
-        if not isinstance(request, EncoderDispatchErrorReq):
-            return False
-        waiting = self.waiting_by_rid.get(request.rid)
-        if waiting is None or redispatched(request) is not None:
-            return False
-        return dispatch_tag(waiting.room_base) not in request.error_msg
+    def _without_news(self, recv_reqs: list[Any]) -> list[Any]:
+        """``recv_reqs`` without news of redispatches, and without errors of earlier requests with the same id."""
+        if not any(isinstance(request, EncoderDispatchErrorReq) for request in recv_reqs):
+            return recv_reqs
+        bases = {rid: waiting.room_base for rid, waiting in self.waiting_by_rid.items()}
+        received = []
+        for request in recv_reqs:
+            if not isinstance(request, EncoderDispatchErrorReq):
+                urls = getattr(request, "encoder_urls", None)
+                if urls:
+                    bases[request.rid] = split_room(urls[0])[1]
+                received.append(request)
+            elif redispatched(request) is None:
+                error = error_of(request, bases.get(request.rid, ""))
+                received += [] if error is None else [error]
+        return received
 
     def create_req(self, recv_req: Any) -> Any:
         # In sglang 0.5.23 an aborted request without input ids ends the whole server (its output calls len(None)).

@@ -10,7 +10,7 @@ from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.rooms import new_id, new_room_base, part_room
 from sglang_mm_conn.sglang_plugin.dispatch import _tell
-from sglang_mm_conn.sglang_plugin.redispatch import redispatch_request, redispatched
+from sglang_mm_conn.sglang_plugin.redispatch import error_of, error_request, redispatch_request, redispatched
 
 
 def news() -> Redispatched:
@@ -46,4 +46,12 @@ def test_each_kind_of_news_is_told_in_its_own_way() -> None:
     _tell("rid", sent.append, GiveUp(moved.room_base, 499, "why"))
     _tell("rid", None, moved)
     assert [redispatched(message) for message in sent] == [moved, None]
-    assert (sent[1].error_code, sent[1].error_msg) == (400, f"why [dispatch {moved.room_base}]")
+    assert sent[1].error_code == 400
+
+
+def test_an_error_reaches_its_own_request_in_the_dispatchers_words() -> None:
+    base = new_room_base(new_id())
+    message = error_request("rid", GiveUp(base, 503, "no encoder is available"))
+    told = error_of(message, base)
+    assert told is not None and (told.rid, told.error_code, told.error_msg) == ("rid", 503, "no encoder is available")
+    assert error_of(message, new_room_base(new_id())) is None, "a later request may have the same id"
