@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.fleet.fleet import Fleet, Options, Story
+from tests.fleet.fleet import USED_AGAIN_SECONDS, Fleet, Options, Story
 from tests.fleet.load import questions
 from tests.fleet.outcome import Outcome
 from tests.fleet.scenarios import rolling_restart
@@ -72,5 +73,6 @@ def test_no_client_notices_a_killed_encoder_and_images_get_503_while_there_is_no
         load.wait_for_more(2 * BEFORE_AND_AFTER)
         fleet.story.say(f"one of two is left: {load.tally()}")
         outage = Outage(fleet, group, group.encoders[0], load)
+        time.sleep(max(0.0, outage.ready_at + USED_AGAIN_SECONDS - time.monotonic()))
         load.wait_for_more(2 * BEFORE_AND_AFTER)
     watched.check(outage.outcome("all killed", f"{ENCODERS} encoders", load, []))

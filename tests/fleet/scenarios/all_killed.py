@@ -78,8 +78,8 @@ class Outage:
             no_wrong_answer(everything),
         ]
         meanwhile = sum(reply.right for reply in refusals.replies)
-        if meanwhile:  # once its list is empty, sglang's own rule
-            figures = [*figures, f"{meanwhile} images answered without an encoder"]
+        if meanwhile:  # an encoder is of use a moment before /health says so
+            figures = [*figures, f"{meanwhile} images answered before one was ready"]
         made = self._fleet.judged(name, servers, everything, goals, figures)
         # Those of the first moments may end otherwise: an encoder that died had them.
         first = self.began + FIRST_MOMENTS
