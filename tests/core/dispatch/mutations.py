@@ -18,7 +18,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_able", ("one.url not in part.excluded and ", "")
     ),
     "the same encoder gets a part again only after a sign of life": change(
-        DispatchCore, "_able", ("(ended is None or one.heard_at > ended)", "True")
+        DispatchCore, "_able", ("(ended is None or one.heard_at >= ended)", "True")
     ),
     "an answer to a probe from before a loss is no sign of life": change(
         Fleet, "probed", ("if one.probe_at == -math.inf:", "if False:")
@@ -36,7 +36,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_serve", ("self._new_room_base()", "request.room_base")
     ),
     "overdue requests are forgotten": change(
-        DispatchCore, "tick", ("now > one.deadline + _OVERDUE_SECONDS", "False")
+        DispatchCore, "_is_over", ("now > request.deadline + _OVERDUE_SECONDS", "False")
     ),
     "nothing is posted after the deadline": change(
         DispatchCore, "_serve", ("now > request.deadline", "False")
@@ -83,10 +83,40 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "probed", ("return self._settle(", "return (lambda changes, now: [])(")
     ),
     "a request is forgotten when all of its parts have arrived": change(
-        DispatchCore, "_ended", ("if done else []", "if False else []")
+        DispatchCore, "_is_over", ("now > request.delivered_at + _DELIVERED_SECONDS", "False")
     ),
     "a request is forgotten only when all of its parts have arrived": change(
-        DispatchCore, "_ended", ("done = all(", "done = any(")
+        DispatchCore, "_ended", ("if all(other.delivered", "if any(other.delivered")
+    ),
+    "a request whose parts have arrived is kept for a while": change(
+        DispatchCore, "_is_over", ("now > request.delivered_at + _DELIVERED_SECONDS", "True")
+    ),
+    "a part that was lost after its delivery is tried again": change(
+        DispatchCore, "room_failed", (" or self._delivered.get(room)", "")
+    ),
+    "a request with a part that was lost after its delivery has not arrived": change(
+        DispatchCore, "_ended", ("request.delivered_at = None", "pass")
+    ),
+    "rooms of a request that is over have not arrived": change(
+        DispatchCore, "_finish", ("self._delivered.pop(part.tries[-1].room, None)", "pass")
+    ),
+    "a request whose room was aborted is forgotten": change(
+        DispatchCore, "_is_over", ("now > one.aborted_at + _ABORTED_SECONDS", "False")
+    ),
+    "a request whose room was aborted is kept for a while": change(
+        DispatchCore, "_is_over", ("now > one.aborted_at + _ABORTED_SECONDS", "True")
+    ),
+    "an aborted room whose request waits is tried again": change(
+        DispatchCore, "room_failed", ("if end.verdict is Verdict.ABORTED:", "if False:")
+    ),
+    "a report is no sign of life": change(
+        Fleet, "stands", ("one.connected_at = now", "one.heard_at = now")
+    ),
+    "a probe proves life when it was sent, not when it was answered": change(
+        Fleet, "probed", ("max(one.heard_at, one.probed_at)", "now")
+    ),
+    "a doubted encoder is probed until it answers": change(
+        Fleet, "_probe_time", (" or one.doubted", "")
     ),
     "an encoder that does not take a part uses up no try": change(
         DispatchCore, "_ended", ("part.refused.add(attempt.url)", "pass")

@@ -202,17 +202,45 @@ def test_an_encoder_that_is_up_is_probed_only_when_nothing_was_heard_of_it() -> 
     times = probe_times(fleet, 100.0, 14, lambda now: well(fleet, now=now))
     assert times == pytest.approx([100.0 + QUIET_SECONDS, 100.0 + 2 * QUIET_SECONDS])
     assert probe_times(fleet, 114.0, 0.5, lambda now: None) == []
-    fleet, _ = fleet_of(UP)
-    for now in range(100, 150):
+    fleet, one = fleet_of(UP)
+    stands(fleet, 100.0)
+    assert fleet.due_probes(100.0) == [A]  # the first report of a connection may be an old one
+    well(fleet)
+    for now in range(101, 150):
         stands(fleet, float(now))
         assert fleet.due_probes(float(now)) == []
+    assert one.heard_at == 100.0  # what the scheduler's side says keeps probes away, and is no sign of life
 
 
 def test_an_encoder_that_drains_is_probed_until_it_ends() -> None:
     fleet, _ = fleet_of(DRAINING)
     times = probe_times(fleet, 100.0, 10, lambda now: well(fleet, now=now, draining=True))
-    assert times == pytest.approx([103.0, 106.0, 109.0])
+    assert times == pytest.approx([100.0 + MOST_PROBE_SECONDS * number for number in range(1, 5)])
     assert states(fleet.probe_failed(A, "refused", silent=False)) == [DOWN]
+
+
+def test_a_probe_proves_life_when_it_began_not_when_its_answer_came() -> None:
+    fleet, one = fleet_of(UP)
+    fleet.lost(A, None, "lost")
+    fleet.due_probes(103.0)
+    well(fleet, now=104.5)
+    assert one.heard_at == 103.0
+    fleet.delivered(A, 105.0)
+    well(fleet, now=106.0)
+    assert one.heard_at == 105.0  # never back
+
+
+def test_an_encoder_that_is_doubted_is_probed_until_it_answers() -> None:
+    fleet, one = fleet_of(UP)
+    stands(fleet)
+    fleet.probe_now(A)
+    times = probe_times(
+        fleet, 102.0, 10, lambda now: (stands(fleet, now), fleet.probe_failed(A, "timed out", silent=True))
+    )
+    assert one.state is UP and one.doubted and len(times) >= 6
+    fleet.due_probes(112.0)
+    well(fleet, now=112.0)
+    assert not one.doubted and fleet.due_probes(112.0 + QUIET_SECONDS - 0.1) == []
 
 
 def test_a_busy_encoder_owes_an_answer_to_a_probe_and_stays_up() -> None:
@@ -252,10 +280,12 @@ def test_a_probe_says_whether_the_encoder_keeps_embeddings() -> None:
 # -- the scheduler's side ------------------------------------------------------------------------------------------
 
 
-def test_an_encoder_whose_control_connection_comes_up_is_up() -> None:
+def test_an_encoder_whose_control_connection_comes_up_is_up_and_probed() -> None:
     for state in (SUSPECT, DOWN):
         fleet, one = fleet_of(state)
-        assert stands(fleet) == [StateChange(A, state, UP, "it is registered")] and one.heard_at == 101.0
+        assert stands(fleet) == [StateChange(A, state, UP, "it is registered")]
+        assert one.heard_at == 100.0 and one.connected_at == 101.0  # a frozen process is connected, too
+        assert one.undecided and fleet.due_probes(101.0) == [A]
 
 
 def test_repeated_standings_change_nothing() -> None:

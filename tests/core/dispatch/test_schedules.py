@@ -14,6 +14,7 @@ SCHEDULES = 800
 KINDS = {
     "posts", "posts again", "given up", "delivered", "input", "aborted", "error", "lost", "refused", "cut off",
     "drains", "stranger", "alive", "frozen", "draining", "erring", "refusing",
+    "lost after delivery", "aborted, and waits",
 }  # fmt: skip
 
 
