@@ -21,7 +21,7 @@ from sglang_mm_conn.core.dispatch.actions import (
 )
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, FIRST_TRIAL_SECONDS, EncoderStanding
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.rooms import part_room
@@ -48,6 +48,8 @@ class Model:
     silences: int = 0
     probed_at: float = math.inf  # of the probe that is under way
     sign_at: float = -math.inf  # of the newest sign of life
+    losses: int = 0  # in a row; parts that were at it at the same time are lost once
+    lost_at: float = -math.inf  # of the last one that counted
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Schedule:
         self.parts: dict[str, list[Part]] = {}
         self.over: set[str] = set()  # room bases that were forgotten
         self.rooms: dict[str, Post] = {}  # all that were posted
+        self.posted_at: dict[str, float] = {}  # by room
         self.running: dict[str, Post] = {}  # posts that are neither answered nor cancelled
         self.seen: Counter[str] = Counter()
 
@@ -137,6 +140,7 @@ class Schedule:
         assert post.room == sent.rooms[post.part], "a room that the scheduler does not expect"
         assert told.get((post.room_base, post.part), post.room) == post.room
         self.rooms[post.room] = self.running[post.room] = post
+        self.posted_at[post.room] = self.now
         sent.tries[post.part] += 1
         assert sent.taken(post.part) <= self.tries, "too many tries"
         assert sent.tries[post.part] <= self.tries + len(URLS), "a part is tried without end"
@@ -146,7 +150,16 @@ class Schedule:
         assert post.url not in sent.erred.get(post.part, ()), "a post to an encoder that failed to encode this part"
         lost_at = sent.lost.get((post.part, post.url))
         assert lost_at is None or self.models[post.url].sign_at >= lost_at, "a post without a sign of life"
+        self.check_trial(post, sent)
         self.seen["posts again" if sent.tries[post.part] > 1 else "posts"] += 1
+
+    def check_trial(self, post: Post, sent: Sent) -> None:
+        """An encoder that loses one part after the other gets none for a while, if another can have it."""
+        model, mine = self.models[post.url], {one.url for one in self.rooms.values() if one.part == post.part
+                                              and one.room_base == post.room_base}  # fmt: skip
+        others = [one for one in self.core.fleet.encoders.values() if one.state is EncoderState.UP]
+        if model.losses >= FAILURES_IN_A_ROW and any(one.url not in mine for one in others):
+            assert self.now >= model.lost_at + FIRST_TRIAL_SECONDS, "a part for an encoder that loses every part"
 
     def may_be_over(self, sent: Sent) -> bool:
         """Whether nobody waits for the request any more, as far as a dispatcher can know."""
@@ -276,6 +289,9 @@ class Schedule:
             self.seen["lost after delivery"] += 1
         if verdict in LOSSES:
             sent.lost[post.part, post.url] = self.now
+            if verdict is not Verdict.DRAINS and post.url in self.known and self.posted_at[room] >= model.lost_at:
+                model.losses, model.lost_at = model.losses + 1, self.now
+                self.seen["loses every part"] += model.losses == FAILURES_IN_A_ROW
             if verdict in (Verdict.REFUSED, Verdict.DRAINS) and self.tries > 1:
                 sent.refused.add((post.part, post.url))
         elif verdict is Verdict.ERROR:
@@ -284,6 +300,7 @@ class Schedule:
         if verdict in (Verdict.DELIVERED, Verdict.ERROR):
             model.sign_at = self.now
         if verdict is Verdict.DELIVERED:
+            model.losses = 0
             sent.arrived[post.part] = self.now
         elif verdict is Verdict.INPUT:
             sent.blamed = True
@@ -369,7 +386,8 @@ class Schedule:
     def know(self) -> None:
         known = [url for url in URLS if self.models[url].steady or self.chance.random() < 0.8]
         for url in set(self.known) - set(known):
-            self.models[url].probed_at = math.inf
+            model = self.models[url]
+            model.probed_at, model.losses, model.lost_at = math.inf, 0, -math.inf
         self.known = known
         self.note(f"known: {known}")
         self.carry_out(self.core.know(known, self.now))
@@ -389,6 +407,8 @@ class Schedule:
 
     def run(self, steps: int = 60) -> None:
         self.know()
+        if self.chance.random() < 0.35:
+            self.models[URLS[-1]].refusing = True
         if self.chance.random() < 0.8:  # most begin with encoders that are up
             while any(one.probed_at < math.inf for one in self.models.values()):
                 self.step(self.probe_ends)

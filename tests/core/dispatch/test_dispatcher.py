@@ -19,7 +19,8 @@ from sglang_mm_conn.core.dispatch.actions import (
 )
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import NO_ENCODER
-from sglang_mm_conn.core.dispatch.fleet import ERRORS_IN_A_ROW, EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, EncoderStanding
+from sglang_mm_conn.core.dispatch.requests import ABORTED_SECONDS, DELIVERED_SECONDS
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.states import EncoderState
 from tests.core.dispatch.driver import A, B, C, D, Driver
@@ -29,7 +30,7 @@ LOSSES = [Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdic
 
 def arrives(driver: Driver, base: str) -> bool:
     """Whether all parts have arrived, so that the request is forgotten, but not yet: the encoder may still be lost."""
-    early = driver.tick(dispatcher._DELIVERED_SECONDS - driver.now + (driver.core.requests[base].delivered_at or -1e9))
+    early = driver.tick(DELIVERED_SECONDS - driver.now + (driver.core.requests[base].delivered_at or -1e9))
     return Forget(base) not in early and Forget(base) in driver.tick(0.01)
 
 
@@ -135,7 +136,7 @@ def test_a_lost_part_says_something_of_its_encoder_and_a_probe_follows(verdict: 
 
 def test_an_error_says_nothing_until_there_are_several_in_a_row() -> None:
     driver = Driver(A, B)
-    for number in range(ERRORS_IN_A_ROW):
+    for number in range(FAILURES_IN_A_ROW):
         assert driver.state(A) is EncoderState.UP
         base = driver.dispatch(0.1 + number)
         while driver.at(base).url != A:  # occupied with healthy work, B is not chosen
@@ -191,6 +192,34 @@ def test_an_encoder_that_answers_probes_and_takes_nothing_is_not_tried_without_e
             driver.tick(0.1)
             driver.well(A)
     assert len(driver.posts) == 4 and isinstance(driver.news_of(base)[-1], GiveUp)
+
+
+def test_an_encoder_that_loses_every_part_gets_few_and_others_get_the_rest() -> None:
+    driver = Driver(A, B)
+    for _ in range(300):
+        base = driver.dispatch()
+        while (post := driver.at(base)).url == A:
+            driver.answer(post.room, Verdict.CUT_OFF)
+            driver.well(A)
+        driver.answer(post.room, Verdict.DELIVERED)
+        driver.tick(0.1)
+    urls = [post.url for post in driver.posts]
+    assert urls.count(B) == 300 and 5 <= urls.count(A) <= 8 and driver.state(A) is EncoderState.SUSPECT
+
+
+def test_a_part_that_no_other_can_have_goes_to_an_encoder_that_loses_parts() -> None:
+    driver = Driver(A, B, tries=5)
+    for _ in range(FAILURES_IN_A_ROW):
+        base = driver.dispatch()
+        while driver.at(base).url != A:
+            base = driver.dispatch()
+        driver.answer(driver.at(base).room, Verdict.LOST)
+        driver.well(A)
+    assert driver.state(A) is EncoderState.SUSPECT
+    base = driver.dispatch()
+    assert driver.at(base).url == B
+    driver.answer(driver.at(base).room, Verdict.ERROR)
+    assert driver.at(base).url == A
 
 
 def test_the_client_is_told_the_encoders_error_after_the_last_try() -> None:
@@ -298,7 +327,7 @@ def test_an_aborted_request_ends_quietly_a_little_later() -> None:
     base = driver.dispatch(5.0, 5.0)
     other = driver.at(base, 1).room
     assert driver.answer(driver.at(base, 0).room, Verdict.ABORTED) == []
-    driver.tick(dispatcher._ABORTED_SECONDS)
+    driver.tick(ABORTED_SECONDS)
     assert driver.forgotten == []
     driver.tick(0.01)
     assert driver.news == [] and driver.forgotten == [base] and other in driver.cancelled
@@ -312,10 +341,10 @@ def test_an_aborted_part_whose_request_still_waits_is_tried_again() -> None:
     base = driver.dispatch()
     room = driver.at(base).room
     driver.answer(room, Verdict.ABORTED)
-    driver.tick(dispatcher._ABORTED_SECONDS - 0.1)
+    driver.tick(ABORTED_SECONDS - 0.1)
     driver.room_failed(room, 499, "aborted")
     assert driver.at(base).url == B and room in driver.cancelled
-    driver.tick(dispatcher._ABORTED_SECONDS + 1.0)  # the new try is not aborted
+    driver.tick(ABORTED_SECONDS + 1.0)  # the new try is not aborted
     assert driver.forgotten == [] and driver.at(base).url == B
 
 
@@ -362,7 +391,7 @@ def test_a_part_lost_after_its_delivery_is_tried_again() -> None:
     base = driver.dispatch()
     room = driver.at(base).room
     driver.answer(room, Verdict.DELIVERED)
-    driver.tick(dispatcher._DELIVERED_SECONDS)
+    driver.tick(DELIVERED_SECONDS)
     driver.room_failed(room, 502)
     assert driver.at(base).url == B and driver.loads() == {A: (0, 0.0), B: (1, 1.0)}
     assert driver.core.report(driver.now)["requests"] == 1
@@ -402,7 +431,7 @@ def test_a_room_that_fails_long_after_its_request_has_arrived_fails_the_request(
     base = driver.dispatch()
     room = driver.at(base).room
     driver.answer(room, Verdict.DELIVERED)
-    driver.tick(dispatcher._DELIVERED_SECONDS + 0.1)
+    driver.tick(DELIVERED_SECONDS + 0.1)
     for _ in range(2):  # the report is repeated
         (give_up,) = driver.room_failed(room, 404, "http://a:1 does not know it")
         assert isinstance(give_up, GiveUp) and (give_up.room_base, give_up.code) == (base, 502)
@@ -417,7 +446,7 @@ def test_a_room_of_an_earlier_try_says_nothing_of_a_request_that_has_arrived() -
     driver.answer(first, Verdict.LOST)
     last = driver.at(base).room
     driver.answer(last, Verdict.DELIVERED)
-    driver.tick(dispatcher._DELIVERED_SECONDS + 0.1)
+    driver.tick(DELIVERED_SECONDS + 0.1)
     assert driver.room_failed(first) == [] and driver.room_failed(last) != []
 
 
@@ -428,7 +457,7 @@ def test_rooms_of_old_requests_are_forgotten_in_the_end(monkeypatch: pytest.Monk
     for _ in range(4):
         rooms.append(driver.at(driver.dispatch()).room)
         driver.answer(rooms[-1], Verdict.DELIVERED)
-        driver.tick(dispatcher._DELIVERED_SECONDS + 0.1)
+        driver.tick(DELIVERED_SECONDS + 0.1)
     assert driver.room_failed(rooms[0]) == [] and driver.room_failed(rooms[1]) != []
 
 
@@ -478,6 +507,26 @@ def test_parts_of_a_busy_encoder_stay_while_its_control_connection_lives() -> No
         driver.absent(A, silent=True)
         driver.stands(A)
     assert driver.state(A) is EncoderState.UP and driver.at(base).url == A and len(driver.posts) == 1
+
+
+def test_parts_of_a_suspect_encoder_that_answers_no_probe_move_though_its_heartbeats_arrive() -> None:
+    driver = Driver(A, peer_timeout=6.0, wait=0.0)
+    driver.stands(A)
+    driver.well(A)
+    first, second = driver.dispatch(), driver.dispatch()
+    driver.answer(driver.at(first).room, Verdict.CUT_OFF)
+    kept = driver.at(second).room
+    for _ in range(4):
+        driver.tick(1.0)
+        driver.absent(A, silent=True)
+        driver.stands(A)
+    assert driver.state(A) is EncoderState.SUSPECT and driver.at(second).room == kept and driver.news == []
+    for _ in range(4):
+        driver.tick(1.0)
+        driver.absent(A, silent=True)
+        driver.stands(A)
+    assert driver.state(A) is EncoderState.DOWN and kept in driver.cancelled
+    assert {news.room_base for news in driver.news if isinstance(news, GiveUp)} == {first, second}
 
 
 def test_parts_of_an_encoder_that_is_known_no_more_go_on() -> None:
@@ -662,4 +711,4 @@ def test_actions_are_of_the_kinds_that_were_asked_for() -> None:
     ]  # fmt: skip
     assert [type(action) for action in driver.well(A)] == [LogLine, Redispatched, LogLine, Post]
     driver.answer(driver.at(base).room, Verdict.DELIVERED)
-    assert driver.tick(dispatcher._DELIVERED_SECONDS + 0.1) == [Forget(base)]
+    assert driver.tick(DELIVERED_SECONDS + 0.1) == [Forget(base)]
