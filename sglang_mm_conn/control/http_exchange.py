@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import socket
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -38,6 +42,52 @@ class Answer:
     signature: str
 
 
+class _Limit(requests.adapters.HTTPAdapter):
+    """Ends an exchange that takes too long, wherever it is: timeouts of reads never end a trickle of bytes.
+
+    Attributes:
+        seconds: the longest time from a connection to the end of the answer.
+        reached: whether it has passed.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.reached = False
+        self._timers: list[threading.Timer] = []
+
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+        pool = super().get_connection_with_tls_context(*args, **options)
+        kind = pool.ConnectionCls
+        watch = self._watch
+
+        class Watched(kind):  # type: ignore[misc, valid-type]
+            def connect(self) -> None:
+                super().connect()
+                watch(self.sock)
+
+        pool.ConnectionCls = Watched
+        return pool
+
+    def _watch(self, connection: socket.socket) -> None:
+        timer = threading.Timer(self.seconds, self._cut, (connection,))
+        timer.daemon = True
+        self._timers.append(timer)
+        timer.start()
+
+    def _cut(self, connection: socket.socket) -> None:
+        self.reached = True
+        with contextlib.suppress(OSError):  # it is closed
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Limit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+
 def normalized(encoder_url: str) -> str:
     """``encoder_url`` as the one name of this encoder: without a trailing slash."""
     return encoder_url.strip().rstrip("/")
@@ -46,13 +96,18 @@ def normalized(encoder_url: str) -> str:
 def exchange(
     url: str, headers: Mapping[str, str], body: bytes | None = None, *, read_seconds: float = READ_SECONDS
 ) -> Answer:
-    """GET ``url``, or POST ``body`` to it. ``read_seconds``: the longest wait for each piece of the answer.
+    """GET ``url``, or POST ``body`` to it.
+
+    ``read_seconds``: the longest wait for each piece of the answer. The whole answer may take twice as long.
 
     Raises EncoderAbsent, also if the answer is 502, 503 or 504. Raises NotAuthentic if it is 401.
     """
+    limit = _Limit(2 * read_seconds)
     try:
-        with requests.Session() as http:
+        with requests.Session() as http, limit:
             http.trust_env = False  # no HTTP proxy between the servers of one cluster
+            http.mount("http://", limit)
+            http.mount("https://", limit)
             timeout = (_CONNECT_SECONDS, read_seconds)
             if body is None:
                 answer = http.get(url, headers=headers, timeout=timeout, stream=True, allow_redirects=False)
@@ -69,6 +124,8 @@ def exchange(
         raise EncoderAbsent(f"{url}: {cause}", refused=refused, silent=not refused) from None
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise EncoderAbsent(f"{url}: {error}", silent=True) from None
+    if limit.reached:  # the answer may have been cut
+        raise EncoderAbsent(f"{url}: no whole answer within {limit.seconds:g} s", silent=True)
     if found.status in (502, 503, 504):
         raise EncoderAbsent(f"{url} answered HTTP {found.status}")
     if found.status == 401:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -172,6 +174,46 @@ def test_silence_is_told_from_an_answer_that_says_no(answer: bytes | None, refus
     with served(answer) as url, pytest.raises(EncoderAbsent) as absent:
         look_up(url, read_seconds=0.2)
     assert (absent.value.refused, absent.value.silent) == (refused, silent)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"HTTP/1.1 200 OK\r\nX-Long: ",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n{",
+    ],
+)
+def test_a_server_that_sends_a_byte_now_and_then_is_left_in_the_end(begin: bytes) -> None:
+    """Each byte comes before a read would time out."""
+
+    def serve() -> None:
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            connection.sendall(begin)
+            for _ in range(200):
+                time.sleep(0.05)
+                connection.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        before = time.monotonic()
+        with pytest.raises(EncoderAbsent) as absent:
+            look_up(f"http://127.0.0.1:{listener.getsockname()[1]}", read_seconds=0.3)
+        took = time.monotonic() - before
+        thread.join()
+    assert 0.5 < took < 5.0 and absent.value.silent and not absent.value.refused
+
+
+def test_a_look_up_leaves_no_thread_behind() -> None:
+    answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+    with served(answer) as url, pytest.raises(EncoderAbsent):
+        look_up(url, read_seconds=30.0)
+    for timer in [one for one in threading.enumerate() if isinstance(one, threading.Timer)]:
+        timer.join(5.0)
+        assert not timer.is_alive()
 
 
 def test_a_port_where_nothing_listens_is_refused_and_not_silent() -> None:

@@ -174,7 +174,7 @@ class DispatchedSchedule(Schedule):
         what = f"part {action.part} of request {request.number}"
         if action.room in self.by_room:
             raise Violation(f"{what} gets a room that was used before: {action.room}")
-        if len(earlier) >= tokenizer.tries:
+        if self._taken(tokenizer, earlier) >= tokenizer.tries:
             raise Violation(f"{what} is posted more than {tokenizer.tries} times")
         if any(attempt.input_at_fault for attempt in earlier):
             raise Violation(f"{what} is posted again, though its input is at fault")
@@ -187,6 +187,11 @@ class DispatchedSchedule(Schedule):
         if ended > self._heard(tokenizer, action.url):
             raise Violation(f"{what} is posted again to {action.url}, of which nothing was heard since {ended}")
         self.new_try(tokenizer, request, part, action.url, action.room).posted = True
+
+    @staticmethod
+    def _taken(tokenizer: Tokenizer, posted: list[Try]) -> int:
+        """How many of the tries count: the first refusal of each encoder does not, unless there is one try only."""
+        return len(posted) - (len({one.url for one in posted if one.refused}) if tokenizer.tries > 1 else 0)
 
     def _heard(self, tokenizer: Tokenizer, url: str) -> float:
         """When an encoder last gave a sign of life that its language server could notice."""
@@ -230,7 +235,7 @@ class DispatchedSchedule(Schedule):
             if part.delivered or part.current is not None:
                 continue
             posted = [attempt for attempt in request.tries.get(part.number, []) if attempt.posted]
-            if len(posted) >= tokenizer.tries:
+            if self._taken(tokenizer, posted) >= tokenizer.tries:
                 return "its tries are used up"
             if not well - part.excluded:
                 return "no encoder was well"

@@ -17,6 +17,7 @@ from sglang_mm_conn.core import rooms
 from sglang_mm_conn.core.dispatch import verdicts, waiting
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
 from sglang_mm_conn.core.dispatch.fleet import Fleet
+from sglang_mm_conn.core.dispatch.requests import Request
 from sglang_mm_conn.core.dispatch.waiting import WaitingParts
 from sglang_mm_conn.core.encoder.sender import SenderCore
 from sglang_mm_conn.core.language import accounts
@@ -185,7 +186,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(WaitingParts, "redispatch", ("self.rooms[news.part].clear()", "pass")),
     ),
     "tries are bounded": (
-        change(DispatchCore, "_serve", ("len(part.tries) >= self._tries", "False")),
+        change(DispatchCore, "_serve", ("part.taken >= self._tries", "False")),
     ),
     "no try is left at an encoder that is down": (
         change(DispatchCore, "_settle", ("if change.new is EncoderState.DOWN:", "if False:")),
@@ -194,7 +195,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(Registrations, "tick", ("encoder.silences += process.registered_once", "pass")),
     ),
     "no encoder gets a part again without a sign of life": (
-        change(DispatchCore, "_choose", ("(ended is None or one.heard_at >= ended)", "True")),
+        change(DispatchCore, "_able", ("(ended is None or one.heard_at >= ended)", "True")),
     ),
     "no encoder gets a part again that it failed to encode": (
         change(DispatchCore, "_ended", ("part.excluded.add(attempt.url)", "pass")),
@@ -225,7 +226,7 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "requests past their deadline are forgotten": (
-        change(DispatchCore, "_is_over", ("now > request.deadline + _OVERDUE_SECONDS", "False")),
+        change(Request, "is_over", ("now > self.deadline + OVERDUE_SECONDS", "False")),
     ),
     "an encoder that drains gets no work": (
         change(Fleet, "usable", ("one.state is EncoderState.UP]", "one.state.value in ('up', 'draining')]")),

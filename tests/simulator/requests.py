@@ -78,6 +78,7 @@ class Try(Part):
     began: float = 0.0
     input_at_fault: bool = False  # the dispatcher was told so
     erred: bool = False  # the dispatcher was told that its encoder failed
+    refused: bool = False  # the dispatcher was told that its encoder did not take it
 
 
 class SimulatedRoom:

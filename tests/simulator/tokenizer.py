@@ -208,6 +208,7 @@ class Tokenizer(Process):
             self.signs[attempt.url] = self._clock
         if attempt.room in self.core._open:
             attempt.input_at_fault = end.code == HTTPStatus.BAD_REQUEST
+            attempt.refused = end.verdict in (Verdict.REFUSED, Verdict.DRAINS)
             attempt.erred = end.verdict is Verdict.ERROR
         self._kernel.note(f"{self.name}: room {attempt.room} was answered: {end.verdict.value} {end.code} {end.reason}")
         self.perform(partial(self.core.answered, attempt.room, end))

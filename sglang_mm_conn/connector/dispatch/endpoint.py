@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.1
 _UNSENT_SECONDS = 300.0  # the longest wait for a request to reach the scheduler before news about it are dropped
+_FIRST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 0.005, 0.1  # between two looks whether it has
 _REMEMBERED_REQUESTS = 1024  # that are over; the scheduler may still ask about a room of theirs
 
 
@@ -82,6 +83,7 @@ class DispatcherEndpoint:
             tries=settings.dispatch_tries,
             wait_seconds=settings.dispatch_wait,
             new_room_base=partial(new_room_base, server),
+            peer_timeout=settings.peer_timeout,
         )
         self._key = None if settings.key_file is None else DeploymentKey.load(settings.key_file)
         self._insecure = settings.insecure
@@ -274,9 +276,10 @@ class DispatcherEndpoint:
     ) -> None:
         """Tell the scheduler of the request, once that knows the request."""
         try:
-            until = self._loop.time() + _UNSENT_SECONDS
+            until, pause = self._loop.time() + _UNSENT_SECONDS, _FIRST_PAUSE_SECONDS
             while not dispatched.reached.is_set() and self._loop.time() < until:
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _MOST_PAUSE_SECONDS)
             while dispatched.reached.is_set() and not news.empty():
                 self._tell_one(dispatched, news.get_nowait())
         finally:

@@ -33,35 +33,26 @@ from sglang_mm_conn.core.dispatch.actions import (
 from sglang_mm_conn.core.dispatch.choice import Candidate, Chooser, Item, Share
 from sglang_mm_conn.core.dispatch.fleet import Encoder, EncoderStanding, Fleet, StateChange
 from sglang_mm_conn.core.dispatch.requests import Part, Request, Try
-from sglang_mm_conn.core.dispatch.verdicts import TryEnd, Verdict, of_failure
+from sglang_mm_conn.core.dispatch.verdicts import PROVES, TryEnd, Verdict, for_client, of_failure
 from sglang_mm_conn.core.rooms import part_room
 from sglang_mm_conn.core.states import EncoderState
 
 NO_ENCODER = "no encoder is available for the images, video or audio of this request, try again later"
 _USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
-_OVERDUE_SECONDS = 5.0  # the scheduler has given a request up for so long: nobody waits for it
-# The language side has given a room up. If its request still waits, its scheduler says so within this time.
-_ABORTED_SECONDS = 2.0
-# An encoder may be lost after it has said that a part has arrived, and before the language side knows.
-_DELIVERED_SECONDS = 2.0
 _FINISHED_ROOMS = 4096
-
-# What a failed try proves about its encoder, and whether that may get the part again once it is well.
-_PROVES = {
-    Verdict.REFUSED: EncoderState.DOWN,
-    Verdict.STRANGER: EncoderState.DOWN,
-    Verdict.CUT_OFF: EncoderState.SUSPECT,
-    Verdict.DRAINS: EncoderState.DRAINING,
-    Verdict.LOST: None,
-}
 
 
 class DispatchCore:
     """All requests of one dispatcher. Not thread-safe: the caller holds one lock around every call."""
 
-    def __init__(self, *, tries: int, wait_seconds: float, new_room_base: Callable[[], str]) -> None:
-        """``tries``: most tries of a part. ``wait_seconds``: how long a part may wait while no encoder is up."""
-        self.fleet = Fleet()
+    def __init__(
+        self, *, tries: int, wait_seconds: float, new_room_base: Callable[[], str], peer_timeout: float = 10.0
+    ) -> None:
+        """``tries``: most tries of a part. ``wait_seconds``: how long a part may wait while no encoder is up.
+
+        ``peer_timeout``: see ``Fleet``.
+        """
+        self.fleet = Fleet(peer_timeout)
         self.requests: dict[str, Request] = {}
         self.redispatched = 0
         self.given_up = 0
@@ -124,7 +115,7 @@ class DispatchCore:
             return self._ended(*found, end, now)
         base = self._finished.get(room)
         # The request's items are gone.
-        return [] if base is None else [GiveUp(base, *_for_client(of_failure(code, reason)))]
+        return [] if base is None else [GiveUp(base, *for_client(of_failure(code, reason)))]
 
     # -- encoders ------------------------------------------------------------------------------------------------
 
@@ -144,7 +135,7 @@ class DispatchCore:
 
     def probe_failed(self, url: str, reason: str, *, silent: bool, now: float) -> list[DispatchAction]:
         """A Probe has failed; ``silent``: because no answer came in time."""
-        return self._settle(self.fleet.probe_failed(url, reason, silent=silent), now)
+        return self._settle(self.fleet.probe_failed(url, reason, silent=silent, now=now), now)
 
     def stands(self, standing: EncoderStanding, now: float) -> list[DispatchAction]:
         """The scheduler's side reports what it knows of an encoder."""
@@ -153,7 +144,7 @@ class DispatchCore:
     def tick(self, now: float) -> list[DispatchAction]:
         """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""
         actions: list[DispatchAction] = []
-        for request in [one for one in self.requests.values() if self._is_over(one, now)]:
+        for request in [one for one in self.requests.values() if one.is_over(now)]:
             actions += self._finish(request)
         return actions + self._settle([], now)
 
@@ -178,16 +169,6 @@ class DispatchCore:
         }
 
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _is_over(request: Request, now: float) -> bool:
-        """Whether nobody waits for ``request`` any more."""
-        if now > request.deadline + _OVERDUE_SECONDS:
-            return True
-        if request.delivered_at is not None:
-            return now > request.delivered_at + _DELIVERED_SECONDS
-        tries = [part.current for part in request.parts]
-        return any(one is not None and one.aborted_at and now > one.aborted_at + _ABORTED_SECONDS for one in tries)
 
     def _ended(self, request: Request, part: Part, end: TryEnd, now: float) -> list[DispatchAction]:
         """The try of ``part`` that is under way has ended."""
@@ -218,7 +199,7 @@ class DispatchCore:
             part.excluded.add(attempt.url)
             changes = self.fleet.erred(attempt.url, end.reason, now)
         else:
-            changes = self.fleet.lost(attempt.url, _PROVES[end.verdict], end.reason)
+            changes = self.fleet.lost(attempt.url, PROVES[end.verdict], end.reason, began=attempt.began, now=now)
         return [cancel, *self._settle(changes, now)]
 
     def _close(self, part: Part, now: float) -> Try:
@@ -299,7 +280,7 @@ class DispatchCore:
         if self.fleet.undecided:
             return []
         if part.last is not None and part.last.verdict is Verdict.ERROR:
-            return self._give_up(request, *_for_client(part.last))
+            return self._give_up(request, *for_client(part.last))
         assert part.waits_since is not None
         if now < part.waits_since + self._wait_seconds:
             return []
@@ -308,11 +289,14 @@ class DispatchCore:
     def _able(self, part: Part, now: float) -> list[Encoder]:
         """The encoders that may get a part that waits."""
         lost_at = {attempt.url: attempt.ended for attempt in part.tries}
-        able = []
-        for one in self.fleet.usable(now):
+
+        def fits(one: Encoder) -> bool:
             ended = lost_at.get(one.url)
-            if one.url not in part.excluded and (ended is None or one.heard_at >= ended):
-                able.append(one)
+            return one.url not in part.excluded and (ended is None or one.heard_at >= ended)
+
+        able = [one for one in self.fleet.usable(now) if fits(one)]
+        if not able and not self.fleet.undecided:
+            able = [one for one in self.fleet.failing if fits(one)]
         # Those that had it come last.
         return [one for one in able if one.url not in lost_at] or able
 
@@ -346,7 +330,7 @@ class DispatchCore:
         assert last is not None
         text = f"Part {part.number} of {request.rid} has failed at {attempt.url} (room {attempt.room}), "
         line = LogLine(WARNING, f"{text}the last of {part.taken} tries: {last.reason}")
-        code, reason = _for_client(last)
+        code, reason = for_client(last)
         if part.taken > 1:
             found = f": {reason}" if last.verdict is Verdict.ERROR else ""
             reason = f"{part.taken} encoders failed on the same part of this request{found}"
@@ -373,11 +357,3 @@ class DispatchCore:
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]
-
-
-def _for_client(end: TryEnd) -> tuple[int, str]:
-    """Code and reason of a try that failed. Only an encoder's own words are told: others may name a server."""
-    if end.verdict is Verdict.ERROR:
-        return end.code, end.reason
-    code = end.code if end.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
-    return code, "the connection to the encoder of this request was lost"

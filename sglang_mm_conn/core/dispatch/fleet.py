@@ -23,9 +23,9 @@ PROBE_FACTOR = 1.6
 MOST_PROBE_SECONDS = 2.0
 # An encoder that is up and from which nothing was heard for so long is probed.
 QUIET_SECONDS = 5.0
-# So many errors in a row, without an embedding in between, make an encoder SUSPECT. It then gets one part at a time, as
-# a trial, at intervals from FIRST_TRIAL_SECONDS on, each twice the one before.
-ERRORS_IN_A_ROW = 3
+# So many errors or losses in a row, without an embedding in between, make an encoder SUSPECT whatever a probe says. It
+# then gets one part at a time, as a trial, at intervals from FIRST_TRIAL_SECONDS on, each twice the one before.
+FAILURES_IN_A_ROW = 3
 FIRST_TRIAL_SECONDS = 2.0
 MOST_TRIAL_SECONDS = 60.0
 
@@ -70,12 +70,15 @@ class Encoder:
         reason: why it has this state.
         standing: what the scheduler's side last said.
         probing: whether a probe is under way; ``probed_at``: when the last one began.
+        silent_since: when the first of the last probes in a row began that were not answered, in this state.
+        mute: whether that was the peer timeout or more before the end of the last one.
         doubted: whether a part was lost there, or a report speaks against it, and no probe has been answered since.
         probe_at: the next probe is due then.
         probe_delay: seconds from the next probe to the one after it.
         heard_at: time of the last sign of life.
         connected_at: when the scheduler's side last said that it is connected, which is true of a frozen one, too.
         errors: errors in a row.
+        losses: parts lost in a row, each posted when the one before was lost (``lost_at``): one death is one loss.
         trial_at, trial_delay: when it may get a part as a trial while it fails, and the interval after that.
         prefix_cache: whether it keeps embeddings of earlier items.
         load: the work that it has.
@@ -90,12 +93,16 @@ class Encoder:
     standing: EncoderStanding | None = None
     probing: bool = False
     probed_at: float = -math.inf
+    silent_since: float = math.inf
+    mute: bool = False
     doubted: bool = False
     probe_at: float = -math.inf
     probe_delay: float = FIRST_PROBE_SECONDS
     heard_at: float = -math.inf
     connected_at: float = -math.inf
     errors: int = 0
+    losses: int = 0
+    lost_at: float = -math.inf
     trial_at: float = math.inf
     trial_delay: float = FIRST_TRIAL_SECONDS
     prefix_cache: bool = False
@@ -113,22 +120,24 @@ class Encoder:
 
     @property
     def failing(self) -> bool:
-        """Whether it answers, but with errors."""
-        return self.errors >= ERRORS_IN_A_ROW
+        """Whether it answers, but with errors, or answers probes and delivers nothing."""
+        return max(self.errors, self.losses) >= FAILURES_IN_A_ROW
 
     @property
     def undecided(self) -> bool:
         """Whether a probe will soon say more."""
-        if self.state is EncoderState.SUSPECT:
-            return not self.failing
-        return self.state is EncoderState.UP and self.doubted
+        if self.state is EncoderState.SUSPECT and not self.failing:
+            return True
+        return self.state in (EncoderState.UP, EncoderState.SUSPECT) and self.doubted and not self.mute
 
 
 class Fleet:
     """All encoders of one dispatcher. Every method returns the changes of states that it makes."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer_timeout: float = 10.0) -> None:
+        """``peer_timeout``: a SUSPECT encoder that answers no probe for so many seconds is DOWN."""
         self.encoders: dict[str, Encoder] = {}
+        self._peer_timeout = peer_timeout
 
     def know(self, urls: Iterable[str]) -> None:
         """Exactly the encoders at ``urls`` are known from now on. A new one is SUSPECT until it was probed."""
@@ -142,8 +151,12 @@ class Fleet:
     def usable(self, now: float) -> list[Encoder]:
         """The encoders that may get a part now: those that are up, or else those that only fail."""
         up = [one for one in self.encoders.values() if one.state is EncoderState.UP]
-        failing = [one for one in self.encoders.values() if one.state is EncoderState.SUSPECT and one.failing]
-        return up + [one for one in failing if not up or (now >= one.trial_at and not one.load.parts)]
+        return up + [one for one in self.failing if not up or (now >= one.trial_at and not one.load.parts)]
+
+    @property
+    def failing(self) -> list[Encoder]:
+        """Encoders that answer, and fail. They may get a part that no other can have."""
+        return [one for one in self.encoders.values() if one.state is EncoderState.SUSPECT and one.failing]
 
     @property
     def undecided(self) -> bool:
@@ -179,6 +192,7 @@ class Fleet:
         if one is None:
             return []
         one.probing = False
+        self._answers(one)
         one.prefix_cache = prefix_cache
         one.heard_at = max(one.heard_at, one.probed_at)  # it may have been lost since
         if one.probe_at == -math.inf:
@@ -186,15 +200,18 @@ class Fleet:
         one.doubted, one.probe_at, one.probe_delay = False, now + MOST_PROBE_SECONDS, FIRST_PROBE_SECONDS
         return self._well(one, draining, "it answers")
 
-    def probe_failed(self, url: str, reason: str, *, silent: bool) -> list[StateChange]:
+    def probe_failed(self, url: str, reason: str, *, silent: bool, now: float) -> list[StateChange]:
         """A look-up has failed. ``silent``: because no answer came in time, which a busy encoder may owe."""
         one = self.encoders.get(url)
         if one is None:
             return []
         one.probing = False
+        if silent:
+            one.silent_since = min(one.silent_since, one.probed_at)
+            one.mute = now >= one.silent_since + self._peer_timeout
         if silent and one.connected and one.state in (EncoderState.UP, EncoderState.DRAINING):
             return []  # its heartbeats say that it lives; its event loop is busy
-        if silent and one.connected:
+        if silent and one.connected and not one.mute:
             return self._become(one, EncoderState.SUSPECT, reason)
         return self._become(one, EncoderState.DOWN, reason)
 
@@ -218,6 +235,7 @@ class Fleet:
             one.connected_at = now
             if before is None or not before.connected or before.draining != standing.draining or before.refusal:
                 self.probe_now(one.url)  # the report may be old
+                self._answers(one)
                 return self._well(one, standing.draining, "it is registered")
             return []
         if before is not None and before.connected and one.state is EncoderState.UP:
@@ -243,7 +261,8 @@ class Fleet:
         if one is None:
             return []
         one.heard_at = now
-        one.errors, one.trial_at, one.trial_delay = 0, math.inf, FIRST_TRIAL_SECONDS
+        self._answers(one)
+        one.errors, one.losses, one.trial_at, one.trial_delay = 0, 0, math.inf, FIRST_TRIAL_SECONDS
         return self._become(one, EncoderState.UP, "it delivers") if one.state is EncoderState.SUSPECT else []
 
     def erred(self, url: str, reason: str, now: float) -> list[StateChange]:
@@ -254,18 +273,28 @@ class Fleet:
         one.failed += 1
         one.errors += 1
         one.heard_at = now
+        self._answers(one)
         if not one.failing or one.state is not EncoderState.UP:
             return []
         one.trial_at = now + one.trial_delay
         return self._become(one, EncoderState.SUSPECT, f"{one.errors} errors in a row, the last: {reason}")
 
-    def lost(self, url: str, to: EncoderState | None, reason: str) -> list[StateChange]:
-        """A part was lost at ``url``. ``to``: the state that this proves, if any. A probe follows in any case."""
+    def lost(self, url: str, to: EncoderState | None, reason: str, *, began: float, now: float) -> list[StateChange]:
+        """A part that was posted at ``began`` was lost at ``url``. ``to``: the state that this proves, if any.
+
+        A probe follows in any case.
+        """
         one = self.encoders.get(url)
         if one is None:
             return []
         one.failed += 1
         self.probe_now(url)
+        if to is not EncoderState.DRAINING and began >= one.lost_at:
+            one.losses, one.lost_at = one.losses + 1, now
+            if one.losses == FAILURES_IN_A_ROW:
+                one.trial_at = now + one.trial_delay
+            if one.failing:
+                to, reason = to or EncoderState.SUSPECT, f"{one.losses} losses in a row, the last: {reason}"
         if to is None or (to is EncoderState.SUSPECT and one.state is not EncoderState.UP):
             return []
         return self._become(one, to, reason)
@@ -275,16 +304,26 @@ class Fleet:
             return self._become(one, EncoderState.DOWN, one.standing.refusal)
         if draining:
             return self._become(one, EncoderState.DRAINING, "it drains")
+        if one.state is EncoderState.DOWN:  # perhaps another process
+            one.errors = 0
+            if not one.failing:
+                one.trial_at, one.trial_delay = math.inf, FIRST_TRIAL_SECONDS
         if one.state is EncoderState.SUSPECT and one.failing:
             return []  # it answered look-ups all the while; only an embedding shows that it can encode
-        if one.state is EncoderState.DOWN:  # perhaps another process
-            one.errors, one.trial_at, one.trial_delay = 0, math.inf, FIRST_TRIAL_SECONDS
+        if one.failing:
+            return self._become(one, EncoderState.SUSPECT, f"{reason}, but its last parts failed")
         return self._become(one, EncoderState.UP, reason)
+
+    @staticmethod
+    def _answers(one: Encoder) -> None:
+        one.silent_since, one.mute = math.inf, False
 
     def _become(self, one: Encoder, state: EncoderState, reason: str) -> list[StateChange]:
         one.reason = reason
         if one.state is state:
             return []
         old = one.state
+        if state is not EncoderState.DOWN:  # one that is DOWN must answer to leave it
+            self._answers(one)
         one.machine.transition_to(state)
         return [StateChange(one.url, old, state, reason)]

@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.dispatch.verdicts import TryEnd
 
+OVERDUE_SECONDS = 5.0  # the scheduler has given a request up for so long: nobody waits for it
+# The language side has given a room up. If its request still waits, its scheduler says so within this time.
+ABORTED_SECONDS = 2.0
+# An encoder may be lost after it has said that a part has arrived, and before the language side knows.
+DELIVERED_SECONDS = 2.0
+
 
 @dataclass(slots=True)
 class Try:
@@ -89,3 +95,12 @@ class Request:
     deadline: float
     parts: list[Part]
     delivered_at: float | None = None
+
+    def is_over(self, now: float) -> bool:
+        """Whether nobody waits for it any more."""
+        if now > self.deadline + OVERDUE_SECONDS:
+            return True
+        if self.delivered_at is not None:
+            return now > self.delivered_at + DELIVERED_SECONDS
+        tries = [part.current for part in self.parts]
+        return any(one is not None and one.aborted_at and now > one.aborted_at + ABORTED_SECONDS for one in tries)

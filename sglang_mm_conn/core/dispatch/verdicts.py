@@ -8,6 +8,7 @@ from http import HTTPStatus
 import msgspec
 
 from sglang_mm_conn.core.outcomes import FailureCode
+from sglang_mm_conn.core.states import EncoderState
 
 DRAINING = "draining"  # value of the header STATE_HEADER while an encoder drains
 STATE_HEADER = "X-Mm-Conn-State"
@@ -43,6 +44,15 @@ class TryEnd(msgspec.Struct, frozen=True):
 
 DELIVERED = TryEnd(Verdict.DELIVERED, int(HTTPStatus.OK), "")
 
+# What a lost try proves about its encoder; None: nothing.
+PROVES = {
+    Verdict.REFUSED: EncoderState.DOWN,
+    Verdict.STRANGER: EncoderState.DOWN,
+    Verdict.CUT_OFF: EncoderState.SUSPECT,
+    Verdict.DRAINS: EncoderState.DRAINING,
+    Verdict.LOST: None,
+}
+
 # Failures of rooms, and answers of encoders, that are about the transfer and not about the input.
 _LOST = {
     FailureCode.UNKNOWN_ROOM,
@@ -72,6 +82,14 @@ def of_failure(code: int, reason: str) -> TryEnd:
     else:
         verdict, code = Verdict.ERROR, code if code >= 500 else int(HTTPStatus.BAD_GATEWAY)
     return TryEnd(verdict, code, reason)
+
+
+def for_client(end: TryEnd) -> tuple[int, str]:
+    """Code and reason of a try that failed. Only an encoder's own words are told: others may name a server."""
+    if end.verdict is Verdict.ERROR:
+        return end.code, end.reason
+    code = end.code if end.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
+    return code, "the connection to the encoder of this request was lost"
 
 
 class _EncodeError(msgspec.Struct):

@@ -231,10 +231,11 @@ def test_a_part_moves_to_another_encoder_in_another_room(
     bad.info = None  # what the post has shown stays, until a probe ends
     request = dispatcher.send()
     assert [url for url, _ in request.placed] == [bad.url]
-    dispatcher.wait_until_over(request)
+    wait_for(lambda: good.rooms and request.news, "the part at the other encoder")
+    assert len(bad.bodies) == 1 and dispatcher.state(bad) == state
     (room,) = good.rooms
     assert request.news == [Redispatched(request.room_base, 0, good.url, room)] and room != bad.rooms[0]
-    assert len(bad.bodies) == 1 and dispatcher.state(bad) == state
+    dispatcher.wait_until_over(request)
 
 
 def test_a_part_moves_from_an_encoder_that_has_ended(encoder: MakeEncoder, server: Any) -> None:
@@ -412,6 +413,27 @@ def test_news_of_a_request_that_never_reaches_the_scheduler_are_dropped(
     request.reached.set()
     time.sleep(0.05)
     assert request.news == []
+
+
+def test_a_request_that_does_not_reach_the_scheduler_is_looked_at_ever_less_often(
+    encoder: MakeEncoder, server: Any
+) -> None:  # fmt: skip
+    dispatcher = server(encoder(error(400)))
+    dispatcher.wait_until_up()
+    request = dispatcher.send(reached=False)
+    looks: list[float] = []
+    is_set = request.reached.is_set
+
+    def look() -> bool:
+        looks.append(time.monotonic())
+        return is_set()
+
+    request.reached.is_set = look  # type: ignore[method-assign]
+    dispatcher.wait_until_over(request)
+    time.sleep(1.0)
+    assert len(looks) <= 20 and looks[-1] - looks[-2] >= 0.09
+    request.reached.set()
+    wait_for(lambda: request.news, "the news", 1.0)
 
 
 def test_news_that_cannot_be_told_cost_no_other_news(

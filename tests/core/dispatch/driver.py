@@ -38,10 +38,12 @@ def end_of(verdict: Verdict, reason: str = "why", code: int = 0) -> TryEnd:
 class Driver:
     """Carries actions out as far as notes of them go. Tests answer posts and probes themselves."""
 
-    def __init__(self, *urls: str, tries: int = 3, wait: float = 0.0, up: bool = True) -> None:
+    def __init__(
+        self, *urls: str, tries: int = 3, wait: float = 0.0, up: bool = True, peer_timeout: float = 10.0
+    ) -> None:
         self.now = 100.0
         self._bases = itertools.count()
-        self.core = DispatchCore(tries=tries, wait_seconds=wait, new_room_base=self.new_base)
+        self.core = DispatchCore(tries=tries, wait_seconds=wait, new_room_base=self.new_base, peer_timeout=peer_timeout)
         self.posts: list[Post] = []  # all of them
         self.open: dict[str, Post] = {}  # those that are neither answered nor cancelled
         self.cancelled: list[str] = []

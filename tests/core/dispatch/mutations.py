@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
 from sglang_mm_conn.core.dispatch.fleet import Fleet
+from sglang_mm_conn.core.dispatch.requests import Request
 from tests.simulator.mutations import Change, change
 from tests.simulator.scheduler import attribute
 
@@ -18,7 +19,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_able", ("one.url not in part.excluded and ", "")
     ),
     "the same encoder gets a part again only after a sign of life": change(
-        DispatchCore, "_able", ("(ended is None or one.heard_at > ended)", "True")
+        DispatchCore, "_able", ("(ended is None or one.heard_at >= ended)", "True")
     ),
     "an answer to a probe from before a loss is no sign of life": change(
         Fleet, "probed", ("if one.probe_at == -math.inf:", "if False:")
@@ -36,7 +37,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_serve", ("self._new_room_base()", "request.room_base")
     ),
     "overdue requests are forgotten": change(
-        DispatchCore, "tick", ("now > one.deadline + _OVERDUE_SECONDS", "False")
+        Request, "is_over", ("now > self.deadline + OVERDUE_SECONDS", "False")
     ),
     "nothing is posted after the deadline": change(
         DispatchCore, "_serve", ("now > request.deadline", "False")
@@ -48,7 +49,7 @@ MUTATIONS: dict[str, Change] = {
         Fleet, "usable", ("one.state is EncoderState.UP]", "one.state in (EncoderState.UP, EncoderState.DOWN)]")
     ),
     "an encoder that is suspect gets no part": change(
-        Fleet, "usable", ("and one.failing]", "]")
+        Fleet, "usable", ("in self.failing if", "in self.encoders.values() if one.state is EncoderState.SUSPECT and")
     ),
     "parts wait for a probe that is under way": change(
         DispatchCore, "_serve", ("if self.fleet.undecided:", "if False:")
@@ -83,10 +84,46 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "probed", ("return self._settle(", "return (lambda changes, now: [])(")
     ),
     "a request is forgotten when all of its parts have arrived": change(
-        DispatchCore, "_ended", ("if done else []", "if False else []")
+        Request, "is_over", ("now > self.delivered_at + DELIVERED_SECONDS", "False")
     ),
     "a request is forgotten only when all of its parts have arrived": change(
-        DispatchCore, "_ended", ("done = all(", "done = any(")
+        DispatchCore, "_ended", ("if all(other.delivered", "if any(other.delivered")
+    ),
+    "a request whose parts have arrived is kept for a while": change(
+        Request, "is_over", ("now > self.delivered_at + DELIVERED_SECONDS", "True")
+    ),
+    "a part that was lost after its delivery is tried again": change(
+        DispatchCore, "room_failed", (" or self._delivered.get(room)", "")
+    ),
+    "a request with a part that was lost after its delivery has not arrived": change(
+        DispatchCore, "_ended", ("request.delivered_at = None", "pass")
+    ),
+    "rooms of a request that is over have not arrived": change(
+        DispatchCore, "_finish", ("self._delivered.pop(part.tries[-1].room, None)", "pass")
+    ),
+    "a request whose room was aborted is forgotten": change(
+        Request, "is_over", ("now > one.aborted_at + ABORTED_SECONDS", "False")
+    ),
+    "a request whose room was aborted is kept for a while": change(
+        Request, "is_over", ("now > one.aborted_at + ABORTED_SECONDS", "True")
+    ),
+    "an aborted room whose request waits is tried again": change(
+        DispatchCore, "room_failed", ("if end.verdict is Verdict.ABORTED:", "if False:")
+    ),
+    "a report is no sign of life": change(
+        Fleet, "stands", ("one.connected_at = now", "one.heard_at = now")
+    ),
+    "a probe proves life when it was sent, not when it was answered": change(
+        Fleet, "probed", ("max(one.heard_at, one.probed_at)", "now")
+    ),
+    "an encoder that loses one part after the other gets few": change(
+        Fleet, "lost", ("one.losses + 1", "one.losses")
+    ),
+    "an encoder that loses one part after the other is suspect also when it comes back": change(
+        Fleet, "_well", ("        if one.failing:\n", "        if False:\n")
+    ),
+    "a doubted encoder is probed until it answers": change(
+        Fleet, "_probe_time", (" or one.doubted", "")
     ),
     "an encoder that does not take a part uses up no try": change(
         DispatchCore, "_ended", ("part.refused.add(attempt.url)", "pass")

@@ -21,7 +21,7 @@ from sglang_mm_conn.core.dispatch.actions import (
 )
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, FIRST_TRIAL_SECONDS, EncoderStanding
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.rooms import part_room
@@ -30,6 +30,7 @@ from tests.core.dispatch.driver import end_of
 
 URLS = [f"http://encoder-{number}:1" for number in range(4)]
 OVERDUE = 5.0
+KEPT = 2.0  # after all parts have arrived, or one was aborted
 LOSSES = (Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdict.STRANGER)
 
 
@@ -45,9 +46,10 @@ class Model:
     erring: bool = False
     refusing: bool = False  # at /encode, while probes are answered
     silences: int = 0
-    lost_at: float = -math.inf  # of the newest part that it lost
     probed_at: float = math.inf  # of the probe that is under way
     sign_at: float = -math.inf  # of the newest sign of life
+    losses: int = 0  # in a row; parts that were at it at the same time are lost once
+    lost_at: float = -math.inf  # of the last one that counted
 
 
 @dataclass
@@ -61,8 +63,9 @@ class Sent:
     refused: set[tuple[int, str]] = field(default_factory=set)  # part, encoder that did not take it
     erred: dict[int, set[str]] = field(default_factory=dict)  # encoders that failed to encode the part
     lost: dict[tuple[int, str], float] = field(default_factory=dict)  # part, encoder -> when it was lost there
-    arrived: set[int] = field(default_factory=set)  # parts
-    blamed: bool = False  # its input was at fault, or it was aborted
+    arrived: dict[int, float] = field(default_factory=dict)  # part -> when
+    aborted: dict[str, float] = field(default_factory=dict)  # room -> when its encoder said that it was aborted
+    blamed: bool = False  # its input was at fault
     failed: bool = False  # it was given up
 
     def taken(self, part: int) -> int:
@@ -89,6 +92,7 @@ class Schedule:
         self.parts: dict[str, list[Part]] = {}
         self.over: set[str] = set()  # room bases that were forgotten
         self.rooms: dict[str, Post] = {}  # all that were posted
+        self.posted_at: dict[str, float] = {}  # by room
         self.running: dict[str, Post] = {}  # posts that are neither answered nor cancelled
         self.seen: Counter[str] = Counter()
 
@@ -123,10 +127,7 @@ class Schedule:
                 case Forget(base):
                     assert base not in self.over, "forgotten twice"
                     sent = self.sent[base]
-                    assert (
-                        sent.blamed or sent.failed or self.now > sent.deadline + OVERDUE
-                        or sent.arrived == {part.number for part in self.parts[base]}
-                    ), "a request is forgotten although it goes on"  # fmt: skip
+                    assert sent.blamed or sent.failed or self.may_be_over(sent), "forgotten, although it goes on"
                     self.over.add(base)
                 case LogLine(level, text):
                     assert level in (20, 30) and text
@@ -139,6 +140,7 @@ class Schedule:
         assert post.room == sent.rooms[post.part], "a room that the scheduler does not expect"
         assert told.get((post.room_base, post.part), post.room) == post.room
         self.rooms[post.room] = self.running[post.room] = post
+        self.posted_at[post.room] = self.now
         sent.tries[post.part] += 1
         assert sent.taken(post.part) <= self.tries, "too many tries"
         assert sent.tries[post.part] <= self.tries + len(URLS), "a part is tried without end"
@@ -147,8 +149,25 @@ class Schedule:
         assert one.state is EncoderState.UP or one.failing, f"a post to an encoder that is {one.state.value}"
         assert post.url not in sent.erred.get(post.part, ()), "a post to an encoder that failed to encode this part"
         lost_at = sent.lost.get((post.part, post.url))
-        assert lost_at is None or self.models[post.url].sign_at > lost_at, "a post without a sign of life"
+        assert lost_at is None or self.models[post.url].sign_at >= lost_at, "a post without a sign of life"
+        self.check_trial(post, sent)
         self.seen["posts again" if sent.tries[post.part] > 1 else "posts"] += 1
+
+    def check_trial(self, post: Post, sent: Sent) -> None:
+        """An encoder that loses one part after the other gets none for a while, if another can have it."""
+        model, mine = self.models[post.url], {one.url for one in self.rooms.values() if one.part == post.part
+                                              and one.room_base == post.room_base}  # fmt: skip
+        others = [one for one in self.core.fleet.encoders.values() if one.state is EncoderState.UP]
+        if model.losses >= FAILURES_IN_A_ROW and any(one.url not in mine for one in others):
+            assert self.now >= model.lost_at + FIRST_TRIAL_SECONDS, "a part for an encoder that loses every part"
+
+    def may_be_over(self, sent: Sent) -> bool:
+        """Whether nobody waits for the request any more, as far as a dispatcher can know."""
+        if self.now > sent.deadline + OVERDUE:
+            return True
+        if len(sent.arrived) == len(self.parts[sent.base]):
+            return self.now > max(sent.arrived.values()) + KEPT
+        return any(self.now > sent.aborted.get(room, math.inf) + KEPT for room in sent.rooms)
 
     def given_up(self, sent: Sent) -> None:
         self.seen["given up"] += 1
@@ -162,23 +181,27 @@ class Schedule:
         core = self.core
         assert set(self.sent) - self.over == set(core.requests), "a request is forgotten, or not forgotten"
         at: dict[str, tuple[int, float]] = {}
-        open_rooms = set()
+        open_rooms, arrived = set(), set()
         waiting: list[Part] = []
         for base, request in core.requests.items():
-            assert not all(part.delivered for part in request.parts), "a request that has arrived goes on"
+            assert (request.delivered_at is not None) == all(part.delivered for part in request.parts)
             for part in request.parts:
                 attempt = part.current
                 waits = (base, part.number) in core._waiting
                 assert (attempt is not None) + waits + part.delivered == 1, "a part is nowhere, or at two places"
                 assert waits == (part.waits_since is not None)
+                if attempt is None:
+                    self.sent[base].aborted.pop(self.sent[base].rooms[part.number], None)  # it was lost, too
                 if attempt is not None:
                     open_rooms.add(attempt.room)
                     assert attempt.room == self.sent[base].rooms[part.number]
                     count, work = at.get(attempt.url, (0, 0.0))
                     at[attempt.url] = count + 1, work + part.work
+                elif part.delivered:
+                    arrived.add(part.tries[-1].room)
                 elif waits and self.now <= request.deadline:
                     waiting.append(part)
-        assert open_rooms == set(core._open)
+        assert open_rooms == set(core._open) and arrived == set(core._delivered)
         self.check_waiting(waiting)
         assert set(self.running) <= open_rooms, "nobody cancelled a post whose answer nobody waits for"
         assert all(key[0] in core.requests for key in core._waiting)
@@ -231,7 +254,6 @@ class Schedule:
         if chance < 0.05:
             return self.chance.choice(LOSSES)
         if chance < 0.1 and not self.steady:
-            sent.blamed = True
             return self.chance.choice((Verdict.INPUT, Verdict.ABORTED))
         if not model.alive:
             return self.chance.choice((Verdict.REFUSED, Verdict.CUT_OFF))
@@ -258,13 +280,18 @@ class Schedule:
             self.again(room)
 
     def ends(self, room: str, verdict: Verdict) -> None:
-        """Note what ``verdict`` on the open try ``room`` means."""
+        """Note what ``verdict`` on the try ``room`` means, which is under way or seemed to have arrived."""
         post = self.rooms[room]
         sent, model = self.sent[post.room_base], self.models[post.url]
         self.note(f"{room} at {post.url}: {verdict.value}")
         self.seen[verdict.value] += 1
+        if sent.arrived.pop(post.part, None) is not None:
+            self.seen["lost after delivery"] += 1
         if verdict in LOSSES:
-            sent.lost[post.part, post.url] = model.lost_at = self.now
+            sent.lost[post.part, post.url] = self.now
+            if verdict is not Verdict.DRAINS and post.url in self.known and self.posted_at[room] >= model.lost_at:
+                model.losses, model.lost_at = model.losses + 1, self.now
+                self.seen["loses every part"] += model.losses == FAILURES_IN_A_ROW
             if verdict in (Verdict.REFUSED, Verdict.DRAINS) and self.tries > 1:
                 sent.refused.add((post.part, post.url))
         elif verdict is Verdict.ERROR:
@@ -273,7 +300,12 @@ class Schedule:
         if verdict in (Verdict.DELIVERED, Verdict.ERROR):
             model.sign_at = self.now
         if verdict is Verdict.DELIVERED:
-            sent.arrived.add(post.part)
+            model.losses = 0
+            sent.arrived[post.part] = self.now
+        elif verdict is Verdict.INPUT:
+            sent.blamed = True
+        elif verdict is Verdict.ABORTED:
+            sent.aborted[room] = self.now
 
     def again(self, room: str) -> None:
         """A late or second answer about ``room``."""
@@ -292,28 +324,29 @@ class Schedule:
         """The scheduler reports a room, perhaps twice, perhaps an old one."""
         if not self.rooms:
             return
-        room = self.chance.choice(list(self.core._open) or list(self.rooms))
+        core = self.core
+        asked = [*core._open, *core._delivered, *self.running]
         if self.chance.random() < 0.3:
-            room = self.chance.choice(list(self.rooms))
-        code = self.chance.choice((502, 504, 404, 410, 500) if self.steady else (502, 504, 404, 500, 413, 499))
+            asked = list(self.rooms)
+        room = self.chance.choice(asked or list(self.rooms))
+        code = self.chance.choice((502, 504, 404, 410, 499, 500) if self.steady else (502, 504, 404, 500, 413, 499))
         post = self.rooms[room]
         if self.steady and self.models[post.url].steady:
             code = 502
         for _ in range(self.chance.choice((1, 2))):
             repeated = post.room_base in self.over
-            if room in self.core._open:
-                verdict = {500: Verdict.ERROR, 413: Verdict.INPUT, 499: Verdict.ABORTED}.get(code, Verdict.LOST)
-                self.sent[post.room_base].blamed |= verdict in (Verdict.INPUT, Verdict.ABORTED)
-                self.ends(room, verdict)
-            self.carry_out(self.core.room_failed(room, code, "the room failed", self.now), repeated=repeated)
+            if room in core._open or room in core._delivered:
+                self.seen["aborted, and waits"] += code == 499
+                self.ends(room, {500: Verdict.ERROR, 413: Verdict.INPUT}.get(code, Verdict.LOST))
+            self.carry_out(core.room_failed(room, code, "the room failed", self.now), repeated=repeated)
+            assert room not in core._open and room not in core._delivered, "nothing is decided about a failed room"
 
     def probe_ends(self) -> None:
         probed = [one for one in self.models.values() if one.probed_at < math.inf]
         if not probed:
             return
         model = self.chance.choice(probed)
-        fresh = model.probed_at >= model.lost_at  # the probe that a loss causes begins in the same event
-        model.probed_at = math.inf
+        began, model.probed_at = model.probed_at, math.inf
         if not model.steady and not model.alive:
             self.note(f"{model.url} refuses a probe")
             self.carry_out(self.core.probe_failed(model.url, "refused", silent=False, now=self.now))
@@ -322,8 +355,7 @@ class Schedule:
             self.carry_out(self.core.probe_failed(model.url, "timed out", silent=True, now=self.now))
         else:
             self.note(f"{model.url} answers a probe")
-            if fresh:
-                model.sign_at = self.now
+            model.sign_at = max(model.sign_at, began)  # the probe that a loss causes begins in the same event
             cache = self.chance.random() < 0.3
             self.carry_out(
                 self.core.probed(model.url, draining=model.draining, prefix_cache=cache, now=self.now)
@@ -337,8 +369,6 @@ class Schedule:
             connected = self.chance.random() < 0.5
             model.silences += self.chance.random() < 0.3
             refusal = self.chance.choice(("", "", "another model"))
-        if connected and not refusal:
-            model.sign_at = self.now
         load = self.chance.choice((0, 5))
         self.note(f"{model.url} stands: connected {connected}, silences {model.silences}, refusal {refusal!r}")
         self.carry_out(self.core.stands(
@@ -356,7 +386,8 @@ class Schedule:
     def know(self) -> None:
         known = [url for url in URLS if self.models[url].steady or self.chance.random() < 0.8]
         for url in set(self.known) - set(known):
-            self.models[url].probed_at = math.inf
+            model = self.models[url]
+            model.probed_at, model.losses, model.lost_at = math.inf, 0, -math.inf
         self.known = known
         self.note(f"known: {known}")
         self.carry_out(self.core.know(known, self.now))
@@ -364,7 +395,9 @@ class Schedule:
     def tick(self) -> None:
         self.note("tick")
         self.carry_out(self.core.tick(self.now))
-        assert all(self.now <= one.deadline + OVERDUE for one in self.core.requests.values()), "an overdue request"
+        assert not [base for base in self.core.requests if self.may_be_over(self.sent[base])], "an overdue request"
+        for one in self.core.fleet.encoders.values():
+            assert one.probing or one.probe_at > self.now or not one.doubted, "a doubted encoder is not probed"
 
     # -- a whole schedule ------------------------------------------------------------------------------------------
 
@@ -374,6 +407,8 @@ class Schedule:
 
     def run(self, steps: int = 60) -> None:
         self.know()
+        if self.chance.random() < 0.35:
+            self.models[URLS[-1]].refusing = True
         if self.chance.random() < 0.8:  # most begin with encoders that are up
             while any(one.probed_at < math.inf for one in self.models.values()):
                 self.step(self.probe_ends)

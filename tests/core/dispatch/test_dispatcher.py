@@ -7,15 +7,31 @@ import itertools
 import pytest
 
 from sglang_mm_conn.core.dispatch import dispatcher
-from sglang_mm_conn.core.dispatch.actions import CancelPost, Forget, GiveUp, Post, Probe, Redispatched
+from sglang_mm_conn.core.dispatch.actions import (
+    WARNING,
+    CancelPost,
+    Forget,
+    GiveUp,
+    LogLine,
+    Post,
+    Probe,
+    Redispatched,
+)
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import NO_ENCODER
-from sglang_mm_conn.core.dispatch.fleet import ERRORS_IN_A_ROW, EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, EncoderStanding
+from sglang_mm_conn.core.dispatch.requests import ABORTED_SECONDS, DELIVERED_SECONDS
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.states import EncoderState
 from tests.core.dispatch.driver import A, B, C, D, Driver
 
 LOSSES = [Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdict.STRANGER]
+
+
+def arrives(driver: Driver, base: str) -> bool:
+    """Whether all parts have arrived, so that the request is forgotten, but not yet: the encoder may still be lost."""
+    early = driver.tick(DELIVERED_SECONDS - driver.now + (driver.core.requests[base].delivered_at or -1e9))
+    return Forget(base) not in early and Forget(base) in driver.tick(0.01)
 
 
 # -- a request -----------------------------------------------------------------------------------------------------
@@ -34,7 +50,8 @@ def test_a_request_is_posted_to_encoders_that_are_up_and_then_forgotten() -> Non
     driver.answer(driver.at(base, 1).room, Verdict.DELIVERED)
     assert driver.forgotten == [] and driver.loads() == {A: (1, 1.0), B: (0, 0.0)}
     driver.answer(driver.at(base, 0).room, Verdict.DELIVERED)
-    assert driver.forgotten == [base] and driver.news == [] and not driver.core.requests
+    assert driver.core.report(driver.now)["requests"] == 0
+    assert arrives(driver, base) and driver.news == [] and not driver.core.requests
 
 
 def test_items_of_each_modality_are_parts_of_their_own_in_their_order() -> None:
@@ -90,7 +107,7 @@ def test_a_part_whose_try_failed_goes_to_another_encoder_in_another_room(verdict
     assert driver.loads() == {A: (0, 0.0), B: (1, 1.0)}
     assert any(A in line and old.room in line and B in line and new.room in line for line in driver.log)
     driver.answer(new.room, Verdict.DELIVERED)
-    assert driver.forgotten == [base]
+    assert arrives(driver, base)
 
 
 def test_a_failed_room_counts_as_a_failed_try_and_its_post_is_cancelled() -> None:
@@ -119,7 +136,7 @@ def test_a_lost_part_says_something_of_its_encoder_and_a_probe_follows(verdict: 
 
 def test_an_error_says_nothing_until_there_are_several_in_a_row() -> None:
     driver = Driver(A, B)
-    for number in range(ERRORS_IN_A_ROW):
+    for number in range(FAILURES_IN_A_ROW):
         assert driver.state(A) is EncoderState.UP
         base = driver.dispatch(0.1 + number)
         while driver.at(base).url != A:  # occupied with healthy work, B is not chosen
@@ -163,7 +180,7 @@ def test_encoders_that_do_not_take_a_part_use_up_no_try(verdict: Verdict) -> Non
         driver.answer(driver.at(base).room, verdict)
     assert driver.open and len(driver.posts) == 7
     driver.answer(driver.at(base).room, Verdict.DELIVERED)
-    assert driver.forgotten == [base] and not any(isinstance(news, GiveUp) for news in driver.news)
+    assert arrives(driver, base) and not any(isinstance(news, GiveUp) for news in driver.news)
 
 
 def test_an_encoder_that_answers_probes_and_takes_nothing_is_not_tried_without_end() -> None:
@@ -175,6 +192,34 @@ def test_an_encoder_that_answers_probes_and_takes_nothing_is_not_tried_without_e
             driver.tick(0.1)
             driver.well(A)
     assert len(driver.posts) == 4 and isinstance(driver.news_of(base)[-1], GiveUp)
+
+
+def test_an_encoder_that_loses_every_part_gets_few_and_others_get_the_rest() -> None:
+    driver = Driver(A, B)
+    for _ in range(300):
+        base = driver.dispatch()
+        while (post := driver.at(base)).url == A:
+            driver.answer(post.room, Verdict.CUT_OFF)
+            driver.well(A)
+        driver.answer(post.room, Verdict.DELIVERED)
+        driver.tick(0.1)
+    urls = [post.url for post in driver.posts]
+    assert urls.count(B) == 300 and 5 <= urls.count(A) <= 8 and driver.state(A) is EncoderState.SUSPECT
+
+
+def test_a_part_that_no_other_can_have_goes_to_an_encoder_that_loses_parts() -> None:
+    driver = Driver(A, B, tries=5)
+    for _ in range(FAILURES_IN_A_ROW):
+        base = driver.dispatch()
+        while driver.at(base).url != A:
+            base = driver.dispatch()
+        driver.answer(driver.at(base).room, Verdict.LOST)
+        driver.well(A)
+    assert driver.state(A) is EncoderState.SUSPECT
+    base = driver.dispatch()
+    assert driver.at(base).url == B
+    driver.answer(driver.at(base).room, Verdict.ERROR)
+    assert driver.at(base).url == A
 
 
 def test_the_client_is_told_the_encoders_error_after_the_last_try() -> None:
@@ -277,13 +322,38 @@ def test_a_room_that_fails_for_the_input_cancels_its_post() -> None:
     assert driver.news == [GiveUp(base, 413, "too large")] and driver.cancelled == [room]
 
 
-def test_an_aborted_request_ends_quietly() -> None:
+def test_an_aborted_request_ends_quietly_a_little_later() -> None:
     driver = Driver(A, B)
     base = driver.dispatch(5.0, 5.0)
     other = driver.at(base, 1).room
-    driver.answer(driver.at(base, 0).room, Verdict.ABORTED)
+    assert driver.answer(driver.at(base, 0).room, Verdict.ABORTED) == []
+    driver.tick(ABORTED_SECONDS)
+    assert driver.forgotten == []
+    driver.tick(0.01)
     assert driver.news == [] and driver.forgotten == [base] and other in driver.cancelled
     assert driver.core.given_up == 0 and driver.loads() == {A: (0, 0.0), B: (0, 0.0)}
+    assert driver.state(A) is EncoderState.UP and driver.core.fleet.encoders[A].failed == 0
+
+
+def test_an_aborted_part_whose_request_still_waits_is_tried_again() -> None:
+    """Another rank has given the room up, or the encoder has cancelled the encode: the scheduler says so in time."""
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    room = driver.at(base).room
+    driver.answer(room, Verdict.ABORTED)
+    driver.tick(ABORTED_SECONDS - 0.1)
+    driver.room_failed(room, 499, "aborted")
+    assert driver.at(base).url == B and room in driver.cancelled
+    driver.tick(ABORTED_SECONDS + 1.0)  # the new try is not aborted
+    assert driver.forgotten == [] and driver.at(base).url == B
+
+
+def test_an_abort_that_only_the_scheduler_reports_is_a_lost_try() -> None:
+    driver = Driver(A, B, tries=1)
+    base = driver.dispatch()
+    driver.room_failed(driver.at(base).room, 499, "aborted by a rank")
+    (give_up,) = driver.news
+    assert isinstance(give_up, GiveUp) and (give_up.room_base, give_up.code) == (base, 502)
 
 
 # -- late events ---------------------------------------------------------------------------------------------------
@@ -315,17 +385,69 @@ def test_answers_that_come_twice_count_once() -> None:
     assert driver.forgotten == [] and driver.loads()[B] == (1, 5.0)
 
 
-def test_a_room_that_fails_after_its_request_has_arrived_fails_the_request() -> None:
-    """The encoder said that the part had arrived, so the items are gone."""
+def test_a_part_lost_after_its_delivery_is_tried_again() -> None:
+    """The encoder said that it had arrived, and was lost before the language side knew."""
     driver = Driver(A, B)
     base = driver.dispatch()
     room = driver.at(base).room
     driver.answer(room, Verdict.DELIVERED)
+    driver.tick(DELIVERED_SECONDS)
+    driver.room_failed(room, 502)
+    assert driver.at(base).url == B and driver.loads() == {A: (0, 0.0), B: (1, 1.0)}
+    assert driver.core.report(driver.now)["requests"] == 1
+    driver.tick(30.0)
+    assert driver.forgotten == [] and driver.room_failed(room, 502) == []  # the report is repeated
+    driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert arrives(driver, base) and driver.core._delivered == {}
+
+
+def test_a_part_lost_after_its_delivery_is_tried_again_while_another_is_under_way() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch(5.0, 5.0)
+    delivered, other = driver.at(base, 0).room, driver.at(base, 1).room
+    driver.answer(delivered, Verdict.DELIVERED)
+    driver.room_failed(delivered, 404)
+    assert driver.at(base, 0).url == B and driver.at(base, 1).room == other
+    driver.answer(other, Verdict.DELIVERED)
+    driver.tick(30.0)
+    assert driver.forgotten == []
+    driver.answer(driver.at(base, 0).room, Verdict.DELIVERED)
+    assert arrives(driver, base)
+
+
+def test_a_fault_of_the_input_that_is_found_after_the_delivery_is_told_the_client() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    room = driver.at(base).room
+    driver.answer(room, Verdict.DELIVERED)
+    driver.room_failed(room, 413, "too large")
+    assert driver.news == [GiveUp(base, 413, "too large")] and driver.forgotten == [base]
+    assert driver.core._delivered == {} and driver.core.requests == {}
+
+
+def test_a_room_that_fails_long_after_its_request_has_arrived_fails_the_request() -> None:
+    """Its items are gone."""
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    room = driver.at(base).room
+    driver.answer(room, Verdict.DELIVERED)
+    driver.tick(DELIVERED_SECONDS + 0.1)
     for _ in range(2):  # the report is repeated
         (give_up,) = driver.room_failed(room, 404, "http://a:1 does not know it")
         assert isinstance(give_up, GiveUp) and (give_up.room_base, give_up.code) == (base, 502)
         assert A not in give_up.reason
     assert driver.forgotten == [base]
+
+
+def test_a_room_of_an_earlier_try_says_nothing_of_a_request_that_has_arrived() -> None:
+    driver = Driver(A, B)
+    base = driver.dispatch()
+    first = driver.at(base).room
+    driver.answer(first, Verdict.LOST)
+    last = driver.at(base).room
+    driver.answer(last, Verdict.DELIVERED)
+    driver.tick(DELIVERED_SECONDS + 0.1)
+    assert driver.room_failed(first) == [] and driver.room_failed(last) != []
 
 
 def test_rooms_of_old_requests_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +457,7 @@ def test_rooms_of_old_requests_are_forgotten_in_the_end(monkeypatch: pytest.Monk
     for _ in range(4):
         rooms.append(driver.at(driver.dispatch()).room)
         driver.answer(rooms[-1], Verdict.DELIVERED)
+        driver.tick(DELIVERED_SECONDS + 0.1)
     assert driver.room_failed(rooms[0]) == [] and driver.room_failed(rooms[1]) != []
 
 
@@ -361,7 +484,7 @@ def test_parts_stay_with_an_encoder_that_drains_until_it_ends() -> None:
     assert driver.state(A) is EncoderState.DRAINING and driver.at(base).url == A
     assert driver.at(driver.dispatch(100.0)).url == driver.at(driver.dispatch(100.0)).url == B
     driver.answer(driver.at(base).room, Verdict.DELIVERED)
-    assert driver.forgotten == [base] and driver.state(A) is EncoderState.DRAINING
+    assert arrives(driver, base) and driver.state(A) is EncoderState.DRAINING
 
 
 def test_parts_of_a_suspect_encoder_wait_for_the_probe() -> None:
@@ -386,13 +509,33 @@ def test_parts_of_a_busy_encoder_stay_while_its_control_connection_lives() -> No
     assert driver.state(A) is EncoderState.UP and driver.at(base).url == A and len(driver.posts) == 1
 
 
+def test_parts_of_a_suspect_encoder_that_answers_no_probe_move_though_its_heartbeats_arrive() -> None:
+    driver = Driver(A, peer_timeout=6.0, wait=0.0)
+    driver.stands(A)
+    driver.well(A)
+    first, second = driver.dispatch(), driver.dispatch()
+    driver.answer(driver.at(first).room, Verdict.CUT_OFF)
+    kept = driver.at(second).room
+    for _ in range(4):
+        driver.tick(1.0)
+        driver.absent(A, silent=True)
+        driver.stands(A)
+    assert driver.state(A) is EncoderState.SUSPECT and driver.at(second).room == kept and driver.news == []
+    for _ in range(4):
+        driver.tick(1.0)
+        driver.absent(A, silent=True)
+        driver.stands(A)
+    assert driver.state(A) is EncoderState.DOWN and kept in driver.cancelled
+    assert {news.room_base for news in driver.news if isinstance(news, GiveUp)} == {first, second}
+
+
 def test_parts_of_an_encoder_that_is_known_no_more_go_on() -> None:
     driver = Driver(A, B)
     base = driver.dispatch()
     driver.know(B)
     assert driver.at(base).url == A
     driver.answer(driver.at(base).room, Verdict.DELIVERED)
-    assert driver.forgotten == [base]
+    assert arrives(driver, base)
     lost = driver.dispatch(1.0)
     driver.know(A)
     driver.well(A)
@@ -452,7 +595,7 @@ def test_a_request_waits_for_the_first_probe_of_an_encoder_and_is_then_posted() 
     assert driver.core.redispatched == 0
     for post in list(driver.open.values()):
         driver.answer(post.room, Verdict.DELIVERED)
-    assert driver.forgotten == [base]
+    assert arrives(driver, base)
 
 
 def test_a_request_waits_as_long_as_it_may_and_is_served_when_an_encoder_returns() -> None:
@@ -562,5 +705,10 @@ def test_a_standing_of_another_kind_of_loss_moves_parts_too() -> None:
 def test_actions_are_of_the_kinds_that_were_asked_for() -> None:
     driver = Driver(A)
     base = driver.dispatch()
-    actions = driver.answer(driver.at(base).room, Verdict.DELIVERED)
-    assert actions == [Forget(base)] and isinstance(driver.posts[0], Post)
+    room = driver.at(base).room
+    assert driver.answer(room, Verdict.CUT_OFF) == [
+        CancelPost(room), LogLine(WARNING, f"Encoder {A}: up -> suspect: why"), Probe(A)
+    ]  # fmt: skip
+    assert [type(action) for action in driver.well(A)] == [LogLine, Redispatched, LogLine, Post]
+    driver.answer(driver.at(base).room, Verdict.DELIVERED)
+    assert driver.tick(DELIVERED_SECONDS + 0.1) == [Forget(base)]

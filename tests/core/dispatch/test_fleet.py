@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from sglang_mm_conn.core.dispatch.fleet import (
-    ERRORS_IN_A_ROW,
+    FAILURES_IN_A_ROW,
     FIRST_PROBE_SECONDS,
     FIRST_TRIAL_SECONDS,
     MOST_PROBE_SECONDS,
@@ -23,6 +23,7 @@ from sglang_mm_conn.core.dispatch.fleet import (
 from sglang_mm_conn.core.states import EncoderState
 
 A, B = "http://a:1", "http://b:1"
+PEER_TIMEOUT = 10.0  # the default of Fleet
 UP, SUSPECT, DRAINING, DOWN = EncoderState.UP, EncoderState.SUSPECT, EncoderState.DRAINING, EncoderState.DOWN
 
 
@@ -39,11 +40,11 @@ def fleet_of(state: EncoderState, now: float = 100.0) -> tuple[Fleet, Encoder]:
         well(fleet, now=now, draining=state is DRAINING)
     if state is SUSPECT:
         well(fleet, now=now)
-        fleet.lost(A, SUSPECT, "cut off")
+        lost(fleet, SUSPECT, "cut off")
         fleet.due_probes(now)
         fleet.encoders[A].probing = False
     if state is DOWN:
-        fleet.lost(A, DOWN, "refused")
+        lost(fleet, DOWN, "refused")
         fleet.due_probes(now)
         fleet.encoders[A].probing = False
     assert fleet.encoders[A].state is state
@@ -53,6 +54,17 @@ def fleet_of(state: EncoderState, now: float = 100.0) -> tuple[Fleet, Encoder]:
 def stands(fleet: Fleet, now: float = 101.0, **fields: object) -> list[StateChange]:
     standing = EncoderStanding(**{"url": A, "connected": True, **fields})  # type: ignore[arg-type]
     return fleet.stands(standing, now)
+
+
+def lost(
+    fleet: Fleet, to: EncoderState | None, reason: str, url: str = A, *, began: float = 100.0, now: float = 100.0
+) -> list[StateChange]:
+    return fleet.lost(url, to, reason, began=began, now=now)
+
+
+def silent(fleet: Fleet, now: float) -> list[StateChange]:
+    """A probe of A is not answered in time; heartbeats arrive."""
+    return stands(fleet, now) + fleet.probe_failed(A, "timed out", silent=True, now=now)
 
 
 def states(changes: list[StateChange]) -> list[EncoderState]:
@@ -88,9 +100,9 @@ def test_exactly_the_named_encoders_are_known_and_a_known_one_keeps_its_state() 
 def test_events_about_unknown_encoders_change_nothing() -> None:
     fleet, _ = fleet_of(UP)
     assert well(fleet, B) == []
-    assert fleet.probe_failed(B, "", silent=False) == []
+    assert fleet.probe_failed(B, "", silent=False, now=102.0) == []
     assert fleet.stands(EncoderStanding(B, True), 1.0) == []
-    assert fleet.delivered(B, 1.0) == fleet.erred(B, "", 1.0) == fleet.lost(B, DOWN, "") == []
+    assert fleet.delivered(B, 1.0) == fleet.erred(B, "", 1.0) == lost(fleet, DOWN, "", B) == []
     fleet.posted(B, 1.0)
     fleet.probe_now(B)
     assert list(fleet.encoders) == [A] and fleet.encoders[A].state is UP
@@ -106,16 +118,16 @@ def test_every_state_is_reached_from_every_other_one(start: EncoderState, target
     ways: dict[EncoderState, Callable[[], list[StateChange]]] = {
         UP: lambda: well(fleet),
         DRAINING: lambda: well(fleet, draining=True),
-        DOWN: lambda: fleet.lost(A, DOWN, "refused"),
-        SUSPECT: lambda: fleet.lost(A, SUSPECT, "cut off"),
+        DOWN: lambda: lost(fleet, DOWN, "refused"),
+        SUSPECT: lambda: lost(fleet, SUSPECT, "cut off"),
     }
     if target is SUSPECT and start is DRAINING:
         assert ways[SUSPECT]() == []  # a part was cut off, but it still gets no new one
         return
     if target is SUSPECT and start is DOWN:
         stands(fleet)
-        fleet.lost(A, DOWN, "refused")
-        ways[SUSPECT] = lambda: fleet.probe_failed(A, "timed out", silent=True)
+        lost(fleet, DOWN, "refused")
+        ways[SUSPECT] = lambda: fleet.probe_failed(A, "timed out", silent=True, now=102.0)
     changes = ways[target]()
     assert one.state is target
     assert [(change.url, change.old, change.new) for change in changes] == (
@@ -135,7 +147,7 @@ def test_only_an_encoder_that_is_suspect_or_just_probed_is_undecided() -> None:
         UP: False, SUSPECT: True, DRAINING: False, DOWN: False
     }  # fmt: skip
     fleet, _ = fleet_of(UP)
-    fleet.lost(A, None, "the room failed")
+    lost(fleet, None, "the room failed")
     assert fleet.undecided  # a probe follows
     fleet.due_probes(100.0)
     assert fleet.undecided
@@ -159,7 +171,7 @@ def probe_times(fleet: Fleet, begin: float, seconds: float, answer: Callable[[fl
 
 def test_an_encoder_that_does_not_answer_is_probed_ever_less_often() -> None:
     fleet, _ = fleet_of(DOWN)
-    times = probe_times(fleet, 100.0, 60, lambda now: fleet.probe_failed(A, "refused", silent=False))
+    times = probe_times(fleet, 100.0, 60, lambda now: fleet.probe_failed(A, "refused", silent=False, now=102.0))
     gaps = [after - before for before, after in itertools.pairwise(times)]
     assert gaps[0] <= 2 * FIRST_PROBE_SECONDS
     assert all(after >= before - 0.011 for before, after in itertools.pairwise(gaps))
@@ -174,7 +186,7 @@ def test_two_probes_of_an_encoder_are_never_under_way_at_once() -> None:
 
 def test_a_doubt_is_probed_at_once_and_the_intervals_begin_anew() -> None:
     fleet, one = fleet_of(DOWN)
-    probe_times(fleet, 100.0, 60, lambda now: fleet.probe_failed(A, "refused", silent=False))
+    probe_times(fleet, 100.0, 60, lambda now: fleet.probe_failed(A, "refused", silent=False, now=102.0))
     assert one.probe_delay == MOST_PROBE_SECONDS
     fleet.probe_now(A)
     assert fleet.due_probes(160.0) == [A] and one.probe_at == 160.0 + FIRST_PROBE_SECONDS
@@ -190,7 +202,7 @@ def test_an_answer_to_a_probe_from_before_a_loss_proves_nothing() -> None:
     fleet, one = fleet_of(SUSPECT)
     fleet.probe_now(A)
     assert fleet.due_probes(100.0) == [A]
-    fleet.lost(A, DOWN, "refused")
+    lost(fleet, DOWN, "refused")
     heard = one.heard_at
     assert well(fleet, now=101.0) == [] and one.state is DOWN and one.heard_at == heard
     assert fleet.due_probes(101.0) == [A]
@@ -202,17 +214,43 @@ def test_an_encoder_that_is_up_is_probed_only_when_nothing_was_heard_of_it() -> 
     times = probe_times(fleet, 100.0, 14, lambda now: well(fleet, now=now))
     assert times == pytest.approx([100.0 + QUIET_SECONDS, 100.0 + 2 * QUIET_SECONDS])
     assert probe_times(fleet, 114.0, 0.5, lambda now: None) == []
-    fleet, _ = fleet_of(UP)
-    for now in range(100, 150):
+    fleet, one = fleet_of(UP)
+    stands(fleet, 100.0)
+    assert fleet.due_probes(100.0) == [A]  # the first report of a connection may be an old one
+    well(fleet)
+    for now in range(101, 150):
         stands(fleet, float(now))
         assert fleet.due_probes(float(now)) == []
+    assert one.heard_at == 100.0  # what the scheduler's side says keeps probes away, and is no sign of life
 
 
 def test_an_encoder_that_drains_is_probed_until_it_ends() -> None:
     fleet, _ = fleet_of(DRAINING)
     times = probe_times(fleet, 100.0, 10, lambda now: well(fleet, now=now, draining=True))
-    assert times == pytest.approx([103.0, 106.0, 109.0])
-    assert states(fleet.probe_failed(A, "refused", silent=False)) == [DOWN]
+    assert times == pytest.approx([100.0 + MOST_PROBE_SECONDS * number for number in range(1, 5)])
+    assert states(fleet.probe_failed(A, "refused", silent=False, now=102.0)) == [DOWN]
+
+
+def test_a_probe_proves_life_when_it_began_not_when_its_answer_came() -> None:
+    fleet, one = fleet_of(UP)
+    lost(fleet, None, "lost")
+    fleet.due_probes(103.0)
+    well(fleet, now=104.5)
+    assert one.heard_at == 103.0
+    fleet.delivered(A, 105.0)
+    well(fleet, now=106.0)
+    assert one.heard_at == 105.0  # never back
+
+
+def test_an_encoder_that_is_doubted_is_probed_until_it_answers() -> None:
+    fleet, one = fleet_of(UP)
+    stands(fleet)
+    fleet.probe_now(A)
+    times = probe_times(fleet, 102.0, 10, lambda now: silent(fleet, now))
+    assert usable(fleet) == [A] and len(times) >= 6
+    fleet.due_probes(112.0)
+    well(fleet, now=112.0)
+    assert not one.doubted and fleet.due_probes(112.0 + QUIET_SECONDS - 0.1) == []
 
 
 def test_a_busy_encoder_owes_an_answer_to_a_probe_and_stays_up() -> None:
@@ -221,24 +259,92 @@ def test_a_busy_encoder_owes_an_answer_to_a_probe_and_stays_up() -> None:
         stands(fleet, draining=state is DRAINING)
         fleet.probe_now(A)
         fleet.due_probes(102.0)
-        assert fleet.probe_failed(A, "timed out", silent=True) == [] and one.state is state and not one.probing
+        assert (
+            fleet.probe_failed(A, "timed out", silent=True, now=102.0) == [] and one.state is state and not one.probing
+        )
 
 
 def test_a_busy_encoder_that_is_suspect_stays_so_until_it_answers() -> None:
     fleet, one = fleet_of(SUSPECT)
     one.standing = EncoderStanding(A, True)
-    assert fleet.probe_failed(A, "timed out", silent=True) == [] and one.state is SUSPECT
+    assert fleet.probe_failed(A, "timed out", silent=True, now=102.0) == [] and one.state is SUSPECT
+
+
+def test_a_suspect_encoder_that_answers_no_probe_for_too_long_is_down_though_its_heartbeats_arrive() -> None:
+    fleet, one = fleet_of(UP)
+    stands(fleet)
+    well(fleet, now=101.0)
+    lost(fleet, SUSPECT, "cut off", now=101.0)
+    changes: list[tuple[float, StateChange]] = []
+    probe_times(fleet, 101.0, 60, lambda now: changes.extend((now, change) for change in silent(fleet, now)))
+    ((at, change),) = changes  # it stays so
+    assert (change.old, change.new, change.reason) == (SUSPECT, DOWN, "timed out") and not fleet.undecided
+    assert 101.0 + PEER_TIMEOUT <= at <= 101.0 + PEER_TIMEOUT + MOST_PROBE_SECONDS + 0.1
+    fleet.due_probes(170.0)
+    assert states(well(fleet, now=170.0)) == [UP] and one.silent_since == math.inf
+
+
+def test_an_answer_in_between_begins_the_silence_anew() -> None:
+    answers: list[Callable[[Fleet], object]] = [
+        lambda fleet: fleet.probed(A, draining=False, prefix_cache=False, now=108.0),
+        lambda fleet: fleet.delivered(A, 108.0),
+        lambda fleet: fleet.erred(A, "out of memory", 108.0),
+        lambda fleet: (stands(fleet, 108.0, connected=False), stands(fleet, 108.0)),
+    ]
+    for answer in answers:
+        fleet, one = fleet_of(SUSPECT)
+        one.standing = EncoderStanding(A, True)
+        probe_times(fleet, 101.0, 7, lambda now, fleet=fleet: silent(fleet, now))  # type: ignore[misc]
+        answer(fleet)
+        lost(fleet, SUSPECT, "cut off", began=109.0, now=109.0)
+        probe_times(fleet, 109.0, 9, lambda now, fleet=fleet: silent(fleet, now))  # type: ignore[misc]
+        assert one.state is SUSPECT
+
+
+def test_a_busy_encoder_that_lost_no_part_stays_up_however_long_it_is_silent() -> None:
+    for state in (UP, DRAINING):
+        fleet, one = fleet_of(state)
+        stands(fleet, draining=state is DRAINING)
+        for tick in range(600):
+            now = 102.0 + tick
+            stands(fleet, now, draining=state is DRAINING)
+            if fleet.due_probes(now):
+                assert fleet.probe_failed(A, "timed out", silent=True, now=now) == [] and one.state is state
+        lost(fleet, SUSPECT, "cut off", began=700.0, now=702.0)
+        fleet.due_probes(702.0)
+        fleet.probe_failed(A, "timed out", silent=True, now=704.0)
+        assert one.state is (SUSPECT if state is UP else DRAINING)  # its silence counts from the loss on
+
+
+def test_nobody_waits_for_the_probe_of_an_encoder_that_is_silent_for_too_long() -> None:
+    fleet, one = fleet_of(UP)
+    stands(fleet)
+    well(fleet, now=101.0)
+    lost(fleet, None, "the room failed", now=101.0)
+    probe_times(fleet, 101.0, 8, lambda now: silent(fleet, now))
+    assert fleet.undecided
+    probe_times(fleet, 109.0, 8, lambda now: silent(fleet, now))
+    assert one.state is UP and not fleet.undecided
+
+
+def test_the_time_of_silence_is_the_peer_timeout() -> None:
+    fleet = Fleet(peer_timeout=3.0)
+    fleet.know([A])
+    fleet.due_probes(100.0)
+    fleet.encoders[A].standing = EncoderStanding(A, True)
+    assert fleet.probe_failed(A, "timed out", silent=True, now=102.9) == []
+    assert states(fleet.probe_failed(A, "timed out", silent=True, now=103.0)) == [DOWN]
 
 
 def test_silence_without_a_control_connection_is_the_end() -> None:
     fleet, _ = fleet_of(UP)
-    assert states(fleet.probe_failed(A, "timed out", silent=True)) == [DOWN]
+    assert states(fleet.probe_failed(A, "timed out", silent=True, now=102.0)) == [DOWN]
 
 
 def test_an_encoder_that_refuses_or_answers_wrongly_is_down_also_with_a_connection() -> None:
     fleet, _ = fleet_of(UP)
     stands(fleet)
-    assert states(fleet.probe_failed(A, "refused", silent=False)) == [DOWN]
+    assert states(fleet.probe_failed(A, "refused", silent=False, now=102.0)) == [DOWN]
 
 
 def test_a_probe_says_whether_the_encoder_keeps_embeddings() -> None:
@@ -252,10 +358,12 @@ def test_a_probe_says_whether_the_encoder_keeps_embeddings() -> None:
 # -- the scheduler's side ------------------------------------------------------------------------------------------
 
 
-def test_an_encoder_whose_control_connection_comes_up_is_up() -> None:
+def test_an_encoder_whose_control_connection_comes_up_is_up_and_probed() -> None:
     for state in (SUSPECT, DOWN):
         fleet, one = fleet_of(state)
-        assert stands(fleet) == [StateChange(A, state, UP, "it is registered")] and one.heard_at == 101.0
+        assert stands(fleet) == [StateChange(A, state, UP, "it is registered")]
+        assert one.heard_at == 100.0 and one.connected_at == 101.0  # a frozen process is connected, too
+        assert one.undecided and fleet.due_probes(101.0) == [A]
 
 
 def test_repeated_standings_change_nothing() -> None:
@@ -263,7 +371,7 @@ def test_repeated_standings_change_nothing() -> None:
     for state in (SUSPECT, DOWN):
         fleet, one = fleet_of(UP)
         stands(fleet)
-        fleet.lost(A, state, "lost")
+        lost(fleet, state, "lost")
         for tick in range(100):
             assert stands(fleet, 101.0 + tick / 10) == [] and one.state is state
 
@@ -347,7 +455,7 @@ def failing(now: float = 100.0) -> tuple[Fleet, Encoder]:
     fleet.know([A, B])
     fleet.due_probes(now)
     well(fleet, B, now)
-    for _ in range(ERRORS_IN_A_ROW):
+    for _ in range(FAILURES_IN_A_ROW):
         fleet.erred(A, "out of memory", now)
     assert one.state is SUSPECT and one.failing
     return fleet, one
@@ -356,15 +464,15 @@ def failing(now: float = 100.0) -> tuple[Fleet, Encoder]:
 def test_errors_in_a_row_make_suspect_and_an_embedding_in_between_does_not() -> None:
     fleet, one = fleet_of(UP)
     for _ in range(5):
-        for _ in range(ERRORS_IN_A_ROW - 1):
+        for _ in range(FAILURES_IN_A_ROW - 1):
             assert fleet.erred(A, "out of memory", 100.0) == []
         assert fleet.delivered(A, 100.0) == []
-    for _ in range(ERRORS_IN_A_ROW - 1):
+    for _ in range(FAILURES_IN_A_ROW - 1):
         fleet.erred(A, "out of memory", 100.0)
     (change,) = fleet.erred(A, "out of memory", 100.0)
     assert change.new is SUSPECT and "out of memory" in change.reason
     assert fleet.erred(A, "out of memory", 100.0) == []
-    assert one.failed == 5 * (ERRORS_IN_A_ROW - 1) + ERRORS_IN_A_ROW + 1
+    assert one.failed == 5 * (FAILURES_IN_A_ROW - 1) + FAILURES_IN_A_ROW + 1
 
 
 def test_an_encoder_that_fails_gets_one_trial_at_growing_intervals() -> None:
@@ -396,14 +504,14 @@ def test_a_trial_that_succeeds_makes_up_again() -> None:
     fleet, one = failing()
     fleet.posted(A, 102.0)
     assert states(fleet.delivered(A, 103.0)) == [UP] and not one.failing
-    for _ in range(ERRORS_IN_A_ROW):
+    for _ in range(FAILURES_IN_A_ROW):
         fleet.erred(A, "again", 104.0)
     assert one.trial_at == 104.0 + FIRST_TRIAL_SECONDS
 
 
 def test_an_encoder_that_fails_is_used_where_there_is_no_other() -> None:
     fleet, _ = failing()
-    fleet.lost(B, DOWN, "refused")
+    lost(fleet, DOWN, "refused", B)
     assert usable(fleet, 100.0) == [A]
 
 
@@ -416,8 +524,92 @@ def test_answers_to_probes_do_not_make_an_encoder_well_that_fails() -> None:
 
 def test_an_encoder_that_was_down_meanwhile_may_be_another_process_and_starts_anew() -> None:
     fleet, one = failing()
-    fleet.probe_failed(A, "refused", silent=False)
+    fleet.probe_failed(A, "refused", silent=False, now=102.0)
     assert states(well(fleet, now=101.0)) == [UP] and one.errors == 0
+
+
+def flap(fleet: Fleet, proof: EncoderState | None, now: float) -> None:
+    """A part is posted to A at ``now`` and lost, a second later a probe is answered."""
+    fleet.posted(A, now)
+    lost(fleet, proof, "lost", began=now, now=now)
+    fleet.due_probes(now)
+    well(fleet, now=now + 1.0)
+
+
+@pytest.mark.parametrize("proof", [DOWN, SUSPECT, None])
+def test_an_encoder_that_answers_probes_and_loses_every_part_gets_trials_at_growing_intervals(
+    proof: EncoderState | None,
+) -> None:
+    fleet, one = fleet_of(UP)
+    fleet.know([A, B])
+    fleet.due_probes(100.0)
+    well(fleet, B)
+    times = []
+    for tick in range(300 * 10):
+        now = 100.0 + tick / 10
+        if one.state is not DOWN and A in usable(fleet, now):
+            times.append(now)
+            flap(fleet, proof, now)
+    assert times[:3] == pytest.approx([100.0, 100.1, 100.2]) and one.state is SUSPECT and one.failing
+    gaps = [after - before for before, after in itertools.pairwise(times[2:])]
+    assert gaps[:6] == pytest.approx([2, 2, 4, 8, 16, 32], abs=0.11)
+    assert gaps[6:] == pytest.approx([MOST_TRIAL_SECONDS] * len(gaps[6:]), abs=0.11) and len(gaps) > 7
+    fleet.posted(A, 500.0)
+    assert states(fleet.delivered(A, 501.0)) == [UP] and fleet.failing == [] and one.losses == 0
+
+
+def test_the_reason_names_the_losses() -> None:
+    fleet, one = fleet_of(UP)
+    for number in range(FAILURES_IN_A_ROW):
+        changes = lost(fleet, None, "the room failed", began=101.0 + number, now=101.0 + number)
+    assert changes == [StateChange(A, UP, SUSPECT, "3 losses in a row, the last: the room failed")]
+    lost(fleet, DOWN, "refused", began=105.0, now=105.0)
+    fleet.due_probes(105.0)
+    assert states(well(fleet, now=106.0)) == [SUSPECT] and one.reason == "it answers, but its last parts failed"
+    assert well(fleet, now=107.0) == []
+
+
+def test_parts_lost_with_one_process_are_one_loss_and_its_successor_gets_work_at_once() -> None:
+    fleet, one = fleet_of(UP)
+    for death in range(FAILURES_IN_A_ROW - 1):
+        now = 110.0 + 10 * death
+        for number in range(8):  # all were posted before the first of them was lost
+            lost(fleet, SUSPECT, "cut off", began=now - 1.0 + number / 100, now=now + number / 100)
+        fleet.due_probes(now + 1.0)
+        fleet.probe_failed(A, "refused", silent=False, now=now + 1.0)
+        lost(fleet, None, "the room failed", began=now - 0.5, now=now + 1.5)
+        fleet.due_probes(now + 2.0)
+        assert states(well(fleet, now=now + 2.0)) == [UP] and usable(fleet, now + 2.0) == [A]
+    assert one.losses == FAILURES_IN_A_ROW - 1
+
+
+def test_a_part_that_an_encoder_does_not_take_while_it_drains_is_no_loss() -> None:
+    fleet, one = fleet_of(UP)
+    for number in range(10):
+        lost(fleet, DRAINING, "it drains", began=101.0 + number, now=101.0 + number)
+        fleet.due_probes(101.0 + number)
+        well(fleet, now=101.0 + number)
+    assert one.losses == 0 and one.state is UP
+
+
+def test_an_embedding_in_between_forgives_the_losses() -> None:
+    fleet, one = fleet_of(UP)
+    for number in range(20):
+        now = 101.0 + number
+        lost(fleet, None, "the room failed", began=now, now=now)
+        if number % 2:
+            fleet.delivered(A, now)
+        assert one.state is UP
+
+
+def test_a_probe_is_awaited_of_an_encoder_that_fails_only_after_a_loss() -> None:
+    fleet, one = fleet_of(UP)
+    for number in range(FAILURES_IN_A_ROW):
+        lost(fleet, None, "the room failed", began=101.0 + number, now=101.0 + number)
+    assert fleet.failing == [one] and fleet.undecided
+    fleet.due_probes(104.0)
+    well(fleet, now=104.0)
+    assert fleet.failing == [one] and not fleet.undecided
 
 
 def test_an_embedding_of_an_encoder_that_drains_does_not_make_it_up() -> None:
@@ -434,7 +626,7 @@ def test_a_lost_part_is_counted_and_followed_by_a_probe_whatever_it_proves() -> 
     for proof in (None, SUSPECT, DRAINING, DOWN):
         fleet, one = fleet_of(UP)
         fleet.posted(A, 101.0)
-        changes = fleet.lost(A, proof, "lost")
+        changes = lost(fleet, proof, "lost")
         assert states(changes) == ([] if proof is None else [proof])
         assert fleet.due_probes(101.0) == [A] and (one.tried, one.failed) == (1, 1)
 
@@ -442,4 +634,4 @@ def test_a_lost_part_is_counted_and_followed_by_a_probe_whatever_it_proves() -> 
 def test_a_part_that_was_cut_off_proves_nothing_worse_than_what_is_known() -> None:
     for state in (SUSPECT, DRAINING, DOWN):
         fleet, one = fleet_of(state)
-        assert fleet.lost(A, SUSPECT, "cut off") == [] and one.state is state
+        assert lost(fleet, SUSPECT, "cut off") == [] and one.state is state

@@ -44,7 +44,7 @@ def error(message: str = "no", room: str | None = ROOM, **more: object) -> bytes
 )
 def test_the_code_of_a_failed_room_says_who_is_at_fault(code: int, verdict: Verdict) -> None:
     assert of_failure(int(code), "why") == TryEnd(verdict, int(code), "why")
-    assert may_be_tried_again(int(code)) == (verdict in (Verdict.LOST, Verdict.ERROR))
+    assert may_be_tried_again(int(code)) == (verdict is not Verdict.INPUT)
 
 
 def test_every_failure_code_has_a_verdict() -> None:
@@ -54,7 +54,7 @@ def test_every_failure_code_has_a_verdict() -> None:
 
 @pytest.mark.parametrize("code", range(400, 500))
 def test_the_inputs_fault_is_never_tried_again(code: int) -> None:
-    about_the_transfer = (FailureCode.UNKNOWN_ROOM, FailureCode.GONE)
+    about_the_transfer = (FailureCode.UNKNOWN_ROOM, FailureCode.GONE, FailureCode.ABORTED)
     assert may_be_tried_again(code) == (code in about_the_transfer)
 
 
