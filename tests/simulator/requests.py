@@ -199,6 +199,9 @@ class RankRequest:
                 if int(part) != number or int(of) != len(rooms):
                     raise Violation(f"{where} says that it is part {part} of {of}")
                 joined.append((attempt, flat))
+                core = self._rank.endpoint.core
+                self._schedule.seen["resumes"] += core.rooms[room.room].resumes
+                self._schedule.seen["views"] += room.room in core.views
         except ConnError as error:
             assembly.error = error.with_traceback(None)  # whose frames would keep the rows
         else:
