@@ -37,6 +37,7 @@ from sglang_mm_conn.core.rooms import part_room
 from sglang_mm_conn.core.states import EncoderState
 
 NO_ENCODER = "no encoder is available for the images, video or audio of this request, try again later"
+ENCODER_LOST = "the encoder that had this request was lost or failed, try again later"
 _USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
 _OVERDUE_SECONDS = 5.0  # the scheduler has given a request up for so long: nobody waits for it
 # The language side has given a room up. If its request still waits, its scheduler says so within this time.
@@ -122,8 +123,10 @@ class DispatchCore:
                 end = TryEnd(Verdict.LOST, int(HTTPStatus.BAD_GATEWAY), reason)
             return self._ended(*found, end, now)
         base = self._finished.get(room)
-        # The request's items are gone.
-        return [] if base is None else [GiveUp(base, code, reason)]
+        if base is None:
+            return []
+        log = LogLine(WARNING, f"Room {room} failed after its request was forgotten: {reason}")
+        return [log, GiveUp(base, code if code >= 500 else int(HTTPStatus.BAD_GATEWAY), ENCODER_LOST)]
 
     # -- encoders ------------------------------------------------------------------------------------------------
 
@@ -320,15 +323,15 @@ class DispatchCore:
         return candidates
 
     def _out_of_tries(self, request: Request, part: Part) -> list[DispatchAction]:
-        last = part.last
+        last, tries = part.last, len(part.tries)
         assert last is not None
-        if len(part.tries) == 1:
-            return self._give_up(request, last.code, last.reason)
+        log = LogLine(WARNING, f"Part {part.number} of {request.rid} is given up after {tries} tries: {last.reason}")
         code = last.code if last.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
-        reason = f": {last.reason}" if last.verdict is Verdict.ERROR else ""
-        return self._give_up(
-            request, code, f"{len(part.tries)} encoders failed on the same part of this request{reason}"
-        )
+        told = last.reason if last.verdict is Verdict.ERROR else ""  # another reason may name servers
+        if tries == 1:
+            return [log, *self._give_up(request, code, told or ENCODER_LOST)]
+        reason = f"{tries} encoders failed on the same part of this request" + (f": {told}" if told else "")
+        return [log, *self._give_up(request, code, reason)]
 
     def _give_up(self, request: Request, code: int, reason: str) -> list[DispatchAction]:
         self.given_up += 1
