@@ -214,6 +214,8 @@ class DispatchedSchedule(Schedule):
         self.seen["given up"] += 1
         if not news.reason or not 400 <= news.code <= 599:
             raise Violation(f"request {request.number} is given up without a reason: {news}")
+        if "http:" in news.reason or "process" in news.reason:
+            raise Violation(f"a client is told of servers: {news}")
         for tries in request.tries.values():
             for attempt in tries:
                 attempt.touched.add("its request was given up")
