@@ -212,6 +212,9 @@ class DispatchedSchedule(Schedule):
         request = self.requests[news.room_base]
         self.kernel.note(f"request {request.number} is given up: {news.code} {news.reason}")
         self.seen["given up"] += 1
+        if request.given_up:
+            raise Violation(f"request {request.number} is given up again: {news}")
+        request.given_up = True
         if not news.reason or not 400 <= news.code <= 599:
             raise Violation(f"request {request.number} is given up without a reason: {news}")
         if "http:" in news.reason or "process" in news.reason:
