@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from tests.faults.table import RESULTS, write
 from tests.simulator.dispatched import DispatchedSchedule
-from tests.simulator.mutations import MUTATIONS, without
+from tests.simulator.mutations import MUTATIONS, OF_THE_DISPATCHER, without
 from tests.simulator.schedule import Schedule
 
 CHUNK = 100
@@ -74,7 +74,9 @@ def play_chunk(task: tuple[str, int, int, str | None]) -> tuple[int, Counter[str
     broken = []
     with without(protection) if protection else contextlib.nullcontext():
         for number in range(first, first + count):
-            name = f"{seed}:{number}"
+            # Without a protection only the kind of schedule that has it is played: see schedule_of.
+            played = number if protection is None else 2 * number + (protection in OF_THE_DISPATCHER)
+            name = f"{seed}:{played}"
             happened, problem = play(name)
             seen += happened
             if problem:

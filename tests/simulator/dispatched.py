@@ -217,8 +217,13 @@ class DispatchedSchedule(Schedule):
         request = self.requests[news.room_base]
         self.kernel.note(f"request {request.number} is given up: {news.code} {news.reason}")
         self.seen["given up"] += 1
+        if request.given_up:
+            raise Violation(f"request {request.number} is given up again: {news}")
+        request.given_up = True
         if not news.reason or not 400 <= news.code <= 599:
             raise Violation(f"request {request.number} is given up without a reason: {news}")
+        if "http:" in news.reason or "process" in news.reason:
+            raise Violation(f"a client is told of servers: {news}")
         for tries in request.tries.values():
             for attempt in tries:
                 attempt.touched.add("its request was given up")
@@ -409,7 +414,8 @@ class DispatchedSchedule(Schedule):
             self._trouble[at] = now
         if faulty or stands_still or url not in tokenizer.known:
             self._unwell[at] = now
-        self._check_silence(tokenizer, encoder, silent=not encoder.runs or obstructed, stands_still=stands_still)
+        silent = not encoder.runs or (server.ranks[0].name, encoder.name) in self.network.obstructed
+        self._check_silence(tokenizer, encoder, silent=silent, stands_still=stands_still)
 
     def _check_silence(
         self, tokenizer: Tokenizer, encoder: EncoderProcess, *, silent: bool, stands_still: bool
@@ -419,13 +425,15 @@ class DispatchedSchedule(Schedule):
         if not silent or stands_still or encoder.dead:
             self._silent_since.pop(at, None)
             return
-        since = self._silent_since.setdefault(at, now)
+        known = tokenizer.server.ranks[0].endpoint._encoders.registrations.encoders.get(encoder.url)
+        registered = known is not None and any(one.registered_once for one in known.processes.values())
+        since = self._silent_since.setdefault(at, now if registered else math.inf)
         if now - since < PEER_TIMEOUT + NOTICED_WITHIN or tokenizer.loses_reports:
             return
         for request in tokenizer.core.requests.values():
             for part in request.parts:
                 attempt = part.current
-                if attempt is not None and attempt.url == encoder.url and attempt.began < since - 5.0:
+                if attempt is not None and attempt.url == encoder.url and attempt.began < since:
                     what = f"part {part.number} of request {request.rid}"
                     raise Violation(f"{what} stays at {encoder.url}, which is silent since {since}")
 
@@ -602,7 +610,7 @@ class DispatchedSchedule(Schedule):
         if not running:
             return False
         encoder = self.chance.choice(running)
-        seconds = self.chance.choice([3.0, 14.0, 30.0])
+        seconds = self.chance.choice([3.0, 30.0, 30.0])
         pairs = [(rank.name, encoder.name) for rank in self.world.languages if not rank.dead]
         frozen = self.chance.random() < 0.5
         self.kernel.note(f"{encoder.name} answers look-ups, but is {'frozen' if frozen else 'cut off'} for {seconds} s")

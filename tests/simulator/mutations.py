@@ -57,7 +57,7 @@ def change(owner: Any, name: str, *texts: tuple[str, str]) -> Change:
     return Change(owner, name, texts)
 
 
-MUTATIONS: dict[str, tuple[Change, ...]] = {
+OF_THE_ROOMS: dict[str, tuple[Change, ...]] = {
     "quarantine": (
         change(
             ReceiverCore, "_fail",
@@ -178,7 +178,9 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
     "deadlines are enforced": (
         change(ReceiverCore, "tick", ("now >= entry.deadline", "False")),
     ),
-    # Of the dispatcher:
+}  # fmt: skip
+
+OF_THE_DISPATCHER: dict[str, tuple[Change, ...]] = {
     "each try has a room of its own": (
         change(DispatchCore, "_serve", ("part_room(self._new_room_base(), ", "part_room(request.room_base, ")),
     ),
@@ -265,6 +267,8 @@ MUTATIONS: dict[str, tuple[Change, ...]] = {
         change(WaitingParts, "_ask_about", ("if now > self._asked", "if False and self._asked")),
     ),
 }  # fmt: skip
+
+MUTATIONS = OF_THE_ROOMS | OF_THE_DISPATCHER
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Request:
     outcome: tuple[int, str] | None = None
     placed: list[tuple[str, CorePart]] = field(default_factory=list)
     tries: dict[int, list[Try]] = field(default_factory=dict)  # by the number of the part
+    given_up: bool = False  # by the dispatcher
     sent: bool = False  # to the scheduler
     unsent: list[Redispatched | GiveUp] = field(default_factory=list)
 
@@ -200,6 +201,9 @@ class RankRequest:
                 if int(part) != number or int(of) != len(rooms):
                     raise Violation(f"{where} says that it is part {part} of {of}")
                 joined.append((attempt, flat))
+                core = self._rank.endpoint.core
+                self._schedule.seen["resumes"] += core.rooms[room.room].resumes
+                self._schedule.seen["views"] += room.room in core.views
         except ConnError as error:
             assembly.error = error.with_traceback(None)  # whose frames would keep the rows
         else:

@@ -35,7 +35,9 @@ def test_no_promise_is_broken_in_fresh_schedules_and_every_kind_of_fault_is_in_t
     kinds = {
         "abort some", "freeze some", "obstruct some", "cut some", "kill encoder", "kill server", "fail write",
         "duplicate some", "twist some", "prompt rejected", "encode fails", "late pieces", "revocations", "resumes",
-        "arrived", "failed", "written inline", "left to the control thread",
+        "arrived", "failed", "written inline", "left to the control thread", "drain some", "refused while draining",
+        "refuse some", "fail encodes", "lie some", "break post", "kill after answer", "forget some", "redispatched",
+        "given up",
     }  # fmt: skip
     assert not {kind for kind in kinds if answer["seen"].get(kind, 0) < 20}, answer["seen"]
 

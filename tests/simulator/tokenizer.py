@@ -20,7 +20,7 @@ from sglang_mm_conn.core.dispatch.actions import (
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
 from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
 from sglang_mm_conn.core.dispatch.reports import RoomFailed
-from sglang_mm_conn.core.dispatch.verdicts import TryEnd, Verdict
+from sglang_mm_conn.core.dispatch.verdicts import TryEnd, Verdict, of_failure
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.states import EncoderState
 from tests.simulator.requests import Request, SchedulerRanks, Try
@@ -253,4 +253,8 @@ class Tokenizer(Process):
 
     def _room_failed(self, report: RoomFailed) -> None:
         self._kernel.note(f"{self.name}: room {report.room} is reported to have failed: {report.code} {report.reason}")
+        attempt = self._schedule.by_room[report.room]
+        if report.room in self.core._open and of_failure(report.code, "").verdict is Verdict.ERROR:
+            attempt.erred = True
+            self.signs[attempt.url] = self._clock
         self.perform(partial(self.core.room_failed, report.room, report.code, report.reason))

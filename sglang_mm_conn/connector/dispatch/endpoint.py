@@ -138,8 +138,11 @@ class DispatcherEndpoint:
         self._thread.join(10)
 
     def _perform_later(self, event: Callable[[float], list[DispatchAction]]) -> None:
-        with self._lock:
-            self._hand_over(event(self._clock()))
+        try:
+            with self._lock:
+                self._hand_over(event(self._clock()))
+        except Exception:  # costs this event, not the task that reads reports, ticks or posts
+            logger.exception("The dispatcher could not handle an event")
 
     def _hand_over(self, actions: list[DispatchAction]) -> None:
         """Under the lock, so that actions are carried out in the order of the decisions."""

@@ -114,8 +114,10 @@ class DispatchCore:
                 end = TryEnd(Verdict.LOST, int(HTTPStatus.BAD_GATEWAY), reason)
             return self._ended(*found, end, now)
         base = self._finished.get(room)
-        # The request's items are gone.
-        return [] if base is None else [GiveUp(base, *for_client(of_failure(code, reason)))]
+        if base is None:
+            return []
+        log = LogLine(WARNING, f"Room {room} failed after its request was forgotten: {reason}")
+        return [log, GiveUp(base, *for_client(of_failure(code, reason)))]
 
     # -- encoders ------------------------------------------------------------------------------------------------
 
@@ -338,10 +340,10 @@ class DispatchCore:
 
     def _give_up(self, request: Request, code: int, reason: str) -> list[DispatchAction]:
         self.given_up += 1
-        return [GiveUp(request.room_base, code, reason), *self._finish(request)]
+        return [GiveUp(request.room_base, code, reason), *self._finish(request, told=True)]
 
-    def _finish(self, request: Request) -> list[DispatchAction]:
-        """The request is over for the dispatcher."""
+    def _finish(self, request: Request, *, told: bool = False) -> list[DispatchAction]:
+        """The request is over for the dispatcher. ``told``: the scheduler knows that it has failed."""
         del self.requests[request.room_base]
         actions: list[DispatchAction] = []
         for part in request.parts:
@@ -352,8 +354,9 @@ class DispatchCore:
             part.waits_since = None
             self._waiting.pop((request.room_base, part.number), None)
             if part.tries:  # a failure of an earlier try may still be on its way, and means nothing
-                self._finished[part.tries[-1].room] = request.room_base
                 self._delivered.pop(part.tries[-1].room, None)
+                if not told:
+                    self._finished[part.tries[-1].room] = request.room_base
         while len(self._finished) > _FINISHED_ROOMS:
             self._finished.popitem(last=False)
         return [*actions, Forget(request.room_base)]
