@@ -433,7 +433,7 @@ def test_a_room_that_fails_long_after_its_request_has_arrived_fails_the_request(
     driver.answer(room, Verdict.DELIVERED)
     driver.tick(DELIVERED_SECONDS + 0.1)
     for _ in range(2):  # the report is repeated
-        (give_up,) = driver.room_failed(room, 404, "http://a:1 does not know it")
+        *_, give_up = driver.room_failed(room, 404, "http://a:1 does not know it")
         assert isinstance(give_up, GiveUp) and (give_up.room_base, give_up.code) == (base, 502)
         assert A not in give_up.reason
     assert driver.forgotten == [base]
