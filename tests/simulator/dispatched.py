@@ -235,6 +235,8 @@ class DispatchedSchedule(Schedule):
         now = self.kernel.now
         if request.room_base not in tokenizer.core.requests and all(part.delivered for _, part in request.placed):
             return "it was lost long after its delivery"
+        if request.room_base not in tokenizer.core.requests and tokenizer.loses_reports:
+            return "that it still waited was said too late"
         well = {url for url in tokenizer.known if now - self._unwell[request.server.name, url] > WELL}
         for _, part in request.placed:
             if part.delivered or part.current is not None:
