@@ -35,6 +35,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "peer_timeout": ("20", 20.0),
     "claim_timeout": ("5.5", 5.5),
     "doubt_patience": ("2.5", 2.5),
+    "drain_seconds": ("12.5", 12.5),
     "dispatch_tries": ("5", 5),
     "dispatch_wait": ("0", 0.0),
     "max_embedding_bytes": ("1024", 1024),
@@ -52,7 +53,7 @@ CHOICES = {
 }
 FROM_ZERO = {"view_percent", "result_cache_bytes", "heap_kept_bytes"}
 SECONDS = {"heartbeat", "peer_timeout", "claim_timeout", "doubt_patience"}
-SECONDS_FROM_ZERO = {"dispatch_wait"}
+SECONDS_FROM_ZERO = {"dispatch_wait", "drain_seconds"}
 
 
 def bad_values(name: str) -> list[str]:

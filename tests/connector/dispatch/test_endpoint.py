@@ -428,7 +428,7 @@ def test_a_request_that_does_not_reach_the_scheduler_is_looked_at_ever_less_ofte
         looks.append(time.monotonic())
         return is_set()
 
-    request.reached.is_set = look  # type: ignore[method-assign]
+    request.reached.is_set = look
     dispatcher.wait_until_over(request)
     time.sleep(1.0)
     assert len(looks) <= 20 and looks[-1] - looks[-2] >= 0.09

@@ -50,6 +50,8 @@ class Model:
     sign_at: float = -math.inf  # of the newest sign of life
     losses: int = 0  # in a row; parts that were at it at the same time are lost once
     lost_at: float = -math.inf  # of the last one that counted
+    rests_from: float = -math.inf  # when it had lost several, or got a part as a trial
+    trial_of: str = ""  # the request of that part
 
 
 @dataclass
@@ -158,8 +160,11 @@ class Schedule:
         model, mine = self.models[post.url], {one.url for one in self.rooms.values() if one.part == post.part
                                               and one.room_base == post.room_base}  # fmt: skip
         others = [one for one in self.core.fleet.encoders.values() if one.state is EncoderState.UP]
-        if model.losses >= FAILURES_IN_A_ROW and any(one.url not in mine for one in others):
-            assert self.now >= model.lost_at + FIRST_TRIAL_SECONDS, "a part for an encoder that loses every part"
+        again = model.trial_of == sent.base  # several parts of one request are one trial
+        if model.losses >= FAILURES_IN_A_ROW and not again and any(one.url not in mine for one in others):
+            assert self.now >= model.rests_from + FIRST_TRIAL_SECONDS, "a part for an encoder that loses every part"
+        if model.losses >= FAILURES_IN_A_ROW:
+            model.rests_from, model.trial_of = self.now, sent.base
 
     def may_be_over(self, sent: Sent) -> bool:
         """Whether nobody waits for the request any more, as far as a dispatcher can know."""
@@ -291,7 +296,9 @@ class Schedule:
             sent.lost[post.part, post.url] = self.now
             if verdict is not Verdict.DRAINS and post.url in self.known and self.posted_at[room] >= model.lost_at:
                 model.losses, model.lost_at = model.losses + 1, self.now
-                self.seen["loses every part"] += model.losses == FAILURES_IN_A_ROW
+                if model.losses == FAILURES_IN_A_ROW:
+                    model.rests_from, model.trial_of = self.now, ""
+                    self.seen["loses every part"] += 1
             if verdict in (Verdict.REFUSED, Verdict.DRAINS) and self.tries > 1:
                 sent.refused.add((post.part, post.url))
         elif verdict is Verdict.ERROR:

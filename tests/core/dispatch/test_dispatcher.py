@@ -509,7 +509,7 @@ def test_parts_of_a_busy_encoder_stay_while_its_control_connection_lives() -> No
     assert driver.state(A) is EncoderState.UP and driver.at(base).url == A and len(driver.posts) == 1
 
 
-def test_parts_of_a_suspect_encoder_that_answers_no_probe_move_though_its_heartbeats_arrive() -> None:
+def test_parts_of_a_suspect_encoder_that_answers_no_probe_move_in_the_end() -> None:
     driver = Driver(A, peer_timeout=6.0, wait=0.0)
     driver.stands(A)
     driver.well(A)

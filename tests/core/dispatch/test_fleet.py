@@ -270,7 +270,7 @@ def test_a_busy_encoder_that_is_suspect_stays_so_until_it_answers() -> None:
     assert fleet.probe_failed(A, "timed out", silent=True, now=102.0) == [] and one.state is SUSPECT
 
 
-def test_a_suspect_encoder_that_answers_no_probe_for_too_long_is_down_though_its_heartbeats_arrive() -> None:
+def test_a_suspect_encoder_that_answers_no_probe_for_too_long_is_down() -> None:
     fleet, one = fleet_of(UP)
     stands(fleet)
     well(fleet, now=101.0)
@@ -537,7 +537,7 @@ def flap(fleet: Fleet, proof: EncoderState | None, now: float) -> None:
 
 
 @pytest.mark.parametrize("proof", [DOWN, SUSPECT, None])
-def test_an_encoder_that_answers_probes_and_loses_every_part_gets_trials_at_growing_intervals(
+def test_an_encoder_that_loses_every_part_gets_trials_at_growing_intervals(
     proof: EncoderState | None,
 ) -> None:
     fleet, one = fleet_of(UP)
@@ -569,7 +569,7 @@ def test_the_reason_names_the_losses() -> None:
     assert well(fleet, now=107.0) == []
 
 
-def test_parts_lost_with_one_process_are_one_loss_and_its_successor_gets_work_at_once() -> None:
+def test_parts_lost_with_one_process_are_one_loss_and_the_next_gets_work() -> None:
     fleet, one = fleet_of(UP)
     for death in range(FAILURES_IN_A_ROW - 1):
         now = 110.0 + 10 * death
