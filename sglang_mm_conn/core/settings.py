@@ -210,7 +210,7 @@ class Settings:
     )
     drain_seconds: float = _setting(
         "SGLANG_MM_CONN_DRAIN_SECONDS",
-        30.0,
+        20.0,
         _seconds(0, 3600),
         "how long an encoder that gets SIGTERM may finish the requests that it holds before it ends; new ones are "
         "refused at once; 0: it ends as sglang does without this plugin",

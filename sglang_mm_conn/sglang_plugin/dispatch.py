@@ -75,10 +75,6 @@ class RoomDispatcher(MMReceiverHTTP):
         Returns the event that sglang sets once it has sent the request to the scheduler, or None without items or
         encoders. Raises ValueError for a batch of prompts.
         """
-        if not obj.is_single:
-            raise ValueError(
-                "a batch of prompts with images cannot be dispatched to encoders: send one prompt per request"
-            )
         media = self._extract_url_data(obj)
         urls = self._urls()
         if not media or not urls:
@@ -86,6 +82,10 @@ class RoomDispatcher(MMReceiverHTTP):
                 logger.warning("No encoder is registered: request %s is processed without one", obj.rid)
             obj.need_wait_for_mm_inputs = False
             return None
+        if not obj.is_single:
+            raise ValueError(
+                "a batch of prompts with images (or n above 1) cannot be sent to encoders: send one prompt with n=1"
+            )
         self.endpoint.know(urls)
         room_base = new_room_base(self._server)
         with_keys = self.endpoint.caches_items

@@ -22,8 +22,14 @@ def test_the_room_base_travels_in_the_url_of_the_encoder(url: str) -> None:
 
 def test_a_batch_of_prompts_is_refused() -> None:
     dispatcher = RoomDispatcher.__new__(RoomDispatcher)
-    with pytest.raises(ValueError, match="send one prompt per request"):
-        dispatcher._send_encode_request(SimpleNamespace(is_single=False))
+    dispatcher._static, dispatcher.encode_urls = ["http://encoder:1"], []
+    batch = SimpleNamespace(
+        is_single=False, image_data=[["a"], ["b"]], video_data=None, audio_data=None, mm_content_hashes=None, rid=["r"]
+    )
+    with pytest.raises(ValueError, match="send one prompt with n=1"):
+        dispatcher._send_encode_request(batch)
+    dispatcher._static = []
+    assert dispatcher._send_encode_request(batch) is None and not batch.need_wait_for_mm_inputs, "sglang encodes itself"
 
 
 def test_the_tokenizers_side_does_not_import_the_schedulers() -> None:

@@ -191,8 +191,7 @@ class DispatcherEndpoint:
                     logger.warning("A report of the scheduler was dropped: %s", error)
                     continue
                 if isinstance(report, Standings):
-                    for standing in report.encoders:
-                        self._perform_later(partial(self.core.stands, standing))
+                    self._perform_later(partial(self.core.stand, report.encoders))
                 else:
                     self._perform_later(partial(self._room_failed, report))
         finally:

@@ -6,7 +6,8 @@ Pure; time is an argument. Every event returns actions, to be carried out in ord
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
 - At most ``tries`` encoders take one part, so a part that kills encoders ends after so many. Two parts that have one
-  try left do not share an encoder: to fail with the one that kills, the other would have to be with it each time.
+  try left do not share an encoder for a while: to fail with the one that kills, the other would have to be with it each
+  time.
 - A part is posted again only to an encoder that is up, and to the same one only if that has proved since that it is
   well.
 """
@@ -40,6 +41,8 @@ from sglang_mm_conn.core.states import EncoderState
 NO_ENCODER = "no encoder is available for the images, video or audio of this request, try again later"
 _USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
 _FINISHED_ROOMS = 4096
+# A part that kills encoders does so within this time. Many parts that have lost encoders do not wait longer.
+_TURN_SECONDS = 2.0
 
 
 class DispatchCore:
@@ -143,6 +146,10 @@ class DispatchCore:
         """The scheduler's side reports what it knows of an encoder."""
         return self._settle(self.fleet.stands(standing, now), now)
 
+    def stand(self, standings: Sequence[EncoderStanding], now: float) -> list[DispatchAction]:
+        """The scheduler's side reports what it knows of all encoders."""
+        return self._settle(self.fleet.stand(standings, now), now)
+
     def tick(self, now: float) -> list[DispatchAction]:
         """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""
         actions: list[DispatchAction] = []
@@ -237,7 +244,7 @@ class DispatchCore:
             level = INFO if change.new is EncoderState.UP else WARNING
             text = f"Encoder {change.url}: {change.old.value} -> {change.new.value}: {change.reason}"
             actions.append(LogLine(level, text))
-            if change.new is EncoderState.DOWN:
+            if change.loses:
                 actions += self._lose_all(change.url, change.reason, now)
         requests = -1
         while requests != len(self.requests):  # a request that is given up may be what another part waits for
@@ -307,8 +314,9 @@ class DispatchCore:
         others = [(attempt.url, other.taken) for _, other in self._open.values()
                   if (attempt := other.current) is not None and other.taken > 1]  # fmt: skip
         # One of several parts that lost their encoder may have killed it. So they do not share the next one if that can
-        # be helped, and their last one never.
-        if 0 < part.taken == self._tries - 1:
+        # be helped, and for their last one each waits a while for its turn.
+        assert part.waits_since is not None
+        if 0 < part.taken == self._tries - 1 and now < part.waits_since + _TURN_SECONDS:
             last = {url for url, tries in others if tries == self._tries}
             able = [one for one in able if one.url not in last]
         again = {url for url, _ in others}
@@ -335,7 +343,9 @@ class DispatchCore:
         code, reason = for_client(last)
         if part.taken > 1:
             found = f": {reason}" if last.verdict is Verdict.ERROR else ""
-            reason = f"{part.taken} encoders failed on the same part of this request{found}"
+            encoders = len({attempt.url for attempt in part.tries})
+            what = f"{encoders} encoders" if encoders == part.taken else f"{part.taken} tries at {encoders} encoders"
+            reason = f"{what} failed on the same part of this request{found}"
         return [line, *self._give_up(request, code, reason)]
 
     def _give_up(self, request: Request, code: int, reason: str) -> list[DispatchAction]:

@@ -8,7 +8,7 @@ encoder that is DOWN or SUSPECT gets no part before a probe or its control conne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -52,12 +52,13 @@ class EncoderStanding(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class StateChange:
-    """An encoder has another state."""
+    """An encoder has another state. ``loses``: the parts that it has are lost."""
 
     url: str
     old: EncoderState
     new: EncoderState
     reason: str
+    loses: bool = False
 
 
 @dataclass(slots=True)
@@ -217,6 +218,14 @@ class Fleet:
 
     # -- what the scheduler's side says --------------------------------------------------------------------------
 
+    def stand(self, standings: Sequence[EncoderStanding], now: float) -> list[StateChange]:
+        """The scheduler's side reports all encoders that it knows. What it has forgotten holds no longer."""
+        reported = {standing.url for standing in standings}
+        for one in self.encoders.values():
+            if one.url not in reported:
+                one.standing = None
+        return [change for standing in standings for change in self.stands(standing, now)]
+
     def stands(self, standing: EncoderStanding, now: float) -> list[StateChange]:
         """The scheduler's side reports an encoder. Reports are repeated; only what is new changes anything."""
         one = self.encoders.get(standing.url)
@@ -226,6 +235,8 @@ class Fleet:
         one.load.reported(standing.load)
         if before is not None and standing.silences > before.silences:
             self.probe_now(one.url)
+            if standing.connected:  # one of several processes; which one has which part is not known
+                return self._become(one, EncoderState.SUSPECT, "one of its processes fell silent", loses=True)
             return self._become(one, EncoderState.DOWN, "it fell silent")
         if standing.refusal:
             if before is not None and before.refusal == standing.refusal:
@@ -318,12 +329,13 @@ class Fleet:
     def _answers(one: Encoder) -> None:
         one.silent_since, one.mute = math.inf, False
 
-    def _become(self, one: Encoder, state: EncoderState, reason: str) -> list[StateChange]:
+    def _become(self, one: Encoder, state: EncoderState, reason: str, *, loses: bool = False) -> list[StateChange]:
         one.reason = reason
-        if one.state is state:
+        if one.state is state and not loses:
             return []
         old = one.state
         if state is not EncoderState.DOWN:  # one that is DOWN must answer to leave it
             self._answers(one)
-        one.machine.transition_to(state)
-        return [StateChange(one.url, old, state, reason)]
+        if old is not state:
+            one.machine.transition_to(state)
+        return [StateChange(one.url, old, state, reason, loses or state is EncoderState.DOWN)]

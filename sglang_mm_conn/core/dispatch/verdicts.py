@@ -7,6 +7,7 @@ from http import HTTPStatus
 
 import msgspec
 
+from sglang_mm_conn.core.messages import as_text
 from sglang_mm_conn.core.outcomes import FailureCode
 from sglang_mm_conn.core.states import EncoderState
 
@@ -47,7 +48,7 @@ DELIVERED = TryEnd(Verdict.DELIVERED, int(HTTPStatus.OK), "")
 # What a lost try proves about its encoder; None: nothing.
 PROVES = {
     Verdict.REFUSED: EncoderState.DOWN,
-    Verdict.STRANGER: EncoderState.DOWN,
+    Verdict.STRANGER: EncoderState.SUSPECT,  # it may be a proxy's answer to this one request: a probe decides
     Verdict.CUT_OFF: EncoderState.SUSPECT,
     Verdict.DRAINS: EncoderState.DRAINING,
     Verdict.LOST: None,
@@ -99,6 +100,10 @@ class _EncodeError(msgspec.Struct):
     message: str = ""
 
 
+# What a proxy before an encoder says of a large request.
+_TOO_LARGE = {
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_URI_TOO_LONG, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+}  # fmt: skip
 # Made at import: see the hazard in control.bootstrap.
 _ERROR = msgspec.json.Decoder(_EncodeError)
 
@@ -120,10 +125,12 @@ def of_answer(room: str, status: int, body: bytes, state: str = "") -> TryEnd:
         error = _ERROR.decode(body)
     except msgspec.DecodeError:
         error = None
+    if error is None and status in _TOO_LARGE:
+        return TryEnd(Verdict.INPUT, status, f"the request is too large for the encoders (HTTP {status})")
     if status == HTTPStatus.OK or (error is None and status < 500):
         return TryEnd(Verdict.STRANGER, int(HTTPStatus.BAD_GATEWAY), f"no encoder answers there (HTTP {status})")
     if error is None:  # an encoder, or a proxy before it
         return TryEnd(Verdict.ERROR, status, f"HTTP {status}")
     if status < 500 and error.req_id != room:
         return TryEnd(Verdict.STRANGER, int(HTTPStatus.BAD_GATEWAY), f"it answered for another request (HTTP {status})")
-    return of_failure(status, error.message or f"HTTP {status}")
+    return of_failure(status, " ".join(as_text(error.message).split()) or f"HTTP {status}")
