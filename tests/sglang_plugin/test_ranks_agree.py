@@ -103,7 +103,7 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
     receiver.encode_urls, receiver.wait_timeout, receiver.hostname = [encoder_url], RECV_TIMEOUT, HOST
     receiver.model_type, receiver.waiting_list, receiver.waiting_by_rid = "qwen2_5_vl", [], {}
     receiver.scheduler_recv_socket = receiver.scheduler_context = receiver.scheduler_embedding_port = None
-    receiver._joined_scheduler = True
+    receiver._joined_scheduler, receiver._reports = True, None
     ranks: dict[str, Any] = {"rank": rank, "size": 2, "ranks_per_host": 2}
     receiver.manager = EmbeddingManager(
         EmbeddingArgs(SETTINGS, torch.float32, WIDTH * 4, HOST, RECV_TIMEOUT, server=server, **ranks),

@@ -191,7 +191,7 @@ OF_THE_DISPATCHER: dict[str, tuple[Change, ...]] = {
         change(DispatchCore, "_serve", ("part.taken >= self._tries", "False")),
     ),
     "no try is left at an encoder that is down": (
-        change(DispatchCore, "_settle", ("if change.new is EncoderState.DOWN:", "if False:")),
+        change(DispatchCore, "_settle", ("if change.loses:", "if False:")),
     ),
     "a process that fell silent is reported": (
         change(Registrations, "tick", ("encoder.silences += process.registered_once", "pass")),

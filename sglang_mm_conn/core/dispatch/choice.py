@@ -22,7 +22,7 @@ import msgspec
 # What a further part costs a request: one more HTTP request and one more room.
 PART_SECONDS = 0.01
 # An encoder that has got this much more than its share, according to its speed, is no home for a new item.
-SHARE_BOUND = 1.25
+SHARE_BOUND = 1.2
 # An encoder that would finish an item this many times later than the others on average is too busy to get it, also if
 # it may have kept it. If the others are idle and equal, that is one with more than two items.
 BUSY_BOUND = 3.0

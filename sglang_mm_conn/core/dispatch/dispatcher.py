@@ -6,8 +6,7 @@ Pure; time is an argument. Every event returns actions, to be carried out in ord
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
 - At most ``tries`` encoders take one part, so a part that kills encoders ends after so many. Two parts that have one
-  try left do not share an encoder for a while: to fail with the one that kills, the other would have to be with it each
-  time.
+  try left do not share an encoder for a while, so that the one that kills does not take the other with it each time.
 - A part is posted again only to an encoder that is up, and to the same one only if that has proved since that it is
   well.
 """
@@ -42,7 +41,7 @@ NO_ENCODER = "no encoder is available for the images, video or audio of this req
 _USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
 _FINISHED_ROOMS = 4096
 # A part that kills encoders does so within this time. Many parts that have lost encoders do not wait longer.
-_TURN_SECONDS = 2.0
+TURN_SECONDS = 2.0
 
 
 class DispatchCore:
@@ -164,17 +163,7 @@ class DispatchCore:
             "waiting_parts": len(self._waiting),
             "redispatched": self.redispatched,
             "given_up": self.given_up,
-            "encoders": {
-                one.url: {
-                    "state": one.state.value,
-                    "reason": one.reason,
-                    "parts": one.load.parts,
-                    "work": round(one.load.backlog, 3),
-                    "tried": one.tried,
-                    "failed": one.failed,
-                }
-                for one in self.fleet.encoders.values()
-            },
+            "encoders": {one.url: one.report() for one in self.fleet.encoders.values()},
         }
 
     # -- helpers -------------------------------------------------------------------------------------------------
@@ -316,7 +305,7 @@ class DispatchCore:
         # One of several parts that lost their encoder may have killed it. So they do not share the next one if that can
         # be helped, and for their last one each waits a while for its turn.
         assert part.waits_since is not None
-        if 0 < part.taken == self._tries - 1 and now < part.waits_since + _TURN_SECONDS:
+        if 0 < part.taken == self._tries - 1 and now < part.waits_since + TURN_SECONDS:
             last = {url for url, tries in others if tries == self._tries}
             able = [one for one in able if one.url not in last]
         again = {url for url, _ in others}
@@ -339,8 +328,10 @@ class DispatchCore:
         last, attempt = part.last, part.tries[-1]
         assert last is not None
         text = f"Part {part.number} of {request.rid} has failed at {attempt.url} (room {attempt.room}), "
-        line = LogLine(WARNING, f"{text}the last of {part.taken} tries: {last.reason}")
-        code, reason = for_client(last)
+        line, (code, reason) = (
+            LogLine(WARNING, f"{text}the last of {part.taken} tries: {last.reason}"),
+            for_client(last),
+        )
         if part.taken > 1:
             found = f": {reason}" if last.verdict is Verdict.ERROR else ""
             encoders = len({attempt.url for attempt in part.tries})

@@ -131,6 +131,12 @@ class Encoder:
             return True
         return self.state in (EncoderState.UP, EncoderState.SUSPECT) and self.doubted and not self.mute
 
+    def report(self) -> dict[str, object]:
+        """What operators see."""
+        work = round(self.load.backlog, 3)
+        counts = {"parts": self.load.parts, "work": work, "tried": self.tried, "failed": self.failed}
+        return {"state": self.state.value, "reason": self.reason, **counts}
+
 
 class Fleet:
     """All encoders of one dispatcher. Every method returns the changes of states that it makes."""

@@ -218,8 +218,8 @@ def test_items_are_freed_when_the_request_is_over_and_not_before(encoder: MakeEn
         (plain(500), "up"),
         (error(502), "up"),
         (error(503, headers={STATE_HEADER: DRAINING}), "draining"),
-        (plain(200, "<html>It works!</html>"), "down"),
-        (plain(302, "", {"Location": "/elsewhere"}), "down"),
+        (plain(200, "<html>It works!</html>"), "suspect"),
+        (plain(302, "", {"Location": "/elsewhere"}), "suspect"),
     ],
 )
 def test_a_part_moves_to_another_encoder_in_another_room(

@@ -25,7 +25,7 @@ MUTATIONS: dict[str, Change] = {
         Fleet, "probed", ("if one.probe_at == -math.inf:", "if False:")
     ),
     "tries at an encoder that is down are lost": change(
-        DispatchCore, "_settle", ("if change.new is EncoderState.DOWN:", "if False:")
+        DispatchCore, "_settle", ("if change.loses:", "if False:")
     ),
     "a post that was lost is cancelled": change(
         DispatchCore, "_lose_all", ("actions.append(CancelPost(attempt.room))", "pass")

@@ -122,7 +122,7 @@ def test_a_failed_room_counts_as_a_failed_try_and_its_post_is_cancelled() -> Non
     ("verdict", "state"),
     [
         (Verdict.REFUSED, EncoderState.DOWN),
-        (Verdict.STRANGER, EncoderState.DOWN),
+        (Verdict.STRANGER, EncoderState.SUSPECT),
         (Verdict.CUT_OFF, EncoderState.SUSPECT),
         (Verdict.DRAINS, EncoderState.DRAINING),
         (Verdict.LOST, EncoderState.UP),

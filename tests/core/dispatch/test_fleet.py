@@ -407,10 +407,21 @@ def test_an_encoder_that_falls_silent_is_down() -> None:
         assert states(stands(fleet, connected=True, silences=1)) == [UP]
 
 
-def test_silence_counts_also_if_another_process_is_connected_already() -> None:
-    fleet, _ = fleet_of(UP)
+def test_one_silent_process_of_several_loses_the_parts_and_a_probe_decides_on_the_rest() -> None:
+    fleet, one = fleet_of(UP)
     stands(fleet)
-    assert states(stands(fleet, silences=1)) == [DOWN]
+    changes = stands(fleet, silences=1)
+    assert states(changes) == [SUSPECT] and changes[0].loses and one.undecided
+    again = stands(fleet, silences=2)
+    assert again[0].loses and one.state is SUSPECT, "another one, while the first is in doubt"
+
+
+def test_what_the_scheduler_has_forgotten_of_an_encoder_holds_no_longer() -> None:
+    fleet, one = fleet_of(UP)
+    assert states(fleet.stand([EncoderStanding(one.url, False, refusal="wrong key")], 100.0)) == [DOWN]
+    assert well(fleet, now=101.0) == [] and one.state is DOWN
+    fleet.stand([], 700.0)
+    assert states(well(fleet, now=701.0)) == [UP]
 
 
 def test_silences_from_before_the_first_report_say_nothing() -> None:
