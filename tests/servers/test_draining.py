@@ -108,6 +108,7 @@ def test_workers_that_cannot_finish_in_time_give_their_requests_up_with_503(
     info = look_up(encoder.url)
     assert info.draining and info.prefix_cache and len(info.workers) == 2
     assert drain(encoder.url, "--undo").returncode == 0
+    wait_until(lambda: state_of(encoder, language) == "up", "the language server has heard of it", 2)
 
     with ThreadPoolExecutor(len(LOAD)) as clients:
         answers = hold_all(group, clients)
