@@ -41,6 +41,8 @@ LONG = Question("190 windows", "describe", (Image(seed=20, width=560, height=532
 UNDER_WAY = {"queued", "offered", "copying"}
 CONCURRENT = (TEXT, ONE_IMAGE, QUESTIONS[2], TEXT, LARGE, QUESTIONS[5])
 DEADLINE, PEER_TIMEOUT, CLAIM_TIMEOUT = 20, 6, 4
+# Idle connections to an encoder are closed after this time (uvicorn's limit; the dispatcher's is shorter).
+HTTP_KEPT = 6
 # For whatever a busy machine adds to a time that is promised.
 SLACK = 20
 ENV = {
@@ -236,6 +238,7 @@ def test_rounds_of_requests_that_come_and_go_hold_nothing_in_the_end(
                 assert waiting.answer().same_as(right(question)), (question.name, waiting.answer())
             asking[3].answer()
         wait_settled(group, CLAIM_TIMEOUT + SLACK)
+        time.sleep(HTTP_KEPT)
         return [Holdings.of(server) for server in group.servers]
 
     for was, now in zip(rounds(2), rounds(6), strict=True):

@@ -407,7 +407,7 @@ def test_an_encoder_that_falls_silent_is_down() -> None:
         assert states(stands(fleet, connected=True, silences=1)) == [UP]
 
 
-def test_one_silent_process_of_several_loses_the_parts_and_a_probe_decides_on_the_rest() -> None:
+def test_one_silent_process_of_several_loses_the_parts_and_a_probe_decides() -> None:
     fleet, one = fleet_of(UP)
     stands(fleet)
     changes = stands(fleet, silences=1)
