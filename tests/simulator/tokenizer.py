@@ -241,11 +241,7 @@ class Tokenizer(Process):
 
     def _watch(self, standings: list[EncoderStanding]) -> None:
         if not self._lost():
-            self._kernel.put(self._reports, partial(self._stand, standings))
-
-    def _stand(self, standings: list[EncoderStanding]) -> None:
-        for standing in standings:
-            self.perform(partial(self.core.stands, standing))
+            self._kernel.put(self._reports, partial(self.perform, partial(self.core.stand, standings)))
 
     def _report(self, report: RoomFailed) -> None:
         if not self._lost():

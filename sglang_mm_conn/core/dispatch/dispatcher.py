@@ -141,10 +141,6 @@ class DispatchCore:
         """A Probe has failed; ``silent``: because no answer came in time."""
         return self._settle(self.fleet.probe_failed(url, reason, silent=silent, now=now), now)
 
-    def stands(self, standing: EncoderStanding, now: float) -> list[DispatchAction]:
-        """The scheduler's side reports what it knows of an encoder."""
-        return self._settle(self.fleet.stands(standing, now), now)
-
     def stand(self, standings: Sequence[EncoderStanding], now: float) -> list[DispatchAction]:
         """The scheduler's side reports what it knows of all encoders."""
         return self._settle(self.fleet.stand(standings, now), now)

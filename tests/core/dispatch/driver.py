@@ -51,6 +51,7 @@ class Driver:
         self.news: list[Redispatched | GiveUp] = []
         self.forgotten: list[str] = []
         self.log: list[str] = []
+        self.standings: dict[str, EncoderStanding] = {}
         self.placed: list[tuple[str, Part]] = []  # of the newest request
         self.carry_out(self.core.know(urls, self.now))
         if up:
@@ -113,7 +114,12 @@ class Driver:
         return self.carry_out(self.core.probe_failed(url, "refused", silent=silent, now=self.now))
 
     def stands(self, url: str, *, connected: bool = True, silences: int = 0) -> Sequence[DispatchAction]:
-        return self.carry_out(self.core.stands(EncoderStanding(url, connected, silences), self.now))
+        return self.stand(EncoderStanding(url, connected, silences))
+
+    def stand(self, standing: EncoderStanding) -> Sequence[DispatchAction]:
+        """The scheduler's side reports all that it knows; ``standing`` is what is new."""
+        self.standings[standing.url] = standing
+        return self.carry_out(self.core.stand([*self.standings.values()], self.now))
 
     def know(self, *urls: str) -> Sequence[DispatchAction]:
         return self.carry_out(self.core.know(urls, self.now))

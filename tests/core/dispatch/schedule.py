@@ -88,6 +88,7 @@ class Schedule:
         self.wait = self.chance.choice((0.0, 0.0, 3.0))
         self._bases = itertools.count()
         self.core = DispatchCore(tries=self.tries, wait_seconds=self.wait, new_room_base=self.new_base)
+        self.standings: dict[str, EncoderStanding] = {}  # all that the scheduler's side reports
         self.models = {url: Model(url, steady and url == URLS[0]) for url in URLS}
         self.known: list[str] = []
         self.sent: dict[str, Sent] = {}
@@ -384,9 +385,9 @@ class Schedule:
             refusal = self.chance.choice(("", "", "another model"))
         load = self.chance.choice((0, 5))
         self.note(f"{model.url} stands: connected {connected}, silences {model.silences}, refusal {refusal!r}")
-        self.carry_out(self.core.stands(
-            EncoderStanding(model.url, connected, model.silences, refusal, model.draining, load), self.now
-        ))  # fmt: skip
+        standing = EncoderStanding(model.url, connected, model.silences, refusal, model.draining, load)
+        self.standings[model.url] = standing
+        self.carry_out(self.core.stand([*self.standings.values()], self.now))
 
     def fault(self) -> None:
         """An encoder changes; whoever watches it learns that later."""

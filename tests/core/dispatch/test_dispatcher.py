@@ -698,7 +698,7 @@ def test_the_report_names_each_encoder_with_its_state_and_work() -> None:
 def test_a_standing_of_another_kind_of_loss_moves_parts_too() -> None:
     driver = Driver(A, B)
     base = driver.dispatch()
-    driver.carry_out(driver.core.stands(EncoderStanding(A, False, refusal="another model"), driver.now))
+    driver.stand(EncoderStanding(A, False, refusal="another model"))
     assert driver.at(base).url == B
 
 
