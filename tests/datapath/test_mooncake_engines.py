@@ -42,7 +42,25 @@ def test_a_session_id_that_returns_with_another_process_gets_another_engine() ->
     for incarnation in ("1", "2", "2", "3"):
         write(incarnation)
     write("9", "10.0.0.9:9")  # a session that no engine knows needs no new one
-    assert [len(engine.batches) for engine in bed.engines] == [2, 2, 1]
+    assert [len(engine.batches) for engine in bed.engines] == [1, 2, 2]
+
+
+def test_an_engine_that_another_one_replaces_ends_when_its_last_write_has_returned() -> None:
+    bed = Bed(Geometry(64, 4, 1))
+    extents, source = window_extents(bed.geometry, [0], 64), torch.ones(64, dtype=torch.uint8)
+    link, engine, _ = bed.link()
+    other = bed.open("2", "10.0.0.2:2")
+    counts: list[int] = []
+
+    def return_with_another_process() -> None:
+        bed.open("another process")
+        counts.append(len(bed.path._engines))
+
+    engine.during = return_with_another_process
+    other.write(source, extents)
+    counts.append(len(bed.path._engines))
+    other.write(source, extents)  # its link goes on, through the new engine
+    assert counts == [2, 1] and [len(one.batches) for one in bed.engines] == [1, 1]
 
 
 def test_server_without_memory_at_mooncake_is_refused_before_an_engine_is_made() -> None:

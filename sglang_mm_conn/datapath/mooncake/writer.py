@@ -14,8 +14,8 @@ Measured properties of the engine (0.3.13) that determine this module:
 - Hazard: more than about 2048 outstanding slices to one peer can block the link for ever. So at most 1024 are sent
   here, spread over the batches in flight.
 - Hazard: after a non-zero return, bytes may still land. So such an error is ``in_doubt``, and the engine is retired.
-- If a peer comes back with the same session id, an engine that has contacted its predecessor cannot reach it. So
-  another engine is used for it.
+- If a peer comes back with the same session id, an engine that has contacted its predecessor cannot reach it. Session
+  ids carry random ports, so an encoder that lives for long meets this. Another engine then takes over all targets.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Engine:
 
     Hazard: after a failed write the engine may still read the staging memory. So no further write begins (``retired``).
     When the last one has returned, the engine is destroyed, which closes its connections. Only then is its staging
-    memory freed. Other links continue through another engine.
+    memory freed. Other links continue through another engine. An engine that cannot reach a target ends the same way.
     """
 
     def __init__(self, engine: Any, staging: Staging, only: str = "") -> None:
@@ -152,8 +152,8 @@ def _batches(extents: Sequence[Extent], slot_bytes: int) -> list[list[Extent]]:
 
 
 class MooncakePath:
-    """The encoder's half. Owns its engines: usually one, and another one if a session id comes back with another
-    process or if a write has failed."""
+    """The encoder's half. Owns its engines: usually one, and for a while another one if a session id has come back with
+    another process or if a write has failed."""
 
     name = "mooncake"
 
@@ -202,6 +202,9 @@ class MooncakePath:
                 engine = self._make_engine()
                 staging = Staging(BATCHES if only else self._slots, self.slot_bytes, self._device, self._memory_device)
                 entry = _Engine(engine, staging, only)
+                for replaced in [one for one in self._engines if one.only == only]:
+                    replaced.retired = True  # it does not fit, and the new one can reach every target
+                    self._end_if_unused(replaced)
                 self._engines.append(entry)
                 logger.info(
                     "Mooncake engine made (%d now)%s", len(self._engines), f", for {only} alone" if only else "",
@@ -220,15 +223,17 @@ class MooncakePath:
             entry.retired = True
             self._failing_targets.add(target)
             raise
-        # Destroy a retired engine once its last write has returned, so that no call is under way in it.
         finally:
             with self._lock:
                 entry.writes -= 1
-                over = entry.retired and entry.writes == 0 and entry in self._engines
-                if over:
-                    self._engines.remove(entry)
-            if over:
-                destroy(entry)
+                self._end_if_unused(entry)
+
+    def _end_if_unused(self, entry: _Engine) -> None:
+        """Destroy a retired engine once its last write has returned, so that no call is under way in it. Called with
+        the lock held."""
+        if entry.retired and entry.writes == 0 and entry in self._engines:
+            self._engines.remove(entry)
+            destroy(entry)
 
     def forget(self, target: str) -> None:
         """Forget ``target``, to which no link writes any more. Takes no lock: another thread may hold it for long while
@@ -250,6 +255,6 @@ def destroy(entry: _Engine) -> None:
     def work() -> None:
         entry.engine = None  # the last reference: its destructor closes every connection and joins its threads
         entry.staging.close()
-        logger.info("Mooncake engine destroyed after a failed write")
+        logger.info("Mooncake engine destroyed")
 
     threading.Thread(target=work, name="mm-conn-engine-end", daemon=True).start()
