@@ -1,6 +1,6 @@
 """Owns the order to drain, over a route on the encoder's HTTP port: its two exchanges, and the client's side.
 
-GET answers how the encoder stands, with a challenge. POST brings the order together with that challenge, which the
+GET answers with the encoder's status and a challenge. POST brings the order together with that challenge, which the
 encoder takes once: so an order that was overheard cannot be sent again. With a key both sides sign what they send, as
 on the bootstrap route; the signature of an order covers the challenge.
 """
@@ -29,7 +29,7 @@ _ATTEMPTS = 3
 
 
 class DrainStatus(msgspec.Struct, frozen=True):
-    """How an encoder stands.
+    """The status of an encoder.
 
     Attributes:
         draining: whether it refuses new work.
@@ -55,7 +55,7 @@ _STATUS = msgspec.json.Decoder(DrainStatus)
 
 
 def ask_status(encoder_url: str, key: DeploymentKey | None, *, insecure: bool = False) -> DrainStatus:
-    """How an encoder stands. Raises EncoderAbsent, ProtocolError, NotAuthentic, each with the URL and the cause."""
+    """The status of an encoder. Raises EncoderAbsent, ProtocolError, NotAuthentic, each with the URL and the cause."""
     check_reach(encoder_url, key, insecure=insecure)
     url, nonce = normalized(encoder_url) + DRAIN_ROUTE, new_nonce()
     headers = {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(ASK, nonce.encode())}
@@ -64,7 +64,7 @@ def ask_status(encoder_url: str, key: DeploymentKey | None, *, insecure: bool = 
 
 
 def order(encoder_url: str, key: DeploymentKey | None, *, drain: bool, insecure: bool = False) -> DrainStatus:
-    """Tell an encoder to drain, or to take new work again. Returns how it stands then.
+    """Tell an encoder to drain, or to take new work again. Returns its status then.
 
     Raises what ``ask_status`` raises, and ConnError if the encoder cannot take new work again.
     """

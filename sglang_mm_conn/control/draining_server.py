@@ -131,7 +131,7 @@ class Challenge:
 
 
 class DrainRoute:
-    """Answers how the encoder stands, and takes orders to drain."""
+    """Answers with the status of the encoder, and takes orders to drain."""
 
     def __init__(
         self, draining: Draining, key: DeploymentKey | None, *, insecure: bool, changed: Callable[[], None]

@@ -27,7 +27,7 @@ from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, Embe
 from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.control.reports import ReportSender
 from sglang_mm_conn.core.dispatch.actions import Redispatched
-from sglang_mm_conn.core.dispatch.reports import Report, Standings
+from sglang_mm_conn.core.dispatch.reports import EncoderStatuses, Report
 from sglang_mm_conn.core.dispatch.waiting import WaitingParts
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.outcomes import known_http_status
@@ -104,7 +104,7 @@ class SchedulerReceiver(MMReceiverHTTP):
         if self.tp_rank == 0 and os.environ.get(REPORTS_ENV):  # on the host of the dispatchers
             self._reports = ReportSender(os.environ[REPORTS_ENV])
             send = self._reports.send
-            self.manager.language_endpoint.watch_encoders(lambda encoders: send(Standings(encoders)))
+            self.manager.language_endpoint.watch_encoders(lambda encoders: send(EncoderStatuses(encoders)))
         for url in self.encode_urls:
             self.manager.language_endpoint.use_encoder(url)
 

@@ -18,11 +18,11 @@ import zmq
 
 from sglang_mm_conn.control import reports
 from sglang_mm_conn.control.reports import ReportReceiver, ReportSender, new_report_address
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
-from sglang_mm_conn.core.dispatch.reports import MOST_BYTES, Report, RoomFailed, Standings
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.reports import MOST_BYTES, EncoderStatuses, Report, RoomFailed
 from sglang_mm_conn.core.errors import ProtocolError
 
-STANDINGS = Standings([EncoderStanding("http://a:1", True, load=3)])
+STATUSES = EncoderStatuses([EncoderStatus("http://a:1", True, load=3)])
 IN_A_PROCESS = """
 import os, stat, sys
 from sglang_mm_conn.control.reports import ReportSender, new_report_address
@@ -73,11 +73,11 @@ def test_a_report_reaches_every_dispatcher(address: str, sender: ReportSender) -
         receivers = [ReportReceiver(address) for _ in range(2)]
         try:
             for receiver in receivers:
-                assert await receive_while_sent(receiver, sender, STANDINGS) == STANDINGS
+                assert await receive_while_sent(receiver, sender, STATUSES) == STATUSES
             failed = RoomFailed("room", 502, "lost")
             sender.send(failed)
             for receiver in receivers:
-                assert await receive_other(receiver, STANDINGS) == failed
+                assert await receive_other(receiver, STATUSES) == failed
         finally:
             for receiver in receivers:
                 receiver.close()
@@ -93,7 +93,7 @@ def test_a_dispatcher_may_start_before_the_scheduler_and_outlive_it(address: str
                 await asyncio.sleep(0.05)
                 sender = ReportSender(address)
                 try:
-                    assert await receive_while_sent(receiver, sender, STANDINGS) == STANDINGS
+                    assert await receive_while_sent(receiver, sender, STATUSES) == STATUSES
                 finally:
                     sender.close()
         finally:
@@ -106,11 +106,11 @@ def test_a_malformed_report_is_an_error_and_the_next_report_arrives(address: str
     async def run() -> None:
         receiver = ReportReceiver(address)
         try:
-            await receive_while_sent(receiver, sender, STANDINGS)
+            await receive_while_sent(receiver, sender, STATUSES)
             sender._socket.send(b"\xc1 no report")
             sender.send(RoomFailed("room", 502, "lost"))
             with pytest.raises(ProtocolError, match="malformed"):
-                await receive_other(receiver, STANDINGS)
+                await receive_other(receiver, STATUSES)
             assert await asyncio.wait_for(receiver.receive(), 5) == RoomFailed("room", 502, "lost")
         finally:
             receiver.close()
@@ -122,11 +122,11 @@ def test_a_report_that_is_too_long_is_an_error_and_the_next_report_arrives(addre
     async def run() -> None:
         receiver = ReportReceiver(address)
         try:
-            await receive_while_sent(receiver, sender, STANDINGS)
+            await receive_while_sent(receiver, sender, STATUSES)
             sender._socket.send(bytes(MOST_BYTES + 1))
             with pytest.raises(ProtocolError, match="longer than the limit"):
-                await receive_other(receiver, STANDINGS)
-            assert await receive_while_sent(receiver, sender, STANDINGS) == STANDINGS
+                await receive_other(receiver, STATUSES)
+            assert await receive_while_sent(receiver, sender, STATUSES) == STATUSES
         finally:
             receiver.close()
 
@@ -137,13 +137,13 @@ def test_a_dispatcher_that_does_not_read_never_delays_the_scheduler(
     address: str, sender: ReportSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it does not read is dropped: memory is limited, too."""
-    many = Standings([EncoderStanding(f"http://{number}:1", True, refusal="x" * 1000) for number in range(100)])
+    many = EncoderStatuses([EncoderStatus(f"http://{number}:1", True, refusal="x" * 1000) for number in range(100)])
 
     async def run() -> None:
         stuck, reading = ReportReceiver(address), ReportReceiver(address)
         try:
-            await receive_while_sent(stuck, sender, STANDINGS)
-            await receive_while_sent(reading, sender, STANDINGS)
+            await receive_while_sent(stuck, sender, STATUSES)
+            await receive_while_sent(reading, sender, STATUSES)
             longest = 0.0
             for _ in range(3000):  # 300 MB
                 began = time.monotonic()
@@ -166,7 +166,7 @@ def test_any_thread_may_send_and_after_the_end_nothing_is_sent(address: str) -> 
 
     def send_many() -> None:
         for _ in range(500):
-            sender.send(STANDINGS)
+            sender.send(STATUSES)
 
     threads = [threading.Thread(target=send_many) for _ in range(4)]
     for thread in threads:
@@ -174,7 +174,7 @@ def test_any_thread_may_send_and_after_the_end_nothing_is_sent(address: str) -> 
     for thread in threads:
         thread.join()
     sender.close()
-    sender.send(STANDINGS)
+    sender.send(STATUSES)
     sender.close()
 
 

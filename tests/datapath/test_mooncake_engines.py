@@ -48,7 +48,7 @@ def test_a_session_id_that_returns_with_another_process_gets_another_engine() ->
 def test_an_engine_that_another_one_replaces_ends_when_its_last_write_has_returned() -> None:
     bed = Bed(Geometry(64, 4, 1))
     extents, source = window_extents(bed.geometry, [0], 64), torch.ones(64, dtype=torch.uint8)
-    link, engine, _ = bed.link()
+    _, engine, _ = bed.link()
     other = bed.open("2", "10.0.0.2:2")
     counts: list[int] = []
 

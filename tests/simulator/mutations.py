@@ -252,7 +252,7 @@ OF_THE_DISPATCHER: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "a report is no sign of life": (
-        change(Fleet, "stands", ("one.connected_at = now", "one.heard_at = now")),
+        change(Fleet, "reported_one", ("one.connected_at = now", "one.heard_at = now")),
     ),
     "a probe proves life when it was sent, not when it was answered": (
         change(Fleet, "probed", ("max(one.heard_at, one.probed_at)", "now")),

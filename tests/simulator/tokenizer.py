@@ -18,7 +18,7 @@ from sglang_mm_conn.core.dispatch.actions import (
     Redispatched,
 )
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.dispatch.reports import RoomFailed
 from sglang_mm_conn.core.dispatch.verdicts import TryEnd, Verdict, of_failure
 from sglang_mm_conn.core.rooms import new_room_base
@@ -239,9 +239,9 @@ class Tokenizer(Process):
     def _lost(self) -> bool:
         return self.loses_reports and self._kernel.chance.random() < 0.25
 
-    def _watch(self, standings: list[EncoderStanding]) -> None:
+    def _watch(self, statuses: list[EncoderStatus]) -> None:
         if not self._lost():
-            self._kernel.put(self._reports, partial(self.perform, partial(self.core.stand, standings)))
+            self._kernel.put(self._reports, partial(self.perform, partial(self.core.encoders_reported, statuses)))
 
     def _report(self, report: RoomFailed) -> None:
         if not self._lost():

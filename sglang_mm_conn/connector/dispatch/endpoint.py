@@ -34,7 +34,7 @@ from sglang_mm_conn.core.dispatch.actions import (
 )
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
-from sglang_mm_conn.core.dispatch.reports import RoomFailed, Standings
+from sglang_mm_conn.core.dispatch.reports import EncoderStatuses, RoomFailed
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import TryEnd, Verdict
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
@@ -190,8 +190,8 @@ class DispatcherEndpoint:
                 except ProtocolError as error:
                     logger.warning("A report of the scheduler was dropped: %s", error)
                     continue
-                if isinstance(report, Standings):
-                    self._perform_later(partial(self.core.stand, report.encoders))
+                if isinstance(report, EncoderStatuses):
+                    self._perform_later(partial(self.core.encoders_reported, report.encoders))
                 else:
                     self._perform_later(partial(self._room_failed, report))
         finally:

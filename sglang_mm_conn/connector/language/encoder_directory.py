@@ -31,7 +31,7 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.language.registration import Registrations
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, encode
@@ -95,9 +95,9 @@ class EncoderDirectory:
     def on_heartbeat(self, incarnation: str, message: Heartbeat) -> None:
         self.registrations.heartbeat(incarnation, message)
 
-    def standings(self) -> list[EncoderStanding]:
+    def statuses(self) -> list[EncoderStatus]:
         """What is known of each encoder (control thread)."""
-        return self.registrations.standings()
+        return self.registrations.statuses()
 
     def on_registered(self, incarnation: str, message: Registered) -> None:
         """Raises ProtocolError."""

@@ -147,7 +147,7 @@ class LanguageEndpoint:
         self._encoders.use(url)
 
     def watch_encoders(self, watcher: EncoderWatcher) -> None:
-        """Let ``watcher`` know how the encoders stand, on the control thread: at each change, and every second."""
+        """Let ``watcher`` know the status of each encoder, on the control thread: at each change, and every second."""
         self._watch.watcher = watcher
 
     def expect(self, room: str, encoder: str, timeout: float, label: str) -> None:
@@ -276,7 +276,7 @@ class LanguageEndpoint:
 
     def _on_tick(self) -> None:
         self._encoders.tick()
-        self._watch.look(self._encoders.standings, self._clock())
+        self._watch.look(self._encoders.statuses, self._clock())
         self._results.trim()
         with self._lock:
             self._perform(self.core.tick(self._clock()))

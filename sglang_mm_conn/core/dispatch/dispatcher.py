@@ -31,7 +31,7 @@ from sglang_mm_conn.core.dispatch.actions import (
     Redispatched,
 )
 from sglang_mm_conn.core.dispatch.choice import Candidate, Chooser, Item, Share
-from sglang_mm_conn.core.dispatch.fleet import Encoder, EncoderStanding, Fleet, StateChange
+from sglang_mm_conn.core.dispatch.fleet import Encoder, EncoderStatus, Fleet, StateChange
 from sglang_mm_conn.core.dispatch.requests import Part, Request, Try
 from sglang_mm_conn.core.dispatch.verdicts import PROVES, TryEnd, Verdict, for_client, of_failure
 from sglang_mm_conn.core.rooms import part_room
@@ -141,9 +141,9 @@ class DispatchCore:
         """A Probe has failed; ``silent``: because no answer came in time."""
         return self._settle(self.fleet.probe_failed(url, reason, silent=silent, now=now), now)
 
-    def stand(self, standings: Sequence[EncoderStanding], now: float) -> list[DispatchAction]:
+    def encoders_reported(self, statuses: Sequence[EncoderStatus], now: float) -> list[DispatchAction]:
         """The scheduler's side reports what it knows of all encoders."""
-        return self._settle(self.fleet.stand(standings, now), now)
+        return self._settle(self.fleet.reported(statuses, now), now)
 
     def tick(self, now: float) -> list[DispatchAction]:
         """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""

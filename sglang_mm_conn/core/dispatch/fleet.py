@@ -1,7 +1,7 @@
 """Owns what a dispatcher knows of its encoders: the state of each, the evidence for it, and when to probe it. Pure.
 
 Evidence comes from the answers to ``/encode``, from probes (look-ups by the bootstrap route), and from the server's
-scheduler, which has a control connection to each encoder (``EncoderStanding``). A user's request is never the probe: an
+scheduler, which has a control connection to each encoder (``EncoderStatus``). A user's request is never the probe: an
 encoder that is DOWN or SUSPECT gets no part before a probe or its control connection says that it is well.
 """
 
@@ -30,7 +30,7 @@ FIRST_TRIAL_SECONDS = 2.0
 MOST_TRIAL_SECONDS = 60.0
 
 
-class EncoderStanding(msgspec.Struct, frozen=True):
+class EncoderStatus(msgspec.Struct, frozen=True):
     """What the scheduler's side knows of an encoder.
 
     Attributes:
@@ -69,7 +69,7 @@ class Encoder:
         url: without a trailing slash.
         machine: its state.
         reason: why it has this state.
-        standing: what the scheduler's side last said.
+        status: what the scheduler's side last said.
         probing: whether a probe is under way; ``probed_at``: when the last one began.
         silent_since: when the first of the last probes in a row began that were not answered, in this state.
         mute: whether that was the peer timeout or more before the end of the last one.
@@ -91,7 +91,7 @@ class Encoder:
         default_factory=lambda: StateMachine(ENCODER_TRANSITIONS, EncoderState.SUSPECT)
     )
     reason: str = "not probed yet"
-    standing: EncoderStanding | None = None
+    status: EncoderStatus | None = None
     probing: bool = False
     probed_at: float = -math.inf
     silent_since: float = math.inf
@@ -117,7 +117,7 @@ class Encoder:
 
     @property
     def connected(self) -> bool:
-        return self.standing is not None and self.standing.connected
+        return self.status is not None and self.status.connected
 
     @property
     def failing(self) -> bool:
@@ -224,36 +224,36 @@ class Fleet:
 
     # -- what the scheduler's side says --------------------------------------------------------------------------
 
-    def stand(self, standings: Sequence[EncoderStanding], now: float) -> list[StateChange]:
+    def reported(self, statuses: Sequence[EncoderStatus], now: float) -> list[StateChange]:
         """The scheduler's side reports all encoders that it knows. What it has forgotten holds no longer."""
-        reported = {standing.url for standing in standings}
+        reported = {status.url for status in statuses}
         for one in self.encoders.values():
             if one.url not in reported:
-                one.standing = None
-        return [change for standing in standings for change in self.stands(standing, now)]
+                one.status = None
+        return [change for status in statuses for change in self.reported_one(status, now)]
 
-    def stands(self, standing: EncoderStanding, now: float) -> list[StateChange]:
+    def reported_one(self, status: EncoderStatus, now: float) -> list[StateChange]:
         """The scheduler's side reports an encoder. Reports are repeated; only what is new changes anything."""
-        one = self.encoders.get(standing.url)
+        one = self.encoders.get(status.url)
         if one is None:
             return []
-        before, one.standing = one.standing, standing
-        one.load.reported(standing.load)
-        if before is not None and standing.silences > before.silences:
+        before, one.status = one.status, status
+        one.load.reported(status.load)
+        if before is not None and status.silences > before.silences:
             self.probe_now(one.url)
-            if standing.connected:  # one of several processes; which one has which part is not known
+            if status.connected:  # one of several processes; which one has which part is not known
                 return self._become(one, EncoderState.SUSPECT, "one of its processes fell silent", loses=True)
             return self._become(one, EncoderState.DOWN, "it fell silent")
-        if standing.refusal:
-            if before is not None and before.refusal == standing.refusal:
+        if status.refusal:
+            if before is not None and before.refusal == status.refusal:
                 return []
-            return self._become(one, EncoderState.DOWN, standing.refusal)
-        if standing.connected:
+            return self._become(one, EncoderState.DOWN, status.refusal)
+        if status.connected:
             one.connected_at = now
-            if before is None or not before.connected or before.draining != standing.draining or before.refusal:
+            if before is None or not before.connected or before.draining != status.draining or before.refusal:
                 self.probe_now(one.url)  # the report may be old
                 self._answers(one)
-                return self._well(one, standing.draining, "it is registered")
+                return self._well(one, status.draining, "it is registered")
             return []
         if before is not None and before.connected and one.state is EncoderState.UP:
             self.probe_now(one.url)
@@ -317,8 +317,8 @@ class Fleet:
         return self._become(one, to, reason)
 
     def _well(self, one: Encoder, draining: bool, reason: str) -> list[StateChange]:
-        if one.standing is not None and one.standing.refusal:
-            return self._become(one, EncoderState.DOWN, one.standing.refusal)
+        if one.status is not None and one.status.refusal:
+            return self._become(one, EncoderState.DOWN, one.status.refusal)
         if draining:
             return self._become(one, EncoderState.DRAINING, "it drains")
         if one.state is EncoderState.DOWN:  # perhaps another process

@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import as_text
 
@@ -15,10 +15,10 @@ MOST_BYTES = 1 << 20
 _MOST_ENCODERS = 4096
 
 
-class Standings(msgspec.Struct, frozen=True, tag_field="t", tag="standings"):
+class EncoderStatuses(msgspec.Struct, frozen=True, tag_field="t", tag="encoder_statuses"):
     """What the scheduler's side knows of each encoder. Repeated, so that a dispatcher that missed one catches up."""
 
-    encoders: Annotated[list[EncoderStanding], Meta(max_length=_MOST_ENCODERS)]
+    encoders: Annotated[list[EncoderStatus], Meta(max_length=_MOST_ENCODERS)]
 
 
 class RoomFailed(msgspec.Struct, frozen=True, tag_field="t", tag="room_failed"):
@@ -35,11 +35,11 @@ class RoomFailed(msgspec.Struct, frozen=True, tag_field="t", tag="room_failed"):
     reason: str
 
 
-Report: TypeAlias = Standings | RoomFailed
+Report: TypeAlias = EncoderStatuses | RoomFailed
 
 _ENCODER = msgspec.msgpack.Encoder()
 # Made at import: see the hazard in control.bootstrap.
-_DECODER: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Standings | RoomFailed)
+_DECODER: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(EncoderStatuses | RoomFailed)
 
 
 def room_failed(room: str, code: int, reason: str) -> RoomFailed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.actions import EncoderRefused, Log, LookUp, RegistrationAction
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.messages import as_text
 from sglang_mm_conn.core.states import (
     LOOK_UP_TRANSITIONS,
@@ -97,10 +97,10 @@ class EncoderUrl:
     silences: int = 0
 
     @property
-    def standing(self) -> EncoderStanding:
+    def status(self) -> EncoderStatus:
         """What the dispatcher should know of it."""
         processes = list(self.processes.values())
-        return EncoderStanding(
+        return EncoderStatus(
             self.url,
             connected=any(one.registered_once for one in processes),
             silences=self.silences,

@@ -35,7 +35,7 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.language.encoder_records import FIRST_DELAY_SECONDS, EncoderProcess, EncoderUrl
 from sglang_mm_conn.core.messages import Heartbeat, RefusalKind, Refused, Registered
@@ -190,9 +190,9 @@ class Registrations:
         if process is not None:
             process.load, process.draining = message.load, message.draining
 
-    def standings(self) -> list[EncoderStanding]:
+    def statuses(self) -> list[EncoderStatus]:
         """What the dispatchers of this server should know of each encoder."""
-        return [encoder.standing for encoder in self.encoders.values()]
+        return [encoder.status for encoder in self.encoders.values()]
 
     def registered(self, incarnation: str, message: Registered, now: float) -> list[RegistrationAction]:
         """The process answered Registered. Raises ProtocolError if it names a session of another rank."""

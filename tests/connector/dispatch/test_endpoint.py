@@ -24,8 +24,8 @@ from sglang_mm_conn.control.reports import ReportSender
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import NO_ENCODER
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
-from sglang_mm_conn.core.dispatch.reports import Report, RoomFailed, Standings
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.reports import EncoderStatuses, Report, RoomFailed
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import DRAINING, STATE_HEADER
 from sglang_mm_conn.core.rooms import new_id, new_room_base
@@ -279,9 +279,9 @@ def test_an_encoder_that_hangs_is_left_when_the_scheduler_says_it_is_silent(
     dispatcher = server(frozen, good, report_address=reports.address)
     dispatcher.wait_until_up()
 
-    def standings(silences: int) -> Standings:
-        return Standings(
-            [EncoderStanding(frozen.url, not silences, silences, load=40), EncoderStanding(good.url, True)]
+    def statuses(silences: int) -> EncoderStatuses:
+        return EncoderStatuses(
+            [EncoderStatus(frozen.url, not silences, silences, load=40), EncoderStatus(good.url, True)]
         )
 
     def load() -> Any:
@@ -290,10 +290,10 @@ def test_an_encoder_that_hangs_is_left_when_the_scheduler_says_it_is_silent(
 
     request = dispatcher.send()
     wait_for(lambda: frozen.bodies, "the post")
-    repeat(reports, standings(0), lambda: load() > 1, "a report")
+    repeat(reports, statuses(0), lambda: load() > 1, "a report")
     assert request.news == []
     frozen.info = None
-    repeat(reports, standings(1), lambda: good.bodies, "the part to move")
+    repeat(reports, statuses(1), lambda: good.bodies, "the part to move")
     dispatcher.wait_until_over(request)
     wait_for(lambda: frozen.left == 1, "the old post to be cancelled")
     assert dispatcher.state(frozen) == "down"
@@ -330,7 +330,7 @@ def test_a_malformed_report_is_logged_and_the_next_one_counts(
         return "A report of the scheduler was dropped: malformed" in caplog.text
 
     wait_for(logged, "a line in the log")
-    refused = Standings([EncoderStanding(one.url, False, refusal="another model")])
+    refused = EncoderStatuses([EncoderStatus(one.url, False, refusal="another model")])
     repeat(reports, refused, lambda: dispatcher.state(one) == "down", "the report")
 
 

@@ -17,7 +17,7 @@ from sglang_mm_conn.core.dispatch.actions import (
 )
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import DELIVERED, TryEnd, Verdict
 from sglang_mm_conn.core.states import EncoderState
@@ -51,7 +51,7 @@ class Driver:
         self.news: list[Redispatched | GiveUp] = []
         self.forgotten: list[str] = []
         self.log: list[str] = []
-        self.standings: dict[str, EncoderStanding] = {}
+        self.statuses: dict[str, EncoderStatus] = {}
         self.placed: list[tuple[str, Part]] = []  # of the newest request
         self.carry_out(self.core.know(urls, self.now))
         if up:
@@ -113,13 +113,13 @@ class Driver:
             self.probes.remove(url)
         return self.carry_out(self.core.probe_failed(url, "refused", silent=silent, now=self.now))
 
-    def stands(self, url: str, *, connected: bool = True, silences: int = 0) -> Sequence[DispatchAction]:
-        return self.stand(EncoderStanding(url, connected, silences))
+    def status(self, url: str, *, connected: bool = True, silences: int = 0) -> Sequence[DispatchAction]:
+        return self.reported(EncoderStatus(url, connected, silences))
 
-    def stand(self, standing: EncoderStanding) -> Sequence[DispatchAction]:
-        """The scheduler's side reports all that it knows; ``standing`` is what is new."""
-        self.standings[standing.url] = standing
-        return self.carry_out(self.core.stand([*self.standings.values()], self.now))
+    def reported(self, status: EncoderStatus) -> Sequence[DispatchAction]:
+        """The scheduler's side reports all that it knows; ``status`` is what is new."""
+        self.statuses[status.url] = status
+        return self.carry_out(self.core.encoders_reported([*self.statuses.values()], self.now))
 
     def know(self, *urls: str) -> Sequence[DispatchAction]:
         return self.carry_out(self.core.know(urls, self.now))

@@ -111,7 +111,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "room_failed", ("if end.verdict is Verdict.ABORTED:", "if False:")
     ),
     "a report is no sign of life": change(
-        Fleet, "stands", ("one.connected_at = now", "one.heard_at = now")
+        Fleet, "reported_one", ("one.connected_at = now", "one.heard_at = now")
     ),
     "a probe proves life when it was sent, not when it was answered": change(
         Fleet, "probed", ("max(one.heard_at, one.probed_at)", "now")

@@ -21,7 +21,7 @@ from sglang_mm_conn.core.dispatch.actions import (
 )
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import TURN_SECONDS, DispatchCore
-from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, FIRST_TRIAL_SECONDS, EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, FIRST_TRIAL_SECONDS, EncoderStatus
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.rooms import part_room
@@ -88,7 +88,7 @@ class Schedule:
         self.wait = self.chance.choice((0.0, 0.0, 3.0))
         self._bases = itertools.count()
         self.core = DispatchCore(tries=self.tries, wait_seconds=self.wait, new_room_base=self.new_base)
-        self.standings: dict[str, EncoderStanding] = {}  # all that the scheduler's side reports
+        self.statuses: dict[str, EncoderStatus] = {}  # all that the scheduler's side reports
         self.models = {url: Model(url, steady and url == URLS[0]) for url in URLS}
         self.known: list[str] = []
         self.sent: dict[str, Sent] = {}
@@ -375,7 +375,7 @@ class Schedule:
                 self.core.probed(model.url, draining=model.draining, prefix_cache=cache, now=self.now)
             )  # fmt: skip
 
-    def standing(self) -> None:
+    def status(self) -> None:
         """The scheduler's side reports an encoder, perhaps wrongly."""
         model = self.chance.choice(list(self.models.values()))
         connected, refusal = model.alive, ""
@@ -384,10 +384,10 @@ class Schedule:
             model.silences += self.chance.random() < 0.3
             refusal = self.chance.choice(("", "", "another model"))
         load = self.chance.choice((0, 5))
-        self.note(f"{model.url} stands: connected {connected}, silences {model.silences}, refusal {refusal!r}")
-        standing = EncoderStanding(model.url, connected, model.silences, refusal, model.draining, load)
-        self.standings[model.url] = standing
-        self.carry_out(self.core.stand([*self.standings.values()], self.now))
+        self.note(f"{model.url} status: connected {connected}, silences {model.silences}, refusal {refusal!r}")
+        status = EncoderStatus(model.url, connected, model.silences, refusal, model.draining, load)
+        self.statuses[model.url] = status
+        self.carry_out(self.core.encoders_reported([*self.statuses.values()], self.now))
 
     def fault(self) -> None:
         """An encoder changes; whoever watches it learns that later."""
@@ -427,7 +427,7 @@ class Schedule:
             while any(one.probed_at < math.inf for one in self.models.values()):
                 self.step(self.probe_ends)
         events = [
-            *[self.request] * 4, *[self.answer] * 5, *[self.probe_ends] * 4, *[self.standing] * 2,
+            *[self.request] * 4, *[self.answer] * 5, *[self.probe_ends] * 4, *[self.status] * 2,
             *[self.tick] * 2, self.late, self.room_fails, self.fault, self.fault, self.know,
         ]  # fmt: skip
         weights = [1.0] * (len(events) - 1) + [0.3]

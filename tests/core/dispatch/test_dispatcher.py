@@ -19,7 +19,7 @@ from sglang_mm_conn.core.dispatch.actions import (
 )
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import NO_ENCODER
-from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, EncoderStatus
 from sglang_mm_conn.core.dispatch.requests import ABORTED_SECONDS, DELIVERED_SECONDS
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.states import EncoderState
@@ -469,9 +469,9 @@ def test_all_parts_of_an_encoder_that_is_down_move() -> None:
     bases = [driver.dispatch() for _ in range(9)]
     mine = [base for base in bases if driver.at(base).url == A]
     assert len(mine) == 3
-    driver.stands(A)
+    driver.status(A)
     rooms = [driver.at(base).room for base in mine]
-    driver.stands(A, connected=False, silences=1)  # it fell silent
+    driver.status(A, connected=False, silences=1)  # it fell silent
     assert driver.state(A) is EncoderState.DOWN and driver.loads()[A] == (0, 0.0)
     assert all(driver.at(base).url in (B, C) for base in bases) and set(rooms) <= set(driver.cancelled)
     assert len(driver.news) == 3
@@ -489,9 +489,9 @@ def test_parts_stay_with_an_encoder_that_drains_until_it_ends() -> None:
 
 def test_parts_of_a_suspect_encoder_wait_for_the_probe() -> None:
     driver = Driver(A, B)
-    driver.stands(A)
+    driver.status(A)
     base = driver.dispatch()
-    driver.stands(A, connected=False)
+    driver.status(A, connected=False)
     assert driver.state(A) is EncoderState.SUSPECT and driver.at(base).url == A
     driver.absent(A)
     assert driver.at(base).url == B
@@ -499,19 +499,19 @@ def test_parts_of_a_suspect_encoder_wait_for_the_probe() -> None:
 
 def test_parts_of_a_busy_encoder_stay_while_its_control_connection_lives() -> None:
     driver = Driver(A, B)
-    driver.stands(A)
+    driver.status(A)
     base = driver.dispatch()
     for _ in range(10):
         driver.core.fleet.probe_now(A)
         driver.tick(1.0)
         driver.absent(A, silent=True)
-        driver.stands(A)
+        driver.status(A)
     assert driver.state(A) is EncoderState.UP and driver.at(base).url == A and len(driver.posts) == 1
 
 
 def test_parts_of_a_suspect_encoder_that_answers_no_probe_move_in_the_end() -> None:
     driver = Driver(A, peer_timeout=6.0, wait=0.0)
-    driver.stands(A)
+    driver.status(A)
     driver.well(A)
     first, second = driver.dispatch(), driver.dispatch()
     driver.answer(driver.at(first).room, Verdict.CUT_OFF)
@@ -519,12 +519,12 @@ def test_parts_of_a_suspect_encoder_that_answers_no_probe_move_in_the_end() -> N
     for _ in range(4):
         driver.tick(1.0)
         driver.absent(A, silent=True)
-        driver.stands(A)
+        driver.status(A)
     assert driver.state(A) is EncoderState.SUSPECT and driver.at(second).room == kept and driver.news == []
     for _ in range(4):
         driver.tick(1.0)
         driver.absent(A, silent=True)
-        driver.stands(A)
+        driver.status(A)
     assert driver.state(A) is EncoderState.DOWN and kept in driver.cancelled
     assert {news.room_base for news in driver.news if isinstance(news, GiveUp)} == {first, second}
 
@@ -698,7 +698,7 @@ def test_the_report_names_each_encoder_with_its_state_and_work() -> None:
 def test_a_standing_of_another_kind_of_loss_moves_parts_too() -> None:
     driver = Driver(A, B)
     base = driver.dispatch()
-    driver.stand(EncoderStanding(A, False, refusal="another model"))
+    driver.reported(EncoderStatus(A, False, refusal="another model"))
     assert driver.at(base).url == B
 
 

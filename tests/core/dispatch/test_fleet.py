@@ -16,7 +16,7 @@ from sglang_mm_conn.core.dispatch.fleet import (
     MOST_TRIAL_SECONDS,
     QUIET_SECONDS,
     Encoder,
-    EncoderStanding,
+    EncoderStatus,
     Fleet,
     StateChange,
 )
@@ -51,9 +51,9 @@ def fleet_of(state: EncoderState, now: float = 100.0) -> tuple[Fleet, Encoder]:
     return fleet, fleet.encoders[A]
 
 
-def stands(fleet: Fleet, now: float = 101.0, **fields: object) -> list[StateChange]:
-    standing = EncoderStanding(**{"url": A, "connected": True, **fields})  # type: ignore[arg-type]
-    return fleet.stands(standing, now)
+def report(fleet: Fleet, now: float = 101.0, **fields: object) -> list[StateChange]:
+    status = EncoderStatus(**{"url": A, "connected": True, **fields})  # type: ignore[arg-type]
+    return fleet.reported_one(status, now)
 
 
 def lost(
@@ -64,7 +64,7 @@ def lost(
 
 def silent(fleet: Fleet, now: float) -> list[StateChange]:
     """A probe of A is not answered in time; heartbeats arrive."""
-    return stands(fleet, now) + fleet.probe_failed(A, "timed out", silent=True, now=now)
+    return report(fleet, now) + fleet.probe_failed(A, "timed out", silent=True, now=now)
 
 
 def states(changes: list[StateChange]) -> list[EncoderState]:
@@ -101,7 +101,7 @@ def test_events_about_unknown_encoders_change_nothing() -> None:
     fleet, _ = fleet_of(UP)
     assert well(fleet, B) == []
     assert fleet.probe_failed(B, "", silent=False, now=102.0) == []
-    assert fleet.stands(EncoderStanding(B, True), 1.0) == []
+    assert fleet.reported_one(EncoderStatus(B, True), 1.0) == []
     assert fleet.delivered(B, 1.0) == fleet.erred(B, "", 1.0) == lost(fleet, DOWN, "", B) == []
     fleet.posted(B, 1.0)
     fleet.probe_now(B)
@@ -125,7 +125,7 @@ def test_every_state_is_reached_from_every_other_one(start: EncoderState, target
         assert ways[SUSPECT]() == []  # a part was cut off, but it still gets no new one
         return
     if target is SUSPECT and start is DOWN:
-        stands(fleet)
+        report(fleet)
         lost(fleet, DOWN, "refused")
         ways[SUSPECT] = lambda: fleet.probe_failed(A, "timed out", silent=True, now=102.0)
     changes = ways[target]()
@@ -215,11 +215,11 @@ def test_an_encoder_that_is_up_is_probed_only_when_nothing_was_heard_of_it() -> 
     assert times == pytest.approx([100.0 + QUIET_SECONDS, 100.0 + 2 * QUIET_SECONDS])
     assert probe_times(fleet, 114.0, 0.5, lambda now: None) == []
     fleet, one = fleet_of(UP)
-    stands(fleet, 100.0)
+    report(fleet, 100.0)
     assert fleet.due_probes(100.0) == [A]  # the first report of a connection may be an old one
     well(fleet)
     for now in range(101, 150):
-        stands(fleet, float(now))
+        report(fleet, float(now))
         assert fleet.due_probes(float(now)) == []
     assert one.heard_at == 100.0  # what the scheduler's side says keeps probes away, and is no sign of life
 
@@ -244,7 +244,7 @@ def test_a_probe_proves_life_when_it_began_not_when_its_answer_came() -> None:
 
 def test_an_encoder_that_is_doubted_is_probed_until_it_answers() -> None:
     fleet, one = fleet_of(UP)
-    stands(fleet)
+    report(fleet)
     fleet.probe_now(A)
     times = probe_times(fleet, 102.0, 10, lambda now: silent(fleet, now))
     assert usable(fleet) == [A] and len(times) >= 6
@@ -256,7 +256,7 @@ def test_an_encoder_that_is_doubted_is_probed_until_it_answers() -> None:
 def test_a_busy_encoder_owes_an_answer_to_a_probe_and_stays_up() -> None:
     for state in (UP, DRAINING):
         fleet, one = fleet_of(state)
-        stands(fleet, draining=state is DRAINING)
+        report(fleet, draining=state is DRAINING)
         fleet.probe_now(A)
         fleet.due_probes(102.0)
         assert (
@@ -266,13 +266,13 @@ def test_a_busy_encoder_owes_an_answer_to_a_probe_and_stays_up() -> None:
 
 def test_a_busy_encoder_that_is_suspect_stays_so_until_it_answers() -> None:
     fleet, one = fleet_of(SUSPECT)
-    one.standing = EncoderStanding(A, True)
+    one.status = EncoderStatus(A, True)
     assert fleet.probe_failed(A, "timed out", silent=True, now=102.0) == [] and one.state is SUSPECT
 
 
 def test_a_suspect_encoder_that_answers_no_probe_for_too_long_is_down() -> None:
     fleet, one = fleet_of(UP)
-    stands(fleet)
+    report(fleet)
     well(fleet, now=101.0)
     lost(fleet, SUSPECT, "cut off", now=101.0)
     changes: list[tuple[float, StateChange]] = []
@@ -289,11 +289,11 @@ def test_an_answer_in_between_begins_the_silence_anew() -> None:
         lambda fleet: fleet.probed(A, draining=False, prefix_cache=False, now=108.0),
         lambda fleet: fleet.delivered(A, 108.0),
         lambda fleet: fleet.erred(A, "out of memory", 108.0),
-        lambda fleet: (stands(fleet, 108.0, connected=False), stands(fleet, 108.0)),
+        lambda fleet: (report(fleet, 108.0, connected=False), report(fleet, 108.0)),
     ]
     for answer in answers:
         fleet, one = fleet_of(SUSPECT)
-        one.standing = EncoderStanding(A, True)
+        one.status = EncoderStatus(A, True)
         probe_times(fleet, 101.0, 7, lambda now, fleet=fleet: silent(fleet, now))  # type: ignore[misc]
         answer(fleet)
         lost(fleet, SUSPECT, "cut off", began=109.0, now=109.0)
@@ -304,10 +304,10 @@ def test_an_answer_in_between_begins_the_silence_anew() -> None:
 def test_a_busy_encoder_that_lost_no_part_stays_up_however_long_it_is_silent() -> None:
     for state in (UP, DRAINING):
         fleet, one = fleet_of(state)
-        stands(fleet, draining=state is DRAINING)
+        report(fleet, draining=state is DRAINING)
         for tick in range(600):
             now = 102.0 + tick
-            stands(fleet, now, draining=state is DRAINING)
+            report(fleet, now, draining=state is DRAINING)
             if fleet.due_probes(now):
                 assert fleet.probe_failed(A, "timed out", silent=True, now=now) == [] and one.state is state
         lost(fleet, SUSPECT, "cut off", began=700.0, now=702.0)
@@ -318,7 +318,7 @@ def test_a_busy_encoder_that_lost_no_part_stays_up_however_long_it_is_silent() -
 
 def test_nobody_waits_for_the_probe_of_an_encoder_that_is_silent_for_too_long() -> None:
     fleet, one = fleet_of(UP)
-    stands(fleet)
+    report(fleet)
     well(fleet, now=101.0)
     lost(fleet, None, "the room failed", now=101.0)
     probe_times(fleet, 101.0, 8, lambda now: silent(fleet, now))
@@ -331,7 +331,7 @@ def test_the_time_of_silence_is_the_peer_timeout() -> None:
     fleet = Fleet(peer_timeout=3.0)
     fleet.know([A])
     fleet.due_probes(100.0)
-    fleet.encoders[A].standing = EncoderStanding(A, True)
+    fleet.encoders[A].status = EncoderStatus(A, True)
     assert fleet.probe_failed(A, "timed out", silent=True, now=102.9) == []
     assert states(fleet.probe_failed(A, "timed out", silent=True, now=103.0)) == [DOWN]
 
@@ -343,7 +343,7 @@ def test_silence_without_a_control_connection_is_the_end() -> None:
 
 def test_an_encoder_that_refuses_or_answers_wrongly_is_down_also_with_a_connection() -> None:
     fleet, _ = fleet_of(UP)
-    stands(fleet)
+    report(fleet)
     assert states(fleet.probe_failed(A, "refused", silent=False, now=102.0)) == [DOWN]
 
 
@@ -361,7 +361,7 @@ def test_a_probe_says_whether_the_encoder_keeps_embeddings() -> None:
 def test_an_encoder_whose_control_connection_comes_up_is_up_and_probed() -> None:
     for state in (SUSPECT, DOWN):
         fleet, one = fleet_of(state)
-        assert stands(fleet) == [StateChange(A, state, UP, "it is registered")]
+        assert report(fleet) == [StateChange(A, state, UP, "it is registered")]
         assert one.heard_at == 100.0 and one.connected_at == 101.0  # a frozen process is connected, too
         assert one.undecided and fleet.due_probes(101.0) == [A]
 
@@ -370,22 +370,22 @@ def test_repeated_standings_change_nothing() -> None:
     """The scheduler's side still says connected for some seconds after the process has died."""
     for state in (SUSPECT, DOWN):
         fleet, one = fleet_of(UP)
-        stands(fleet)
+        report(fleet)
         lost(fleet, state, "lost")
         for tick in range(100):
-            assert stands(fleet, 101.0 + tick / 10) == [] and one.state is state
+            assert report(fleet, 101.0 + tick / 10) == [] and one.state is state
 
 
 def test_repeated_standings_of_an_encoder_that_is_not_connected_change_nothing() -> None:
     fleet, one = fleet_of(UP)
     for _ in range(10):
-        assert stands(fleet, connected=False) == [] and one.state is UP
+        assert report(fleet, connected=False) == [] and one.state is UP
 
 
 def test_a_lost_control_connection_makes_suspect_and_a_probe_follows() -> None:
     fleet, one = fleet_of(UP)
-    stands(fleet)
-    assert states(stands(fleet, connected=False)) == [SUSPECT] and one.probe_at == -math.inf
+    report(fleet)
+    assert states(report(fleet, connected=False)) == [SUSPECT] and one.probe_at == -math.inf
     fleet.due_probes(102.0)
     assert states(well(fleet, now=102.0)) == [UP]
 
@@ -393,67 +393,67 @@ def test_a_lost_control_connection_makes_suspect_and_a_probe_follows() -> None:
 def test_a_lost_control_connection_says_nothing_new_of_one_that_drains_or_is_down() -> None:
     for state in (DRAINING, DOWN):
         fleet, one = fleet_of(state)
-        one.standing = EncoderStanding(A, True, draining=state is DRAINING)
-        assert stands(fleet, connected=False) == [] and one.state is state
+        one.status = EncoderStatus(A, True, draining=state is DRAINING)
+        assert report(fleet, connected=False) == [] and one.state is state
 
 
 def test_an_encoder_that_falls_silent_is_down() -> None:
     for state in (UP, SUSPECT, DRAINING):
         fleet, one = fleet_of(state)
-        one.standing = EncoderStanding(A, True)
-        assert states(stands(fleet, connected=False, silences=1)) == [DOWN]
+        one.status = EncoderStatus(A, True)
+        assert states(report(fleet, connected=False, silences=1)) == [DOWN]
         assert one.reason == "it fell silent" and fleet.due_probes(101.0) == [A]
-        assert stands(fleet, connected=False, silences=1) == []  # repeated
-        assert states(stands(fleet, connected=True, silences=1)) == [UP]
+        assert report(fleet, connected=False, silences=1) == []  # repeated
+        assert states(report(fleet, connected=True, silences=1)) == [UP]
 
 
 def test_one_silent_process_of_several_loses_the_parts_and_a_probe_decides() -> None:
     fleet, one = fleet_of(UP)
-    stands(fleet)
-    changes = stands(fleet, silences=1)
+    report(fleet)
+    changes = report(fleet, silences=1)
     assert states(changes) == [SUSPECT] and changes[0].loses and one.undecided
-    again = stands(fleet, silences=2)
+    again = report(fleet, silences=2)
     assert again[0].loses and one.state is SUSPECT, "another one, while the first is in doubt"
 
 
 def test_what_the_scheduler_has_forgotten_of_an_encoder_holds_no_longer() -> None:
     fleet, one = fleet_of(UP)
-    assert states(fleet.stand([EncoderStanding(one.url, False, refusal="wrong key")], 100.0)) == [DOWN]
+    assert states(fleet.reported([EncoderStatus(one.url, False, refusal="wrong key")], 100.0)) == [DOWN]
     assert well(fleet, now=101.0) == [] and one.state is DOWN
-    fleet.stand([], 700.0)
+    fleet.reported([], 700.0)
     assert states(well(fleet, now=701.0)) == [UP]
 
 
 def test_silences_from_before_the_first_report_say_nothing() -> None:
     fleet, one = fleet_of(UP)
-    assert stands(fleet, silences=5) == [] and one.state is UP
+    assert report(fleet, silences=5) == [] and one.state is UP
 
 
 def test_an_encoder_that_refuses_this_server_is_down_whatever_a_probe_says() -> None:
     fleet, one = fleet_of(UP)
-    assert states(stands(fleet, connected=False, refusal="wrong model")) == [DOWN] and one.reason == "wrong model"
-    assert stands(fleet, connected=False, refusal="wrong model") == []
+    assert states(report(fleet, connected=False, refusal="wrong model")) == [DOWN] and one.reason == "wrong model"
+    assert report(fleet, connected=False, refusal="wrong model") == []
     assert well(fleet, now=102.0) == [] and (one.state, one.reason) == (DOWN, "wrong model")
-    assert states(stands(fleet, 103.0)) == [UP]
+    assert states(report(fleet, 103.0)) == [UP]
 
 
 def test_another_refusal_is_shown_to_operators() -> None:
     fleet, one = fleet_of(UP)
-    stands(fleet, refusal="wrong model")
-    assert stands(fleet, refusal="wrong key") == [] and one.reason == "wrong key"
+    report(fleet, refusal="wrong model")
+    assert report(fleet, refusal="wrong key") == [] and one.reason == "wrong key"
 
 
 def test_an_encoder_that_says_it_drains_gets_no_part_until_it_says_otherwise() -> None:
     fleet, _ = fleet_of(UP)
-    stands(fleet)
-    assert states(stands(fleet, draining=True)) == [DRAINING] and usable(fleet) == []
-    assert stands(fleet, draining=True) == []
-    assert states(stands(fleet, draining=False)) == [UP]
+    report(fleet)
+    assert states(report(fleet, draining=True)) == [DRAINING] and usable(fleet) == []
+    assert report(fleet, draining=True) == []
+    assert states(report(fleet, draining=False)) == [UP]
 
 
 def test_reported_load_is_taken_over() -> None:
     fleet, one = fleet_of(UP)
-    stands(fleet, load=100)
+    report(fleet, load=100)
     assert one.load.backlog > 0
 
 
@@ -529,7 +529,7 @@ def test_an_encoder_that_fails_is_used_where_there_is_no_other() -> None:
 def test_answers_to_probes_do_not_make_an_encoder_well_that_fails() -> None:
     fleet, one = failing()
     assert well(fleet, now=101.0) == [] and one.state is SUSPECT and not one.undecided
-    fleet.stands(EncoderStanding(A, True), 101.0)
+    fleet.reported_one(EncoderStatus(A, True), 101.0)
     assert one.state is SUSPECT
 
 

@@ -22,7 +22,7 @@ class Cluster:
         self.urls = [f"http://{number}:1" for number in range(encoders)]
         self.driver = Driver(*self.urls)
         for url in self.urls:
-            self.driver.stands(url)
+            self.driver.status(url)
         self.back_after = back_after
         self.dead: dict[str, float] = {}  # since when
         self.died: list[str] = []
@@ -48,9 +48,9 @@ class Cluster:
         for url, since in list(self.dead.items()):
             if driver.now >= since + self.back_after:
                 del self.dead[url]
-                driver.stands(url)
+                driver.status(url)
             elif driver.now >= since + LOOK_AFTER:
-                driver.stands(url, connected=False)
+                driver.status(url, connected=False)
         for url in list(driver.probes):
             driver.absent(url) if url in self.dead else driver.well(url)
 

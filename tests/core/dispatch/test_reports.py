@@ -8,12 +8,12 @@ import msgspec
 import pytest
 
 from sglang_mm_conn.core.dispatch import reports
-from sglang_mm_conn.core.dispatch.fleet import EncoderStanding
+from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.dispatch.reports import (
     MOST_BYTES,
+    EncoderStatuses,
     Report,
     RoomFailed,
-    Standings,
     decode_report,
     encode_report,
     room_failed,
@@ -21,11 +21,11 @@ from sglang_mm_conn.core.dispatch.reports import (
 from sglang_mm_conn.core.errors import ProtocolError
 
 REPORTS: list[Report] = [
-    Standings([]),
-    Standings(
+    EncoderStatuses([]),
+    EncoderStatuses(
         [
-            EncoderStanding("http://a:1", True),
-            EncoderStanding("http://b:2", False, silences=3, refusal="not ours", draining=True, load=7),
+            EncoderStatus("http://a:1", True),
+            EncoderStatus("http://b:2", False, silences=3, refusal="not ours", draining=True, load=7),
         ]
     ),
     RoomFailed("room", 502, "lost"),
@@ -47,7 +47,7 @@ def test_a_report_arrives_as_it_was_sent(report: Report) -> None:
         encode_report(REPORTS[1]) + b"\x00",
         msgspec.msgpack.encode({"t": "other"}),
         msgspec.msgpack.encode({"t": "room_failed", "room": 1, "code": 502, "reason": ""}),
-        msgspec.msgpack.encode({"t": "standings", "encoders": [{"url": "http://a"}]}),
+        msgspec.msgpack.encode({"t": "encoder_statuses", "encoders": [{"url": "http://a"}]}),
         msgspec.msgpack.encode([]),
         b"\x91" * 5000,
         b"\x82\xa1t\xabroom_failed\xa4room\xa2\xff\xfe",
@@ -64,7 +64,7 @@ def test_a_report_that_is_too_long_is_refused_before_it_is_read() -> None:
 
 
 def test_a_report_of_too_many_encoders_is_refused() -> None:
-    many = Standings([EncoderStanding("", True)] * (reports._MOST_ENCODERS + 1))
+    many = EncoderStatuses([EncoderStatus("", True)] * (reports._MOST_ENCODERS + 1))
     with pytest.raises(ProtocolError, match="malformed report"):
         decode_report(encode_report(many))
 
