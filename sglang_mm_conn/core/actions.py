@@ -155,12 +155,13 @@ class SendHeartbeat(msgspec.Struct, frozen=True):
 
 
 class ProcessReady(msgspec.Struct, frozen=True):
-    """The process answered Registered for the newest epoch: rooms may use it."""
+    """The process answered Registered for the newest epoch: rooms may use it. ``urls``: those of its encoder."""
 
     incarnation: str
     mooncake_session_id: str
     path: str
     epoch: int
+    urls: tuple[str, ...]
 
 
 class ProcessLost(msgspec.Struct, frozen=True):

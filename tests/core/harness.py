@@ -260,7 +260,9 @@ class Wire:
         message = decode_from_encoder(rank.inbox.popleft(), LIMIT)
         self.to_rank.append(message)
         if isinstance(message, Registered):
-            peer = Peer(message.incarnation, message.mooncake_session_id, rank.path, rank.path == "shm")
+            peer = Peer(
+                message.incarnation, message.mooncake_session_id, rank.path, rank.path == "shm", urls=(ENCODER,)
+            )
             self.perform_rank(rank, rank.core.peer_ready(peer, self.now))
         else:
             self.perform_rank(rank, rank.core.on_message(self.incarnation, message, self.now))  # type: ignore[arg-type]

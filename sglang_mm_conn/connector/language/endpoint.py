@@ -266,9 +266,9 @@ class LanguageEndpoint:
         now = self._clock()
         with self._lock:
             match event:
-                case ProcessReady(incarnation, session, path, epoch):
-                    exclusive_lock = self._sessions.paths[path].exclusive_lock
-                    self._perform(self.core.peer_ready(Peer(incarnation, session, path, exclusive_lock, epoch), now))
+                case ProcessReady(incarnation, session, path, epoch, urls):
+                    peer = Peer(incarnation, session, path, self._sessions.paths[path].exclusive_lock, epoch, urls)
+                    self._perform(self.core.peer_ready(peer, now))
                 case ProcessLost(incarnation, reason):
                     self._perform(self.core.peer_lost(incarnation, reason, now))
                 case EncoderRefused(url, reason):

@@ -25,6 +25,7 @@ from sglang_mm_conn.core.actions import Action, Ended, Send
 from sglang_mm_conn.core.blocks import BlockAllocator
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.language import accounts
+from sglang_mm_conn.core.language.early_aborts import EarlyAborts
 from sglang_mm_conn.core.language.offers import Offers, offer_message
 from sglang_mm_conn.core.language.quarantine import QuarantineTable
 from sglang_mm_conn.core.language.receiver_room import Peer, ReceiverRoom, RoomMessage, abort_message
@@ -64,6 +65,7 @@ class ReceiverCore:
         self.unclaimed = UnclaimedRooms(claim_timeout)
         self.offers = Offers(allocator, geometry, first_offer=first_offer, max_embedding_bytes=max_embedding_bytes)
         self._peers: dict[str, Peer] = {}
+        self._early_aborts = EarlyAborts()
         self._next_deadline = math.inf  # no unfinished room has an earlier one
 
     # -- calls for a request -------------------------------------------------------------------------------------
@@ -113,15 +115,13 @@ class ReceiverCore:
                 actions += self._offer_again(entry, now)
         for asked, room in self.quarantine.of_process(peer.incarnation):
             actions.append(abort_message(asked, room, "repeated after a lost connection"))
-        return actions
+        return actions + self._early_aborts.registered(peer)
 
     def peer_lost(self, incarnation: str, reason: str, now: float) -> list[Action]:
         """The encoder process has ended or is silent, so its rooms fail. Their offered blocks go into quarantine."""
         self._peers.pop(incarnation, None)
         self.unclaimed.drop_process(incarnation)
-        lost = [
-            entry for entry in self.rooms.values() if entry.peer is not None and entry.peer.incarnation == incarnation
-        ]
+        lost = [one for one in self.rooms.values() if one.peer is not None and one.peer.incarnation == incarnation]
         return [
             action
             for entry in lost
@@ -130,9 +130,8 @@ class ReceiverCore:
 
     def encoder_failed(self, encoder: str, reason: str, code: int, now: float) -> list[Action]:
         """No process of ``encoder`` can be used, so the rooms that it has not announced fail."""
-        hopeless = [
-            entry for entry in self.rooms.values() if entry.encoder == encoder and entry.state is ReceiverState.EXPECTED
-        ]
+        expected = [one for one in self.rooms.values() if one.state is ReceiverState.EXPECTED]
+        hopeless = [one for one in expected if one.encoder == encoder]
         return [action for entry in hopeless for action in self._fail(entry, reason, code, now)]
 
     def writer_gone(self, incarnation: str, now: float) -> list[Action]:
@@ -355,7 +354,9 @@ class ReceiverCore:
             self.quarantine.put(entry, now)
             entry.blocks = []
         # Blocks of a window that is being copied stay with the copier, which still reads them; on_copied frees them.
-        if notify_peer and entry.peer is not None and not entry.last:
+        if entry.peer is None:
+            actions += self._early_aborts.give_up(entry, reason, self._peers.values())
+        elif notify_peer and not entry.last:
             actions.append(abort_message(entry.peer, entry.room, reason))
         actions.append(Ended(entry.room, entry.outcome))
         return actions

@@ -22,6 +22,7 @@ class Peer:
         data_path: its name, for logs.
         exclusive_lock: whether the process locks its writer slot, so that a free lock proves its end.
         epoch: the engine epoch that it is registered for.
+        urls: of its encoder.
     """
 
     incarnation: str
@@ -29,6 +30,7 @@ class Peer:
     data_path: str
     exclusive_lock: bool
     epoch: int = 0
+    urls: tuple[str, ...] = ()
 
     def writes_through(self, mooncake_session_id: str, epoch: int) -> bool:
         """Whether the process writes through an epoch of this session that is at most ``epoch``."""

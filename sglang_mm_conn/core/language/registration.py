@@ -218,7 +218,8 @@ class Registrations:
         process.registered_once = True
         # An epoch may have been revoked before the process was READY, so ``retired`` left it out.
         actions.append(SendRetire(incarnation, process.path))
-        actions.append(ProcessReady(incarnation, message.mooncake_session_id, process.path, message.epoch))
+        urls = tuple(encoder.url for encoder in self._encoders_of(process))
+        actions.append(ProcessReady(incarnation, message.mooncake_session_id, process.path, message.epoch, urls))
         return actions
 
     def refused(self, incarnation: str, message: Refused, now: float) -> list[RegistrationAction]:
@@ -295,6 +296,18 @@ class Registrations:
                 actions += encoder.log(WARNING, f"process {incarnation} does not answer: {reason}")
         return [*actions, ProcessLost(incarnation, text)]
 
+    def _fell_silent(self, process: EncoderProcess) -> list[RegistrationAction]:
+        """Drop a process. No request can use its encoder before one is registered, even if its HTTP port answers."""
+        encoders = self._encoders_of(process)
+        for encoder in encoders:
+            encoder.silences += process.registered_once
+        silent = f"silent for {self._peer_timeout:g} s"
+        actions = self._lose(process.incarnation, silent)
+        for encoder in encoders:
+            if not encoder.reachable:
+                actions += encoder.refuse(f"encoder {encoder.url} was {silent} on its control port")
+        return actions
+
     # -- writer slots --------------------------------------------------------------------------------------------
 
     def replace_slot(self, incarnation: str) -> None:
@@ -325,9 +338,7 @@ class Registrations:
         actions: list[RegistrationAction] = []
         for process in list(self.processes.values()):
             if now - process.last_seen > self._peer_timeout:
-                for encoder in self._encoders_of(process):
-                    encoder.silences += process.registered_once
-                actions += self._lose(process.incarnation, f"silent for {self._peer_timeout:g} s")
+                actions += self._fell_silent(process)
             elif process.register_at is not None and now >= process.register_at:
                 if not process.ready:
                     process.become(RegistrationState.REGISTERING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang_mm_conn.core.actions import EncoderRefused
 from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
 from sglang_mm_conn.core.language.registration import FORGET_SECONDS, Registrations
 from sglang_mm_conn.core.messages import Heartbeat, RefusalKind, Refused
@@ -60,8 +61,33 @@ def test_a_process_that_falls_silent_is_counted_once_for_each_of_its_urls() -> N
     core.looked_up(OTHER, {"a": 7}, 100.0)
     for _ in range(3):
         core.tick(100.0 + PEER_TIMEOUT + 0.1)
-    assert status(core) == EncoderStatus(URL, False, silences=1)
-    assert status(core, OTHER) == EncoderStatus(OTHER, False, silences=1)
+    for url in (URL, OTHER):
+        refusal = f"encoder {url} was silent for 10 s on its control port"
+        assert status(core, url) == EncoderStatus(url, False, silences=1, refusal=refusal)
+
+
+def test_an_encoder_whose_control_port_is_silent_is_refused_until_it_is_registered() -> None:
+    core, _ = known()  # its HTTP port answers look-ups
+    assert not status(core).refusal
+    for now in (100.0 + PEER_TIMEOUT + 0.1, 100.2 + 2 * PEER_TIMEOUT):
+        assert EncoderRefused(URL, f"encoder {URL} was silent for 10 s on its control port") in core.tick(now)
+        core.looked_up(URL, {"a": 7}, now)
+        assert status(core).refusal and not status(core).connected
+    core.connected("a", now)
+    core.registered("a", grant(), now)
+    assert status(core) == EncoderStatus(URL, True)
+
+
+def test_one_silent_process_of_several_refuses_no_request() -> None:
+    core, _ = ready()
+    core.disconnected("a", 105.0)
+    core.looked_up(URL, {"a": 7, "b": 8}, 105.0)
+    core.connected("a", 105.0)
+    core.registered("a", grant(), 105.0)
+    core.seen("a", 105.0)
+    core.tick(105.1 + PEER_TIMEOUT - 0.2)
+    core.seen("a", 114.9)
+    assert core.tick(105.1 + PEER_TIMEOUT) and not status(core).refusal and core.is_usable(URL, 116.0)
 
 
 def test_every_silence_is_counted() -> None:

@@ -88,7 +88,7 @@ def test_a_process_is_looked_up_connected_registered_and_then_ready() -> None:
     core, _ = known()
     assert core.connected("a", 101.0) == [SendRegister("a", "shm", 0, 1)]
     actions = without_logs(core.registered("a", grant(), 102.0))
-    assert actions == [SendRetire("a", "shm"), ProcessReady("a", SESSION, "shm", 0)]
+    assert actions == [SendRetire("a", "shm"), ProcessReady("a", SESSION, "shm", 0, (URL,))]
     assert core.is_usable(URL, 103.0) and core.use(URL, 103.0) == []
 
 
@@ -244,7 +244,7 @@ def test_a_newer_epoch_is_offered_while_the_process_stays_ready() -> None:
     sessions.epoch = 1
     assert core.register_again("mooncake") == []
     assert core.register_again("shm") == [SendRegister("a", "shm", 0, 2)] and core.is_usable(URL, 101.0)
-    assert core.registered("a", grant(epoch=1), 102.0)[-1] == ProcessReady("a", SESSION, "shm", 1)
+    assert core.registered("a", grant(epoch=1), 102.0)[-1] == ProcessReady("a", SESSION, "shm", 1, (URL,))
     assert core.retired("shm") == [SendRetire("a", "shm")]
 
 
@@ -319,7 +319,7 @@ class Walk:
                     self.numbers.append(number)
                 case SendHeartbeat(incarnation) | SendRetire(incarnation, _):
                     assert self.core.processes[incarnation].ready
-                case ProcessReady(incarnation, session, _, epoch):
+                case ProcessReady(incarnation, session, _, epoch, _):
                     assert incarnation in self.open and session == SESSION and epoch == self.sessions.epoch
                     self.ready.add(incarnation)
                 case ProcessLost(incarnation, reason):
