@@ -19,10 +19,13 @@ class FailureCode(IntEnum):
     INTERNAL = 500  # an error on this side
     PEER_FAILED = 502  # the other side was lost or broke the protocol, or a data call to it failed
     PEER_TIMED_OUT = 504  # the encoder's deadline has passed because language ranks did not answer
+    RANK_FAILED = 598  # a language rank has no memory for the embedding, for example. The client gets 500
 
 
 def known_http_status(code: int) -> int:
-    """``code`` if Python's HTTPStatus knows it (it does not know 499, for example), otherwise 400 or 502."""
+    """``code`` if Python's HTTPStatus knows it (it does not know 499, for example), otherwise 400, 500 or 502."""
+    if code == FailureCode.RANK_FAILED:
+        return int(HTTPStatus.INTERNAL_SERVER_ERROR)
     if code in HTTPStatus._value2member_map_:
         return int(code)  # not a FailureCode: sglang logs it
     return int(HTTPStatus.BAD_REQUEST if 400 <= code < 500 else HTTPStatus.BAD_GATEWAY)

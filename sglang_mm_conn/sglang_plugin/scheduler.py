@@ -122,8 +122,7 @@ class SchedulerReceiver(MMReceiverHTTP):
             wake_on(self.scheduler, completions.fileno(), lambda: bool(self.waiting_list))
             # Part of `internal_states` in GET /server_info.
             extend_internal_state(self.scheduler, BACKEND, self.manager.language_endpoint.report)
-        news = [(one.rid, found) for one in recv_reqs if (found := _news_in(one)) is not None]
-        received = self._without_news(recv_reqs)
+        received, news = self._without_news(recv_reqs)
         requests, aborted = self._process_waiting_requests(
             received, WaitingEmbeddingRequest, manager=self.manager,
             report=None if self._reports is None else self._reports.send,
@@ -137,32 +136,30 @@ class SchedulerReceiver(MMReceiverHTTP):
             completions.notify()
         return ready_first(requests, received), aborted
 
-    def _without_news(self, recv_reqs: list[Any]) -> list[Any]:
-        """``recv_reqs`` without news of redispatches, and without errors of earlier requests with the same id."""
+    def _without_news(self, recv_reqs: list[Any]) -> tuple[list[Any], list[tuple[str, Redispatched]]]:
+        """``recv_reqs`` without the news of dispatchers and without errors of earlier requests with the same id, and
+        the news, each with the id of its request."""
         if not any(isinstance(request, EncoderDispatchErrorReq) for request in recv_reqs):
-            return recv_reqs
+            return recv_reqs, []
         bases = {rid: waiting.room_base for rid, waiting in self.waiting_by_rid.items()}
-        received = []
+        received, news = [], []
         for request in recv_reqs:
             if not isinstance(request, EncoderDispatchErrorReq):
                 urls = getattr(request, "encoder_urls", None)
                 if urls:
                     bases[request.rid] = split_room(urls[0])[1]
                 received.append(request)
-            elif redispatched(request) is None:
-                error = error_of(request, bases.get(request.rid, ""))
-                received += [] if error is None else [error]
-        return received
+            elif (found := redispatched(request)) is not None:
+                news.append((request.rid, found))
+            elif (error := error_of(request, bases.get(request.rid, ""))) is not None:
+                received.append(error)
+        return received, news
 
     def create_req(self, recv_req: Any) -> Any:
         # In sglang 0.5.23 an aborted request without input ids ends the whole server (its output calls len(None)).
         if recv_req.input_ids is None:
             recv_req.input_ids = array("q", [])
         return super().create_req(recv_req)
-
-
-def _news_in(request: Any) -> Redispatched | None:
-    return redispatched(request) if isinstance(request, EncoderDispatchErrorReq) else None
 
 
 class WaitingEmbeddingRequest(WaitingMMRequestBase):
@@ -189,8 +186,7 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self._pool_slot_id = self._mm_finalizer = self.registration_future = None
         self.encoder_urls, bases = zip(*map(split_room, encoder_urls), strict=True)
         self.room_base = bases[0]
-        # What fails a room on a follower is that rank's own fault: no other encoder would help.
-        patience = manager.args.settings.dispatch_wait + _PATIENCE_SECONDS if manager.args.leads else 0.0
+        patience = manager.args.settings.dispatch_wait + _PATIENCE_SECONDS
         self._parts: WaitingParts[EmbeddingReceiver] = WaitingParts(self._expect, report, patience)
         self._assembly: Any = None
         if not self.room_base:

@@ -122,7 +122,7 @@ def test_a_result_that_cannot_be_mapped_fails_the_room_and_says_why(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     outcome = follower.outcome(room)
-    assert outcome.code == 500 and "rank 1 cannot read" in outcome.reason and "Too many open files" in outcome.reason
+    assert outcome.code == 598 and "rank 1 cannot read" in outcome.reason and "Too many open files" in outcome.reason
 
 
 def test_an_aborted_room_is_not_looked_at_again(follower: FollowerEndpoint, room: str, result: SharedResult) -> None:

@@ -8,7 +8,8 @@ from sglang_mm_conn.core.outcomes import failure, known_http_status
 
 
 @pytest.mark.parametrize(
-    ("code", "expected"), [(408, 408), (502, 502), (499, 400), (450, 400), (520, 502), (0, 502), (-1, 502), (700, 502)]
+    ("code", "expected"),
+    [(408, 408), (502, 502), (499, 400), (450, 400), (520, 502), (598, 500), (0, 502), (-1, 502), (700, 502)],
 )
 def test_every_code_is_one_that_python_knows_so_that_sglangs_scheduler_survives_it(code: int, expected: int) -> None:
     assert known_http_status(code) == expected

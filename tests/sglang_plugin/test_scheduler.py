@@ -26,8 +26,8 @@ def test_an_error_of_an_earlier_request_with_the_same_id_is_dropped() -> None:
         error_request(rid, GiveUp(base, 503, "why"))
         for rid, base in (("waits", old), ("waits", waits), ("comes", old), ("comes", comes), ("gone", old))
     ]
-    moved = redispatch_request("waits", Redispatched(waits, 0, "http://encoder:2", part_room(comes, 0)))
-    received = receiver._without_news([text, request, *errors, moved])
+    news = Redispatched(waits, 0, "http://encoder:2", part_room(comes, 0))
+    received, found = receiver._without_news([text, request, *errors, redispatch_request("waits", news)])
     assert received[:2] == [text, request] and [one.rid for one in received[2:]] == ["waits", "comes"]
     assert {one.error_msg for one in received[2:]} == {"why"}
-    assert receiver._without_news([text]) == [text]
+    assert found == [("waits", news)] and receiver._without_news([text]) == ([text], [])

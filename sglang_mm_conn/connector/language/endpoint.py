@@ -307,15 +307,16 @@ class LanguageEndpoint:
         # thread.
         on_view_released = partial(self._control.call, partial(self._view_released, copy.room))
         copied = self._results.copy_out(copy, metadata, on_view_released)
-        error = copied.error
+        error, code = copied.error, copied.code
         with self._lock:
             if copy.last and not error and self._room(copy.room).poll() is not Poll.Failed:
-                error = self._results.publish(copy.room)
+                error, code = self._results.publish(copy.room), FailureCode.RANK_FAILED
             try:
-                self._perform(self.core.on_copied(copy.room, copy.window, error, self._clock(), view=copied.view))
+                ended = self.core.on_copied(copy.room, copy.window, error, self._clock(), view=copied.view, code=code)
+                self._perform(ended)
             except ConnError as failure:
                 logger.exception("Room %s", copy.room)
-                self._perform(self.core.abort(copy.room, str(failure), FailureCode.INTERNAL, self._clock()))
+                self._perform(self.core.abort(copy.room, str(failure), FailureCode.RANK_FAILED, self._clock()))
             entry = self.core.rooms.get(copy.room)
             if entry is None or entry.poll() is Poll.Failed:
                 self._results.drop(copy.room)

@@ -100,7 +100,9 @@ class FollowerEndpoint:
         try:
             entry.result = read_result(room, self._host_index)
         except (OSError, ValueError, ProtocolError) as error:
-            self._fail(room, entry, f"rank {self._rank} cannot read its leader's result: {error}", FailureCode.INTERNAL)
+            self._fail(
+                room, entry, f"rank {self._rank} cannot read its leader's result: {error}", FailureCode.RANK_FAILED
+            )
             return
         now = self._clock()
         if entry.result is not None:

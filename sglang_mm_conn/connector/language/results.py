@@ -21,6 +21,7 @@ from sglang_mm_conn.connector.runtime import Runtime
 from sglang_mm_conn.core.actions import CopyOut, Ended
 from sglang_mm_conn.core.errors import MemoryUnavailable, ProtocolError
 from sglang_mm_conn.core.language.receiver import ReceiverRoom
+from sglang_mm_conn.core.outcomes import FailureCode
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.buffer_cache import BufferCache
 from sglang_mm_conn.memory.device import Device
@@ -62,13 +63,15 @@ class ResultMemory:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """The result of a copy. ``error`` is empty if every row is in place. ``view``: the rows stay in their blocks.
+    """The result of a copy. ``error`` is empty if every row is in place; ``code`` says whose fault it is (a
+    FailureCode). ``view``: the rows stay in their blocks.
 
     ``rows`` keeps a view alive. Hold it until the view was reported to the core: otherwise the view may be released
     before the core has recorded it.
     """
 
     error: str
+    code: int
     view: bool
     rows: torch.Tensor | None
 
@@ -134,7 +137,7 @@ class Results:
 
         If the result is a view, ``on_view_released`` is called once nothing refers to it: see memory.buffer_cache.
         """
-        rows, view = None, False
+        rows, view, code = None, False, FailureCode.INTERNAL  # the encoder's fault
         try:
             rows = self._result_of(copy, metadata, on_view_released).rows
             view = copy.view
@@ -145,7 +148,9 @@ class Results:
         except Exception as failure:
             logger.exception("Copying rows of room %s failed", copy.room)
             error = f"{type(failure).__name__}: {failure}"
-        return Copied(error, view, rows)
+            if not isinstance(failure, ProtocolError):
+                code = FailureCode.RANK_FAILED
+        return Copied(error, code, view, rows)
 
     def _result_of(self, copy: CopyOut, metadata: bytes, on_view_released: Callable[[], None]) -> Result:
         with self._lock:

@@ -218,8 +218,10 @@ class Fleet:
             one.mute = now >= one.silent_since + self._peer_timeout
         if silent and one.connected and one.state in (EncoderState.UP, EncoderState.DRAINING):
             return []  # its heartbeats say that it lives; its event loop is busy
-        if silent and one.connected and not one.mute:
-            return self._become(one, EncoderState.SUSPECT, reason)
+        if silent and not one.mute and (one.connected or one.state in (EncoderState.UP, EncoderState.SUSPECT)):
+            changes = self._become(one, EncoderState.SUSPECT, reason)
+            one.silent_since = min(one.silent_since, one.probed_at)  # in its new state, too
+            return changes
         return self._become(one, EncoderState.DOWN, reason)
 
     # -- what the scheduler's side says --------------------------------------------------------------------------

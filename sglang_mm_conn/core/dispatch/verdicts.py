@@ -19,7 +19,7 @@ class Verdict(Enum):
     """How a try ended."""
 
     DELIVERED = "delivered"  # the encoder says that the embedding has arrived
-    INPUT = "input"  # the input is at fault, or the deadline has passed: no other encoder would do better
+    INPUT = "input"  # the input or a language rank is at fault, or the deadline has passed: no encoder would do better
     ABORTED = "aborted"  # the language side has given the room up: the request is over, or a rank lost the encoder
     ERROR = "error"  # the encoder failed to encode it: another encoder may succeed
     LOST = "lost"  # the room failed for no fault of the input; the encoder may be well
@@ -78,7 +78,7 @@ def of_failure(code: int, reason: str) -> TryEnd:
         verdict = Verdict.ABORTED
     elif code in _LOST:
         verdict = Verdict.LOST
-    elif 400 <= code < 500:
+    elif 400 <= code < 500 or code == FailureCode.RANK_FAILED:
         verdict = Verdict.INPUT
     else:
         verdict, code = Verdict.ERROR, code if code >= 500 else int(HTTPStatus.BAD_GATEWAY)

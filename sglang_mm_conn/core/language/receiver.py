@@ -241,15 +241,15 @@ class ReceiverCore:
             if isinstance(message, Announce) and not arrived:
                 return [abort_message(peer, room, "no request waits for this room any more")]
             return []
-        if isinstance(message, Announce | Failed):
-            kept = self.unclaimed.put(peer, message, now)
-            if not kept and isinstance(message, Announce):
-                return [abort_message(peer, room, "too many unclaimed rooms")]
+        if isinstance(message, Announce | Failed) and not self.unclaimed.put(peer, message, now):
+            return [abort_message(peer, room, "too many unclaimed rooms")] if isinstance(message, Announce) else []
         return []
 
     # -- copied out -----------------------------------------------------------------------------------------------
 
-    def on_copied(self, room: str, window: int, error: str, now: float, *, view: bool = False) -> list[Action]:
+    def on_copied(
+        self, room: str, window: int, error: str, now: float, *, view: bool = False, code: int = FailureCode.RANK_FAILED
+    ) -> list[Action]:
         """A copier has finished with the blocks of ``window``. ``error`` is empty if every row is in place.
 
         ``view``: it made a view of them, even if there is an error. ``view_released`` frees them later.
@@ -269,7 +269,7 @@ class ReceiverCore:
             entry.sent_tokens += entry.allocated_tokens
             entry.allocated_tokens = 0
             if error:
-                actions += self._fail(entry, error, FailureCode.INTERNAL, now)
+                actions += self._fail(entry, error, code, now)
             elif entry.last:
                 entry.machine.transition_to(ReceiverState.SUCCESS)
                 entry.elapsed += now

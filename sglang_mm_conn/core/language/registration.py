@@ -297,15 +297,16 @@ class Registrations:
         return [*actions, ProcessLost(incarnation, text)]
 
     def _fell_silent(self, process: EncoderProcess) -> list[RegistrationAction]:
-        """Drop a process. No request can use its encoder before one is registered, even if its HTTP port answers."""
+        """Drop a process. If it was never registered, its encoder's HTTP port answers and its control port does not: no
+        request can use the encoder before a process is registered."""
         encoders = self._encoders_of(process)
         for encoder in encoders:
             encoder.silences += process.registered_once
         silent = f"silent for {self._peer_timeout:g} s"
         actions = self._lose(process.incarnation, silent)
-        for encoder in encoders:
+        for encoder in encoders if not process.registered_once else ():
             if not encoder.reachable:
-                actions += encoder.refuse(f"encoder {encoder.url} was {silent} on its control port")
+                actions += encoder.refuse(f"encoder {encoder.url} is {silent} on its control port")
         return actions
 
     # -- writer slots --------------------------------------------------------------------------------------------

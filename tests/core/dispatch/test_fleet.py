@@ -336,9 +336,21 @@ def test_the_time_of_silence_is_the_peer_timeout() -> None:
     assert states(fleet.probe_failed(A, "timed out", silent=True, now=103.0)) == [DOWN]
 
 
-def test_silence_without_a_control_connection_is_the_end() -> None:
-    fleet, _ = fleet_of(UP)
-    assert states(fleet.probe_failed(A, "timed out", silent=True, now=102.0)) == [DOWN]
+@pytest.mark.parametrize(("start", "first"), [(UP, [SUSPECT]), (SUSPECT, []), (DRAINING, [DOWN]), (DOWN, [])])
+def test_silence_without_a_control_connection_is_the_end_after_the_peer_timeout(
+    start: EncoderState, first: list[EncoderState]
+) -> None:
+    fleet, one = fleet_of(start)  # a busy encoder may not be registered yet
+
+    def silent(now: float) -> list[StateChange]:
+        one.probing, one.probed_at = True, now - 2.0
+        return fleet.probe_failed(A, "timed out", silent=True, now=now)
+
+    assert states(silent(102.0)) == first and fleet.undecided == (start in (UP, SUSPECT))
+    silent(109.9)
+    assert (one.state is DOWN) == (start in (DRAINING, DOWN))
+    silent(110.0)
+    assert one.state is DOWN and not fleet.undecided
 
 
 def test_an_encoder_that_refuses_or_answers_wrongly_is_down_also_with_a_connection() -> None:

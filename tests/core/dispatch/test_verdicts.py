@@ -34,6 +34,7 @@ def error(message: str = "no", room: str | None = ROOM, **more: object) -> bytes
         (FailureCode.TOO_LARGE, Verdict.INPUT),
         (FailureCode.ABORTED, Verdict.ABORTED),
         (FailureCode.INTERNAL, Verdict.ERROR),
+        (FailureCode.RANK_FAILED, Verdict.INPUT),  # the language rank: no other encoder would do better
         (FailureCode.PEER_FAILED, Verdict.LOST),
         (FailureCode.PEER_TIMED_OUT, Verdict.LOST),
         (HTTPStatus.SERVICE_UNAVAILABLE, Verdict.LOST),

@@ -8,6 +8,7 @@ from sglang_mm_conn.core.dispatch.actions import Redispatched
 from sglang_mm_conn.core.dispatch.reports import RoomFailed
 from sglang_mm_conn.core.dispatch.waiting import ASK_AGAIN_SECONDS, WaitingParts
 from sglang_mm_conn.core.errors import AllocatorError, TransferFailed
+from sglang_mm_conn.core.outcomes import FailureCode
 from sglang_mm_conn.core.states import Poll
 
 A, B = "http://a:1", "http://b:1"
@@ -70,7 +71,7 @@ def test_a_room_that_another_encoder_may_save_is_asked_about_again_and_again(cod
     assert waiting.asked == [RoomFailed("room-1", code, "the encoder is lost")] * 3
 
 
-@pytest.mark.parametrize("code", [400, 408, 413, 422])
+@pytest.mark.parametrize("code", [400, 408, 413, 422, FailureCode.RANK_FAILED])
 def test_a_fault_of_the_input_fails_the_request_at_once(code: int) -> None:
     for asks in (True, False):
         waiting = Waiting(asks=asks)
