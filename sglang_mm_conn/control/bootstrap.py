@@ -5,12 +5,13 @@ Language servers know that port already, so they need no other address.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
 
-from sglang_mm_conn.control.authentication import DeploymentKey, new_nonce
+from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.http_exchange import (
     NONCE,
     READ_SECONDS,
@@ -21,13 +22,14 @@ from sglang_mm_conn.control.http_exchange import (
     exchange,
     host_of,
     normalized,
+    signed_ask,
 )
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
 __all__ = [
     "NONCE", "ROUTE", "SIGNATURE", "BootstrapInfo", "EncoderAbsent", "Worker", "answer_request", "control_address",
-    "look_up",
+    "look_up", "probe",
 ]  # fmt: skip
 
 ROUTE = "/conn_multimodal"
@@ -72,23 +74,22 @@ def answer_request(info: BootstrapInfo, key: DeploymentKey | None, headers: Mapp
     return body, key.sign(_ANSWER, nonce.encode("utf-8", "replace"), body)
 
 
-def look_up(
+async def probe(
     encoder_url: str,
     key: DeploymentKey | None = None,
     *,
     insecure: bool = False,
     read_seconds: float = READ_SECONDS,
 ) -> BootstrapInfo:
-    """Ask an encoder for its control sockets. ``read_seconds``: the longest wait for each piece of the answer.
+    """Look an encoder up on an event loop. ``read_seconds``: the longest wait for each piece of the answer.
 
     Raises EncoderAbsent. Raises ProtocolError if the answer is no bootstrap answer of this version. Raises NotAuthentic
     if either side lacks the key, or if no key is set and the encoder is not on loopback (``insecure`` allows that).
     """
     check_reach(encoder_url, key, insecure=insecure)
     url = normalized(encoder_url) + ROUTE
-    nonce = new_nonce()
-    headers = {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(_ASK, nonce.encode())}
-    answer = exchange(url, headers, read_seconds=read_seconds)
+    headers, nonce = signed_ask(key, _ASK)
+    answer = await exchange(url, headers, read_seconds=read_seconds)
     if answer.status != 200:
         raise ProtocolError(
             f"{url} answered HTTP {answer.status}: is the encoder started with "
@@ -102,6 +103,17 @@ def look_up(
     if info.version != PROTOCOL_VERSION:
         raise ProtocolError(f"{url} uses protocol version {info.version}, this side {PROTOCOL_VERSION}")
     return info
+
+
+def look_up(
+    encoder_url: str,
+    key: DeploymentKey | None = None,
+    *,
+    insecure: bool = False,
+    read_seconds: float = READ_SECONDS,
+) -> BootstrapInfo:
+    """Ask an encoder for its control sockets. Any thread without an event loop may call this; see ``probe``."""
+    return asyncio.run(probe(encoder_url, key, insecure=insecure, read_seconds=read_seconds))
 
 
 def control_address(encoder_url: str, worker: Worker) -> str:

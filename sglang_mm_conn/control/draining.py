@@ -7,9 +7,11 @@ on the bootstrap route; the signature of an order covers the challenge.
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 
-from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, new_nonce
+from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic
 from sglang_mm_conn.control.bootstrap import ROUTE
 from sglang_mm_conn.control.http_exchange import (
     NONCE,
@@ -19,6 +21,7 @@ from sglang_mm_conn.control.http_exchange import (
     check_signature,
     exchange,
     normalized,
+    signed_ask,
 )
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 
@@ -57,9 +60,9 @@ _STATUS = msgspec.json.Decoder(DrainStatus)
 def ask_status(encoder_url: str, key: DeploymentKey | None, *, insecure: bool = False) -> DrainStatus:
     """The status of an encoder. Raises EncoderAbsent, ProtocolError, NotAuthentic, each with the URL and the cause."""
     check_reach(encoder_url, key, insecure=insecure)
-    url, nonce = normalized(encoder_url) + DRAIN_ROUTE, new_nonce()
-    headers = {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(ASK, nonce.encode())}
-    answer = exchange(url, headers)
+    url = normalized(encoder_url) + DRAIN_ROUTE
+    headers, nonce = signed_ask(key, ASK)
+    answer = asyncio.run(exchange(url, headers))
     return _status(url, answer, key, ANSWER, nonce)
 
 
@@ -73,7 +76,8 @@ def order(encoder_url: str, key: DeploymentKey | None, *, drain: bool, insecure:
     for attempt in range(_ATTEMPTS):
         challenge = ask_status(encoder_url, key, insecure=insecure).challenge
         signature = "" if key is None else key.sign(ORDER, challenge.encode(), body)
-        answer = exchange(url, {NONCE: challenge, SIGNATURE: signature, "Content-Type": "application/json"}, body)
+        headers = {NONCE: challenge, SIGNATURE: signature, "Content-Type": "application/json"}
+        answer = asyncio.run(exchange(url, headers, body))
         if answer.status != 412 or attempt == _ATTEMPTS - 1:  # 412: somebody else's order came between
             break
     return _status(url, answer, key, DONE, challenge)

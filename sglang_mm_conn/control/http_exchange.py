@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import socket
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
-import requests
-import urllib3
+import aiohttp
 
-from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, is_loopback
+from sglang_mm_conn.control.authentication import DeploymentKey, NotAuthentic, is_loopback, new_nonce
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 
 NONCE, SIGNATURE = "X-Mm-Conn-Nonce", "X-Mm-Conn-Signature"
@@ -42,95 +36,57 @@ class Answer:
     signature: str
 
 
-class _Limit(requests.adapters.HTTPAdapter):
-    """Ends an exchange that takes too long, wherever it is: timeouts of reads never end a trickle of bytes.
-
-    Attributes:
-        seconds: the longest time from a connection to the end of the answer.
-        reached: whether it has passed.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self.reached = False
-        self._timers: list[threading.Timer] = []
-
-    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
-        pool = super().get_connection_with_tls_context(*args, **options)
-        kind = pool.ConnectionCls
-        watch = self._watch
-
-        class Watched(kind):  # type: ignore[misc, valid-type]
-            def connect(self) -> None:
-                super().connect()
-                watch(self.sock)
-
-        pool.ConnectionCls = Watched
-        return pool
-
-    def _watch(self, connection: socket.socket) -> None:
-        timer = threading.Timer(self.seconds, self._cut, (connection,))
-        timer.daemon = True
-        self._timers.append(timer)
-        timer.start()
-
-    def _cut(self, connection: socket.socket) -> None:
-        self.reached = True
-        with contextlib.suppress(OSError):  # it is closed
-            connection.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> _Limit:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for timer in self._timers:
-            timer.cancel()
-
-
 def normalized(encoder_url: str) -> str:
     """``encoder_url`` as the one name of this encoder: without a trailing slash."""
     return encoder_url.strip().rstrip("/")
 
 
-def exchange(
+async def exchange(
     url: str, headers: Mapping[str, str], body: bytes | None = None, *, read_seconds: float = READ_SECONDS
 ) -> Answer:
-    """GET ``url``, or POST ``body`` to it.
+    """GET ``url``, or POST ``body`` to it, over a connection of its own.
 
-    ``read_seconds``: the longest wait for each piece of the answer. The whole answer may take twice as long.
+    ``read_seconds``: the longest wait for each piece of the answer. The whole exchange may take twice as long.
 
     Raises EncoderAbsent, also if the answer is 502, 503 or 504. Raises NotAuthentic if it is 401.
     """
-    limit = _Limit(2 * read_seconds)
+    limit = aiohttp.ClientTimeout(total=2 * read_seconds, sock_connect=_CONNECT_SECONDS, sock_read=read_seconds)
+    method = "GET" if body is None else "POST"
     try:
-        with requests.Session() as http, limit:
-            http.trust_env = False  # no HTTP proxy between the servers of one cluster
-            http.mount("http://", limit)
-            http.mount("https://", limit)
-            timeout = (_CONNECT_SECONDS, read_seconds)
-            if body is None:
-                answer = http.get(url, headers=headers, timeout=timeout, stream=True, allow_redirects=False)
-            else:
-                answer = http.post(url, body, headers=headers, timeout=timeout, stream=True, allow_redirects=False)
-            found = Answer(
-                answer.status_code,
-                answer.raw.read(_MAX_BYTES, decode_content=True),
-                answer.headers.get(SIGNATURE, ""),
-            )
-    except requests.ConnectionError as error:
-        refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
+        # Without trust_env no HTTP proxy stands between the servers of one cluster.
+        async with (
+            aiohttp.ClientSession(timeout=limit) as http,
+            http.request(method, url, data=body, headers=headers, allow_redirects=False) as answer,
+        ):
+            content = await read_at_most(answer.content, _MAX_BYTES)
+            found = Answer(answer.status, content, answer.headers.get(SIGNATURE, ""))
+    except aiohttp.ClientConnectorError as error:
+        refused = isinstance(error.os_error, ConnectionRefusedError)
         cause = "the connection is refused" if refused else str(error)
         raise EncoderAbsent(f"{url}: {cause}", refused=refused, silent=not refused) from None
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise EncoderAbsent(f"{url}: {error}", silent=True) from None
-    if limit.reached:  # the answer may have been cut
-        raise EncoderAbsent(f"{url}: no whole answer within {limit.seconds:g} s", silent=True)
+    except TimeoutError:
+        raise EncoderAbsent(f"{url}: no whole answer in time ({2 * read_seconds:g} s)", silent=True) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise EncoderAbsent(f"{url}: {type(error).__name__}: {error}", silent=True) from None
     if found.status in (502, 503, 504):
         raise EncoderAbsent(f"{url} answered HTTP {found.status}")
     if found.status == 401:
         raise NotAuthentic(f"{url} wants this deployment's key: set SGLANG_MM_CONN_KEY_FILE to the encoder's file")
     return found
+
+
+async def read_at_most(content: aiohttp.StreamReader, limit: int) -> bytes:
+    """The first ``limit`` bytes of ``content``."""
+    found = await content.read(limit)
+    while not content.at_eof() and len(found) < limit:
+        found += await content.read(limit - len(found))
+    return found
+
+
+def signed_ask(key: DeploymentKey | None, purpose: str) -> tuple[dict[str, str], str]:
+    """The headers of a GET for ``purpose``, signed with ``key`` if there is one, and the nonce of its answer."""
+    nonce = new_nonce()
+    return {} if key is None else {NONCE: nonce, SIGNATURE: key.sign(purpose, nonce.encode())}, nonce
 
 
 def host_of(encoder_url: str) -> str:

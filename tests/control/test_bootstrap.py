@@ -33,22 +33,19 @@ from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 # Eight threads look an encoder up at once, each in the middle of another's first decoding of an answer; a fresh copy
 # of the module has decoded none.
 MANY_AT_ONCE = """
-import importlib, sys, threading, types
+import importlib, sys, threading
 
-import requests
-
-from sglang_mm_conn.control import bootstrap
+from sglang_mm_conn.control import bootstrap, http_exchange
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
 BODY = b'{"version":%d,"workers":[{"incarnation":"1","control_port":2}]}' % PROTOCOL_VERSION
 
 
-class Answer:
-    status_code, headers = 200, {}
-    raw = types.SimpleNamespace(read=lambda *_, **__: BODY)
+async def exchange(*_, **__):
+    return http_exchange.Answer(200, BODY, "")
 
 
-requests.Session.get = lambda *_, **__: Answer()
+http_exchange.exchange = exchange
 sys.setswitchinterval(1e-6)
 for _ in range(300):
     importlib.reload(bootstrap)
@@ -205,15 +202,6 @@ def test_a_server_that_sends_a_byte_now_and_then_is_left_in_the_end(begin: bytes
         took = time.monotonic() - before
         thread.join()
     assert 0.5 < took < 5.0 and absent.value.silent and not absent.value.refused
-
-
-def test_a_look_up_leaves_no_thread_behind() -> None:
-    answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
-    with served(answer) as url, pytest.raises(EncoderAbsent):
-        look_up(url, read_seconds=30.0)
-    for timer in [one for one in threading.enumerate() if isinstance(one, threading.Timer)]:
-        timer.join(5.0)
-        assert not timer.is_alive()
 
 
 def test_a_port_where_nothing_listens_is_refused_and_not_silent() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -14,12 +12,12 @@ import aiohttp
 import msgspec
 
 from sglang_mm_conn.control.authentication import DeploymentKey
-from sglang_mm_conn.control.bootstrap import BootstrapInfo, look_up
+from sglang_mm_conn.control.bootstrap import BootstrapInfo, probe
+from sglang_mm_conn.control.http_exchange import read_at_most
 from sglang_mm_conn.core.dispatch.verdicts import STATE_HEADER, TryEnd, Verdict, of_answer
 
 _CONNECT_SECONDS = 2.0
 _PROBE_SECONDS = 2.0
-_PROBE_THREADS = 8
 # Shorter than the 5 s after which uvicorn closes an idle connection: one that it is just closing would break a post.
 _KEEP_SECONDS = 3.0
 _MOST_ANSWER_BYTES = 1 << 16
@@ -33,8 +31,7 @@ class Posts:
         # No limit for the answer: it comes when the embedding is delivered. The request has a deadline.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
         self._session = aiohttp.ClientSession(connector=connections, timeout=timeout)
-        self._look_up = partial(look_up, key=key, insecure=insecure, read_seconds=_PROBE_SECONDS)
-        self._probes = ThreadPoolExecutor(_PROBE_THREADS, "mm-conn-probe")
+        self._probe = partial(probe, key=key, insecure=insecure, read_seconds=_PROBE_SECONDS)
 
     async def post(self, url: str, room: str, body: bytes) -> TryEnd:
         """Post ``body`` to the encoder at ``url``, and say how that ended."""
@@ -45,9 +42,7 @@ class Posts:
                 headers={"Content-Type": "application/json"},
                 allow_redirects=False,
             ) as answer:
-                content = await answer.content.read(_MOST_ANSWER_BYTES)
-                while not answer.content.at_eof() and len(content) < _MOST_ANSWER_BYTES:
-                    content += await answer.content.read(_MOST_ANSWER_BYTES - len(content))
+                content = await read_at_most(answer.content, _MOST_ANSWER_BYTES)
                 return of_answer(room, answer.status, content, answer.headers.get(STATE_HEADER, ""))
         except (aiohttp.ClientResponseError, aiohttp.InvalidURL) as error:
             return _bad_gateway(Verdict.STRANGER, f"no encoder answers there ({type(error).__name__}: {error})")
@@ -59,11 +54,13 @@ class Posts:
             return _bad_gateway(Verdict.CUT_OFF, f"the connection broke ({type(error).__name__}: {error})")
 
     async def probe(self, url: str) -> BootstrapInfo:
-        """The encoder's answer to a look-up. Raises what ``control.bootstrap.look_up`` raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._probes, self._look_up, url)
+        """The encoder's answer to a look-up, over a new connection: only that proves that it takes some.
+
+        Raises what ``control.bootstrap.probe`` raises.
+        """
+        return await self._probe(url)
 
     async def close(self) -> None:
-        self._probes.shutdown(wait=False, cancel_futures=True)
         await self._session.close()
 
 
