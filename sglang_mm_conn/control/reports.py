@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 import threading
+import time
+from pathlib import Path
 
 import zmq
 import zmq.asyncio
@@ -21,14 +24,20 @@ from sglang_mm_conn.core.dispatch.reports import Report, decode_report, encode_r
 
 _MOST_WAITING = 1000  # reports that a dispatcher has not read yet
 _LONGEST_PATH = 100  # of a Unix socket, in bytes: the kernel's limit is 107
+_PREFIX = "mm-conn-reports-"
+_LOCK_SECONDS = 60.0  # the longest time from the making of a directory to its lock
 
 
 def new_report_address() -> str:
-    """The address of a new report socket, in a directory of its own that goes when this process ends."""
-    directory = tempfile.mkdtemp(prefix="mm-conn-")
+    """The address of a new report socket, in a directory of its own that goes when this process ends.
+
+    If the process is killed, the directory goes when the next one asks for an address.
+    """
+    directory = tempfile.mkdtemp(prefix=_PREFIX)
     if len(os.fsencode(directory)) > _LONGEST_PATH - len("/reports"):  # TMPDIR may be long
         os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix="mm-conn-", dir="/tmp")
+        directory = tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp")
+    _lock(directory)  # this process holds the lock for life
     owner = os.getpid()
 
     def remove() -> None:
@@ -36,7 +45,30 @@ def new_report_address() -> str:
             shutil.rmtree(directory, ignore_errors=True)
 
     atexit.register(remove)
+    _sweep(Path(directory).parent)
     return f"ipc://{directory}/reports"
+
+
+def _lock(directory: str | Path) -> int:
+    """Lock ``directory`` until the process ends. Returns the descriptor. Raises OSError if another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the directories of processes that were killed: those that nobody has locked."""
+    for directory in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone
+            found = directory.lstat()
+            if found.st_uid == os.getuid() and time.time() > found.st_mtime + _LOCK_SECONDS:
+                descriptor = _lock(directory)
+                shutil.rmtree(directory, ignore_errors=True)
+                os.close(descriptor)
 
 
 class ReportSender:

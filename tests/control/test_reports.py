@@ -208,3 +208,35 @@ def test_a_long_directory_for_temporary_files_is_not_used(
         for left in path.parent.iterdir():
             left.unlink()
         os.rmdir(path.parent)
+
+
+def test_the_directory_of_a_killed_process_goes_with_the_next_start_and_no_other_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "import os, sys; from sglang_mm_conn.control import reports; " + (
+        "print(reports.new_report_address(), flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    children = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    try:
+        found = [child.stdout.readline().decode().strip() for child in children if child.stdout is not None]
+        killed, lives = (Path(one.removeprefix("ipc://")).parent for one in found)
+        other = tmp_path / "mm-conn-of-another-program"
+        for path in (other, tmp_path / f"{reports._PREFIX}young"):
+            path.mkdir()
+        children[0].kill()
+        children[0].wait()
+        for path in (killed, lives, other):
+            os.utime(path, (0, 0))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        new = Path(new_report_address().removeprefix("ipc://")).parent
+        assert {path.name for path in tmp_path.iterdir()} == {
+            lives.name, new.name, other.name, f"{reports._PREFIX}young",
+        }  # fmt: skip
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
