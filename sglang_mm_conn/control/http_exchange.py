@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -61,10 +63,10 @@ async def exchange(
             content = await read_at_most(answer.content, _MAX_BYTES)
             found = Answer(answer.status, content, answer.headers.get(SIGNATURE, ""))
     except aiohttp.ClientConnectorError as error:
-        refused = isinstance(error.os_error, ConnectionRefusedError)
-        cause = "the connection is refused" if refused else str(error)
+        refused = is_refused(error)
+        cause = "the connection is refused" if refused else str(error.os_error)
         raise EncoderAbsent(f"{url}: {cause}", refused=refused, silent=not refused) from None
-    except TimeoutError:
+    except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
         raise EncoderAbsent(f"{url}: no whole answer in time ({2 * read_seconds:g} s)", silent=True) from None
     except (aiohttp.ClientError, OSError) as error:
         raise EncoderAbsent(f"{url}: {type(error).__name__}: {error}", silent=True) from None
@@ -73,6 +75,12 @@ async def exchange(
     if found.status == 401:
         raise NotAuthentic(f"{url} wants this deployment's key: set SGLANG_MM_CONN_KEY_FILE to the encoder's file")
     return found
+
+
+def is_refused(error: aiohttp.ClientConnectorError) -> bool:
+    """Whether the connection was refused, at one of the addresses of the host at least."""
+    refused = f"[Errno {errno.ECONNREFUSED}]" in str(error.os_error)  # aiohttp joins the texts of several errors
+    return refused or isinstance(error.os_error, ConnectionRefusedError)
 
 
 async def read_at_most(content: aiohttp.StreamReader, limit: int) -> bytes:

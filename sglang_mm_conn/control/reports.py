@@ -37,7 +37,8 @@ def new_report_address() -> str:
     if len(os.fsencode(directory)) > _LONGEST_PATH - len("/reports"):  # TMPDIR may be long
         os.rmdir(directory)
         directory = tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp")
-    _lock(directory)  # this process holds the lock for life
+    with contextlib.suppress(OSError):  # on NFS a directory cannot be locked, and is never swept
+        _lock(directory)  # for the life of this process
     owner = os.getpid()
 
     def remove() -> None:

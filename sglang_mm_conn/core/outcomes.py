@@ -16,7 +16,7 @@ class FailureCode(IntEnum):
     GONE = 410  # the room is finished, and its code is not one of a failure
     TOO_LARGE = 413  # the embedding is larger than SGLANG_MM_CONN_MAX_EMBEDDING_BYTES
     ABORTED = 499  # the request was aborted: its client disconnected, or its prompt was rejected (nginx uses this code)
-    INTERNAL = 500  # an error on this side
+    INTERNAL = 500  # the encode has failed, or what the encoder sent is damaged
     PEER_FAILED = 502  # the other side was lost or broke the protocol, or a data call to it failed
     PEER_TIMED_OUT = 504  # the encoder's deadline has passed because language ranks did not answer
     RANK_FAILED = 598  # a language rank has no memory for the embedding, for example. The client gets 500

@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import get_mm
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingSender
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo
+from sglang_mm_conn.core.dispatch.verdicts import BATCH_GIVEN_UP
 from sglang_mm_conn.core.errors import ConnError, ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 from sglang_mm_conn.core.outcomes import FailureCode
@@ -142,7 +143,7 @@ def announce_rooms(original: Any, self: Any, ctx: Any, requests: list[dict[str, 
                 manager.encoder_endpoint.fail(request["req_id"], str(error), code)
         if over == len(requests):
             # Raised here, an error reaches all ranks before the model runs on any: sglang compares them at this point.
-            raise MMError("every request of the batch was given up before the model ran", code=HTTPStatus.GONE)
+            raise MMError(BATCH_GIVEN_UP, code=HTTPStatus.GONE)
 
     return publish()
 

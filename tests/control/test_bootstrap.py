@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import aiohttp
 import msgspec
 import pytest
 import requests
+from aiohttp.client_reqrep import ConnectionKey
 
 from sglang_mm_conn.control import bootstrap
 from sglang_mm_conn.control.authentication import DeploymentKey
@@ -27,6 +30,7 @@ from sglang_mm_conn.control.bootstrap import (
     normalized,
 )
 from sglang_mm_conn.control.bootstrap_server import StandaloneBootstrap
+from sglang_mm_conn.control.http_exchange import is_refused
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.messages import PROTOCOL_VERSION
 
@@ -210,6 +214,21 @@ def test_a_port_where_nothing_listens_is_refused_and_not_silent() -> None:
     with pytest.raises(EncoderAbsent) as absent:
         look_up(f"http://127.0.0.1:{port}")
     assert absent.value.refused and not absent.value.silent
+
+
+@pytest.mark.parametrize(
+    ("cause", "refused"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('127.0.0.1', 1)"), True),
+        # What aiohttp makes of a host with two addresses: no route to one, nothing listens at the other.
+        (OSError("Multiple exceptions: [Errno 101] Connect call failed, [Errno 111] Connect call failed"), True),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), False),
+        (OSError("Multiple exceptions: [Errno 101] Connect call failed, [Errno 113] Connect call failed"), False),
+    ],
+)
+def test_a_connection_that_one_address_of_the_host_refuses_is_refused(cause: OSError, refused: bool) -> None:
+    key = ConnectionKey("encoder", 1, False, True, None, None, None)
+    assert is_refused(aiohttp.ClientConnectorError(key, cause)) == refused
 
 
 def test_what_an_encoder_says_of_itself_arrives_and_an_older_one_says_less() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import stat
 import subprocess
@@ -208,6 +209,18 @@ def test_a_long_directory_for_temporary_files_is_not_used(
         for left in path.parent.iterdir():
             left.unlink()
         os.rmdir(path.parent)
+
+
+def test_a_directory_that_cannot_be_locked_serves_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("no locks on this file system")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"{reports._PREFIX}old").mkdir()
+    os.utime(tmp_path / f"{reports._PREFIX}old", (0, 0))
+    new_report_address()
+    assert len(list(tmp_path.iterdir())) == 2, "nothing is removed that cannot be locked"
 
 
 def test_the_directory_of_a_killed_process_goes_with_the_next_start_and_no_other_does(

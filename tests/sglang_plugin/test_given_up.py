@@ -10,12 +10,14 @@ from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from sglang.srt.disaggregation.encoder import server
 from sglang.srt.disaggregation.encoder.server import MMError
 from sglang.srt.managers.schedule_batch import Modality
 
+from sglang_mm_conn.core.dispatch.verdicts import BATCH_GIVEN_UP, Verdict, of_answer
 from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.sglang_plugin import encoder as plugin
 
@@ -71,7 +73,7 @@ class Encoder(server.MMEncoder):
         return SimpleNamespace()
 
     async def _publish_preprocess_metadata(self, ctx: Any, requests: Any) -> None:
-        raise MMError("given up", code=HTTPStatus.GONE)
+        raise MMError(BATCH_GIVEN_UP, code=HTTPStatus.GONE)
 
     async def _compute_embedding(self, ctx: Any, *, keep_on_gpu: bool) -> Any:
         raise AssertionError("the model runs")
@@ -88,3 +90,6 @@ def test_sglang_makes_of_it_an_error_of_each_request_that_it_does_not_try_again(
     # If all were 400, EncoderScheduler would try each by itself.
     assert all(int(result[4]) != HTTPStatus.BAD_REQUEST for result in results)
     assert all(state.embedding_ready.is_set() for state in encoder.req_states.values())
+    for _, _, _, message, code, *_ in results:  # no fault of the encoder, and not encoded elsewhere
+        body = msgspec.json.encode({"status": "error", "message": message, "req_id": "a"})
+        assert of_answer("a", int(code), body).verdict is Verdict.ABORTED

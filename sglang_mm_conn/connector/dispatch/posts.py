@@ -13,7 +13,7 @@ import msgspec
 
 from sglang_mm_conn.control.authentication import DeploymentKey
 from sglang_mm_conn.control.bootstrap import BootstrapInfo, probe
-from sglang_mm_conn.control.http_exchange import read_at_most
+from sglang_mm_conn.control.http_exchange import is_refused, read_at_most
 from sglang_mm_conn.core.dispatch.verdicts import STATE_HEADER, TryEnd, Verdict, of_answer
 
 _CONNECT_SECONDS = 2.0
@@ -47,8 +47,7 @@ class Posts:
         except (aiohttp.ClientResponseError, aiohttp.InvalidURL) as error:
             return _bad_gateway(Verdict.STRANGER, f"no encoder answers there ({type(error).__name__}: {error})")
         except aiohttp.ClientConnectorError as error:
-            refused = isinstance(error.os_error, ConnectionRefusedError)
-            verdict = Verdict.REFUSED if refused else Verdict.CUT_OFF  # a network may recover
+            verdict = Verdict.REFUSED if is_refused(error) else Verdict.CUT_OFF  # a network may recover
             return _bad_gateway(verdict, f"it cannot be reached ({error})")
         except (aiohttp.ClientError, OSError) as error:
             return _bad_gateway(Verdict.CUT_OFF, f"the connection broke ({type(error).__name__}: {error})")

@@ -178,6 +178,7 @@ class EncoderDirectory:
             )
             return
         self._control.send(action.incarnation, encode(message))
+        self._control.call(lambda: self.registrations.register_sent(action.incarnation, self._clock()))
 
     def _look_up(self, url: str) -> None:
         """On the thread pool: look the encoder up, and pass the answer to the control thread."""

@@ -35,7 +35,8 @@ class EncoderStatus(msgspec.Struct, frozen=True):
 
     Attributes:
         url: of the encoder.
-        connected: whether a process of it is registered and sends heartbeats.
+        connected: whether a process of it was registered and is not lost. A frozen one, or one whose connection is
+            broken, is lost after the peer timeout.
         silences: how many of its processes were lost because they fell silent, since this server started.
         refusal: why it cannot serve this server; empty: it can, or that is not known.
         draining: whether it says so.
@@ -217,7 +218,7 @@ class Fleet:
             one.silent_since = min(one.silent_since, one.probed_at)
             one.mute = now >= one.silent_since + self._peer_timeout
         if silent and one.connected and one.state in (EncoderState.UP, EncoderState.DRAINING):
-            return []  # its heartbeats say that it lives; its event loop is busy
+            return []  # its heartbeats came within the peer timeout; its event loop is busy
         if silent and not one.mute and (one.connected or one.state in (EncoderState.UP, EncoderState.SUSPECT)):
             changes = self._become(one, EncoderState.SUSPECT, reason)
             one.silent_since = min(one.silent_since, one.probed_at)  # in its new state, too
@@ -293,9 +294,10 @@ class Fleet:
         one.errors += 1
         one.heard_at = now
         self._answers(one)
+        if one.errors == FAILURES_IN_A_ROW:
+            one.trial_at = now + one.trial_delay
         if not one.failing or one.state is not EncoderState.UP:
             return []
-        one.trial_at = now + one.trial_delay
         return self._become(one, EncoderState.SUSPECT, f"{one.errors} errors in a row, the last: {reason}")
 
     def lost(self, url: str, to: EncoderState | None, reason: str, *, began: float, now: float) -> list[StateChange]:

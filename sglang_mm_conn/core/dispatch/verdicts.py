@@ -13,6 +13,9 @@ from sglang_mm_conn.core.states import EncoderState
 
 DRAINING = "draining"  # value of the header STATE_HEADER while an encoder drains
 STATE_HEADER = "X-Mm-Conn-State"
+# An encoder's error if the language side gave a whole batch up before the model ran. sglang puts words before it and
+# answers with 500, whatever the code of the error.
+BATCH_GIVEN_UP = "every request of the batch was given up before the model ran"
 
 
 class Verdict(Enum):
@@ -133,4 +136,5 @@ def of_answer(room: str, status: int, body: bytes, state: str = "") -> TryEnd:
         return TryEnd(Verdict.ERROR, status, f"HTTP {status}")
     if status < 500 and error.req_id != room:
         return TryEnd(Verdict.STRANGER, int(HTTPStatus.BAD_GATEWAY), f"it answered for another request (HTTP {status})")
-    return of_failure(status, " ".join(as_text(error.message).split()) or f"HTTP {status}")
+    reason = " ".join(as_text(error.message).split()) or f"HTTP {status}"
+    return TryEnd(Verdict.ABORTED, status, reason) if BATCH_GIVEN_UP in reason else of_failure(status, reason)

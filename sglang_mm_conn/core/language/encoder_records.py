@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.actions import EncoderRefused, Log, LookUp, RegistrationAction
 from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
-from sglang_mm_conn.core.messages import as_text
+from sglang_mm_conn.core.messages import Registered, as_text
 from sglang_mm_conn.core.states import (
     LOOK_UP_TRANSITIONS,
     REGISTRATION_TRANSITIONS,
@@ -32,7 +32,9 @@ class EncoderProcess:
         last_seen: time of the last frame from it.
         machine: the state of the registration.
         registered_once: whether it was ever READY. Only then does the log report its loss each time.
-        unanswered: number of Registers that it has not answered.
+        granted: its last Registered, whatever the state.
+        unanswered: number of Registers that it has not answered; they may not have been sent yet.
+        register_sent: whether one was ever sent.
         register_at: time to send the next Register; None: no Register is scheduled.
         load: requests that it says its server holds.
         draining: whether it says that it takes no new work.
@@ -46,10 +48,16 @@ class EncoderProcess:
         default_factory=lambda: StateMachine(REGISTRATION_TRANSITIONS, RegistrationState.CONNECTING)
     )
     registered_once: bool = False
+    granted: Registered | None = None
     unanswered: int = 0
+    register_sent: bool = False
     register_at: float | None = None
     load: int = 0
     draining: bool = False
+
+    @property
+    def state(self) -> RegistrationState:
+        return self.machine.state
 
     @property
     def ready(self) -> bool:

@@ -115,7 +115,7 @@ class ReceiverCore:
                 actions += self._offer_again(entry, now)
         for asked, room in self.quarantine.of_process(peer.incarnation):
             actions.append(abort_message(asked, room, "repeated after a lost connection"))
-        return actions + self._early_aborts.registered(peer)
+        return actions + self._early_aborts.registered(peer, now)
 
     def peer_lost(self, incarnation: str, reason: str, now: float) -> list[Action]:
         """The encoder process has ended or is silent, so its rooms fail. Their offered blocks go into quarantine."""
@@ -355,7 +355,7 @@ class ReceiverCore:
             entry.blocks = []
         # Blocks of a window that is being copied stay with the copier, which still reads them; on_copied frees them.
         if entry.peer is None:
-            actions += self._early_aborts.give_up(entry, reason, self._peers.values())
+            actions += self._early_aborts.give_up(entry, reason, self._peers.values(), now)
         elif notify_peer and not entry.last:
             actions.append(abort_message(entry.peer, entry.room, reason))
         actions.append(Ended(entry.room, entry.outcome))

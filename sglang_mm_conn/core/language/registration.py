@@ -130,7 +130,9 @@ class Registrations:
                 actions.append(Connect(incarnation, url, port))
             encoder.processes[incarnation] = process
         encoder.machine.transition_to(LookUpState.RESOLVED)
-        return actions
+        if encoder.reachable:  # a process is registered already, through another URL
+            encoder.refusal = encoder.logged = ""
+        return actions + [self._is_ready(process) for process in encoder.processes.values() if process.ready]
 
     def absent(self, url: str, reason: str, *, connection_refused: bool) -> list[RegistrationAction]:
         """Nothing answered at ``url``. ``connection_refused``: because no process listens there."""
@@ -215,12 +217,17 @@ class Registrations:
             text = f"Encoder {encoder.url}: registered with process {incarnation}, path={process.path}"
             actions.append(Log(INFO, text))
         process.become(RegistrationState.READY)
-        process.registered_once = True
+        process.registered_once, process.granted = True, message
         # An epoch may have been revoked before the process was READY, so ``retired`` left it out.
         actions.append(SendRetire(incarnation, process.path))
-        urls = tuple(encoder.url for encoder in self._encoders_of(process))
-        actions.append(ProcessReady(incarnation, message.mooncake_session_id, process.path, message.epoch, urls))
+        actions.append(self._is_ready(process))
         return actions
+
+    def _is_ready(self, process: EncoderProcess) -> ProcessReady:
+        message = process.granted
+        assert message is not None
+        urls = tuple(encoder.url for encoder in self._encoders_of(process))
+        return ProcessReady(process.incarnation, message.mooncake_session_id, process.path, message.epoch, urls)
 
     def refused(self, incarnation: str, message: Refused, now: float) -> list[RegistrationAction]:
         """The process refused the session, or does not know it (any more)."""
@@ -244,6 +251,12 @@ class Registrations:
         process.become(RegistrationState.REFUSED)
         lost: list[RegistrationAction] = [ProcessLost(incarnation, reason)] if was_ready else []
         return lost + self.cannot_register(incarnation, reason, now)
+
+    def register_sent(self, incarnation: str, now: float) -> None:
+        """A Register was made, which may have taken long, and sent: its answer is awaited from now on."""
+        process = self.processes.get(incarnation)
+        if process is not None:
+            process.register_sent, process.last_seen = True, max(process.last_seen, now)
 
     def cannot_register(self, incarnation: str, reason: str, now: float) -> list[RegistrationAction]:
         """Registration is impossible for now. It is retried after RETRY_SECONDS."""
@@ -297,16 +310,15 @@ class Registrations:
         return [*actions, ProcessLost(incarnation, text)]
 
     def _fell_silent(self, process: EncoderProcess) -> list[RegistrationAction]:
-        """Drop a process. If it was never registered, its encoder's HTTP port answers and its control port does not: no
-        request can use the encoder before a process is registered."""
-        encoders = self._encoders_of(process)
+        """Drop a process. If it owes the answer to the first Register, its encoder's HTTP port answers and its control
+        port does not: no request can use the encoder before a process is registered."""
+        silent, encoders = f"silent for {self._peer_timeout:g} s", self._encoders_of(process)
+        owes = process.register_sent or process.state is RegistrationState.CONNECTING
         for encoder in encoders:
             encoder.silences += process.registered_once
-        silent = f"silent for {self._peer_timeout:g} s"
         actions = self._lose(process.incarnation, silent)
-        for encoder in encoders if not process.registered_once else ():
-            if not encoder.reachable:
-                actions += encoder.refuse(f"encoder {encoder.url} is {silent} on its control port")
+        for encoder in [one for one in encoders if owes and not process.registered_once and not one.reachable]:
+            actions += encoder.refuse(f"encoder {encoder.url} is {silent} on its control port")
         return actions
 
     # -- writer slots --------------------------------------------------------------------------------------------

@@ -513,6 +513,18 @@ def test_an_encoder_that_fails_gets_one_trial_at_growing_intervals() -> None:
     assert gaps[5:] == pytest.approx([MOST_TRIAL_SECONDS] * len(gaps[5:]), abs=0.11) and len(gaps) > 6
 
 
+@pytest.mark.parametrize("state", [SUSPECT, DRAINING])
+def test_an_encoder_whose_last_error_came_while_it_was_not_up_gets_its_trial(state: EncoderState) -> None:
+    fleet, _ = fleet_of(state)
+    fleet.know([A, B])
+    fleet.due_probes(100.0)
+    well(fleet, B, 100.0)
+    for _ in range(FAILURES_IN_A_ROW):
+        fleet.erred(A, "out of memory", 100.0)
+    well(fleet, A, 101.0)
+    assert usable(fleet, 101.0) == [B] and usable(fleet, 100.0 + FIRST_TRIAL_SECONDS) == [B, A]
+
+
 def test_a_trial_that_takes_long_is_not_joined_by_another() -> None:
     fleet, one = failing()
     assert A in usable(fleet, 102.0)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from sglang_mm_conn.core.dispatch.verdicts import (
+    BATCH_GIVEN_UP,
     DELIVERED,
     DRAINING,
     TryEnd,
@@ -69,6 +70,7 @@ def test_null_is_sglangs_answer_to_a_part_that_has_arrived(body: bytes) -> None:
     [
         (400, error("bad image"), Verdict.INPUT),
         (500, error("out of memory"), Verdict.ERROR),
+        (500, error(f"Encoder metadata publication failed: {BATCH_GIVEN_UP}"), Verdict.ABORTED),
         (503, error("no worker"), Verdict.LOST),
         (502, error("send failed"), Verdict.LOST),
         (404, error("unknown"), Verdict.LOST),

@@ -119,6 +119,37 @@ def test_the_same_cause_is_logged_once() -> None:
     assert core.absent(URL, "nobody listens", connection_refused=False) == []
 
 
+def test_a_url_whose_process_is_registered_through_another_one_is_no_longer_refused() -> None:
+    core, _ = known()
+    core.use(OTHER, 100.0)
+    core.look_up_failed(OTHER, "HTTP 404", refuse=True)
+    core.connected("a", 101.0)
+    core.registered("a", grant(), 101.0)
+    assert not core.is_usable(OTHER, 102.0)
+    core.tick(102.0)
+    assert core.looked_up(OTHER, {"a": 7}, 102.0) == [ProcessReady("a", SESSION, "shm", 0, (URL, OTHER))]
+    assert core.is_usable(OTHER, 103.0) and core.use(OTHER, 103.0) == []
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_an_encoder_that_waits_for_this_ranks_register_is_not_refused_as_silent(sent: bool) -> None:
+    core, _ = known()
+    core.connected("a", 100.0)
+    if sent:
+        core.register_sent("a", 101.0)
+    actions = core.tick(101.1 + PEER_TIMEOUT)
+    assert any(isinstance(action, ProcessLost) for action in actions)
+    assert any(isinstance(action, EncoderRefused) for action in actions) == sent
+
+
+def test_the_time_that_a_register_took_to_make_is_no_silence_of_the_encoder() -> None:
+    core, _ = known()
+    core.connected("a", 100.0)
+    core.register_sent("a", 99.0 + PEER_TIMEOUT)
+    core.register_sent("gone", 99.0)
+    assert not any(isinstance(action, ProcessLost) for action in core.tick(101.0 + PEER_TIMEOUT))
+
+
 def test_a_url_that_is_no_encoder_fails_every_request_until_it_is_one() -> None:
     core, _ = made()
     core.use(URL, 100.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from sglang_mm_conn.bench.measurement import quantile
 from sglang_mm_conn.demo.launch import OUR_BACKEND, Launch
 from sglang_mm_conn.demo.servers import ServerGroup
 from tests.connector.processes import ROOT
@@ -51,30 +51,23 @@ def run(fleet: Fleet) -> list[Outcome]:
     ours, theirs = results[OUR_BACKEND], results[BUILT_IN]
     pairs = [replies(mine, other) for mine, other in zip(ours, theirs, strict=True)]
     tally = Tally(tuple(reply for some in pairs for reply in some))
+    failed = sum(bool(error) for one in theirs for error in one["errors"])
+    if failed or tally.failed:  # nothing to compare
+        return [fleet.outcome(NAME, SERVERS, tally, [at_most(f"failed of {BUILT_IN}:", failed, 0, "")])]
     rate = [statistics.median(one["request_throughput"] for one in results) for results in (ours, theirs)]
-    first = [ttfts_of(results) for results in (ours, theirs)]
+    first = [[ttft for one in results for ttft in one["ttfts"]] for results in (ours, theirs)]
     goals = [
         at_least(f"requests/s, times those of {BUILT_IN}:", rate[0] / rate[1], 1.0),
         at_most(
             f"P99 of the time to the first token, times that of {BUILT_IN}:",
-            percentile(first[0], 0.99) / percentile(first[1], 0.99), MOST_OF_P99_TTFT, "",
+            quantile(first[0], 0.99) / quantile(first[1], 0.99), MOST_OF_P99_TTFT, "",
         ),
     ]  # fmt: skip
     figures = [f"requests/s: {rate[0]:.2f}, {BUILT_IN} {rate[1]:.2f}"]
     for share in (0.5, 0.9, 0.99):
-        mine, other = (1000 * percentile(some, share) for some in first)
+        mine, other = (1000 * quantile(some, share) for some in first)
         figures.append(f"time to the first token, P{100 * share:g}: {mine:.0f} ms, {BUILT_IN} {other:.0f} ms")
     return [fleet.outcome(NAME, SERVERS, tally, goals, figures)]
-
-
-def ttfts_of(results: list[dict[str, Any]]) -> list[float]:
-    """Seconds to the first token of each request of all turns, sorted."""
-    return sorted(ttft for one in results for ttft, error in zip(one["ttfts"], one["errors"], strict=True) if not error)
-
-
-def percentile(ordered: list[float], share: float) -> float:
-    """The value that ``share`` of ``ordered`` do not exceed."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def replies(mine: dict[str, Any], other: dict[str, Any]) -> list[Reply]:
