@@ -19,7 +19,7 @@ import zmq
 
 from sglang_mm_conn.control import reports
 from sglang_mm_conn.control.reports import ReportReceiver, ReportSender, new_report_address
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.dispatch.reports import MOST_BYTES, EncoderStatuses, Report, RoomFailed
 from sglang_mm_conn.core.errors import ProtocolError
 

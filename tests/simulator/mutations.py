@@ -17,6 +17,7 @@ from sglang_mm_conn.core import rooms
 from sglang_mm_conn.core.dispatch import verdicts, waiting
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
 from sglang_mm_conn.core.dispatch.fleet import Fleet
+from sglang_mm_conn.core.dispatch.placement import Placement
 from sglang_mm_conn.core.dispatch.requests import Request
 from sglang_mm_conn.core.dispatch.waiting import WaitingParts
 from sglang_mm_conn.core.encoder.sender import SenderCore
@@ -197,7 +198,7 @@ OF_THE_DISPATCHER: dict[str, tuple[Change, ...]] = {
         change(Registrations, "tick", ("encoder.silences += process.registered_once", "pass")),
     ),
     "no encoder gets a part again without a sign of life": (
-        change(DispatchCore, "_able", ("(ended is None or one.heard_at >= ended)", "True")),
+        change(Placement, "able", ("(ended is None or one.heard_at >= ended)", "True")),
     ),
     "no encoder gets a part again that it failed to encode": (
         change(DispatchCore, "_ended", ("part.excluded.add(attempt.url)", "pass")),

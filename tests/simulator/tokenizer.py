@@ -18,7 +18,7 @@ from sglang_mm_conn.core.dispatch.actions import (
     Redispatched,
 )
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.dispatch.reports import RoomFailed
 from sglang_mm_conn.core.dispatch.verdicts import TryEnd, Verdict, of_failure
 from sglang_mm_conn.core.rooms import new_room_base

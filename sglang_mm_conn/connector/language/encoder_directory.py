@@ -31,7 +31,7 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.language.registration import Registrations
 from sglang_mm_conn.core.messages import Heartbeat, Refused, Registered, Retire, encode

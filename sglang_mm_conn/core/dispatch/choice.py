@@ -23,9 +23,10 @@ import msgspec
 PART_SECONDS = 0.01
 # An encoder that has got this much more than its share, according to its speed, is no home for a new item.
 SHARE_BOUND = 1.2
-# An encoder that would finish an item this many times later than the others on average is too busy to get it, also if
-# it may have kept it. If the others are idle and equal, that is one with more than two items.
-BUSY_BOUND = 3.0
+# An encoder that would finish an item this many times later than the others on average is too busy to get it. If the
+# others are idle and equal, that is one with more than two items. An item that the encoder may have kept waits longer
+# for it: encoding it again elsewhere costs, too.
+BUSY_BOUND, BUSY_BOUND_OF_KEPT = 3.0, 6.0
 _LEAST_RATE = 1e-6
 _REMEMBERED_ITEMS = 1 << 16
 
@@ -92,14 +93,14 @@ class Chooser:
         by_url = {one.url: one for one in candidates if one.caches}
         total = sum(one.finish(item.work) for one in candidates)
 
-        def busy(one: Candidate) -> bool:
+        def busy(one: Candidate, bound: float = BUSY_BOUND) -> bool:
             mine = one.finish(item.work)
-            return len(candidates) > 1 and mine > BUSY_BOUND * (total - mine) / (len(candidates) - 1)
+            return len(candidates) > 1 and mine > bound * (total - mine) / (len(candidates) - 1)
 
         chosen = by_url.get(self._went.get(item.key, ""))
         if chosen is None:
             chosen = self._home(item, list(by_url.values()), busy)
-        elif busy(chosen):
+        elif busy(chosen, BUSY_BOUND_OF_KEPT):
             chosen = min(candidates, key=lambda one: one.finish(item.work))  # this once
             _assign(chosen, item.work)
             return chosen.url

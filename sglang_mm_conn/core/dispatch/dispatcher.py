@@ -6,7 +6,8 @@ Pure; time is an argument. Every event returns actions, to be carried out in ord
 - Each try has a room of its own. The scheduler is told the new room and gives the old one up, so late messages, writes
   and failures of an earlier try find a room that is over (docs/protocol.md, P1, P2 and P4).
 - At most ``tries`` encoders take one part, so a part that kills encoders ends after so many. Two parts that have one
-  try left do not share an encoder for a while, so that the one that kills does not take the other with it each time.
+  chance left do not share an encoder for a while, so that the one that kills, or fails its batch, does not take the
+  other with it each time.
 - A part is posted again only to an encoder that is up, and to the same one only if that has proved since that it is
   well.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from statistics import fmean
 
 from sglang_mm_conn.core.dispatch.actions import (
     INFO,
@@ -30,18 +30,19 @@ from sglang_mm_conn.core.dispatch.actions import (
     Probe,
     Redispatched,
 )
-from sglang_mm_conn.core.dispatch.choice import Candidate, Chooser, Item, Share
-from sglang_mm_conn.core.dispatch.fleet import Encoder, EncoderStatus, Fleet, StateChange
+from sglang_mm_conn.core.dispatch.choice import Chooser, Item, Share
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus, StateChange
+from sglang_mm_conn.core.dispatch.fleet import Fleet
+from sglang_mm_conn.core.dispatch.placement import Placement
 from sglang_mm_conn.core.dispatch.requests import Part, Request, Try
 from sglang_mm_conn.core.dispatch.verdicts import PROVES, TryEnd, Verdict, for_client, of_failure
 from sglang_mm_conn.core.rooms import part_room
 from sglang_mm_conn.core.states import EncoderState
 
 NO_ENCODER = "no encoder is available for the images, video or audio of this request, try again later"
-_USUAL_RATE = 0.1  # seconds per unit of work, until one was measured
 _FINISHED_ROOMS = 4096
-# A part that kills encoders does so within this time. Many parts that have lost encoders do not wait longer.
-TURN_SECONDS = 2.0
+# An encoder that is back may not be noticed yet. A request that finds none waits this long for a look at each.
+LOOK_SECONDS = 0.5
 
 
 class DispatchCore:
@@ -59,8 +60,10 @@ class DispatchCore:
         self.redispatched = 0
         self.given_up = 0
         self._chooser = Chooser()
+        self._placement = Placement(self.fleet, tries)
         self._tries = tries
         self._wait_seconds = wait_seconds
+        self._peer_timeout = peer_timeout
         self._new_room_base = new_room_base
         self._open: dict[str, tuple[Request, Part]] = {}  # by the room of the try that is under way
         self._delivered: dict[str, tuple[Request, Part]] = {}  # by the room that it arrived in
@@ -77,7 +80,7 @@ class DispatchCore:
         Where no encoder can be used, there is one part a modality, at the URL of any encoder. It waits, or fails.
         """
         usable = self.fleet.usable(now)
-        candidates = self._candidates(usable, now)
+        candidates = self._placement.candidates(usable, now)
         anywhere = next(iter(self.fleet.encoders), "")
         shares: list[tuple[str, Share, float]] = []
         for modality in dict.fromkeys(item.modality for item in items):
@@ -125,13 +128,13 @@ class DispatchCore:
 
     def know(self, urls: Sequence[str], now: float) -> list[DispatchAction]:
         """Exactly these encoders are known from now on. Parts that others have go on."""
-        known = set(self.fleet.encoders)
         self.fleet.know(urls)
-        for _, part in self._open.values():
-            attempt = part.current
-            if attempt is not None and attempt.url not in known and attempt.url in self.fleet.encoders:
-                self.fleet.encoders[attempt.url].load.add(part.work, now)  # it was known before, and is back
         return self._settle([], now)
+
+    def client_gone(self, room_base: str, now: float) -> list[DispatchAction]:
+        """Nobody waits for the request any more."""
+        request = self.requests.get(room_base)
+        return [] if request is None else [*self._finish(request), *self._settle([], now)]
 
     def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[DispatchAction]:
         """The encoder has answered a Probe."""
@@ -148,9 +151,13 @@ class DispatchCore:
     def tick(self, now: float) -> list[DispatchAction]:
         """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""
         actions: list[DispatchAction] = []
+        changes: list[StateChange] = []
         for request in [one for one in self.requests.values() if one.is_over(now)]:
+            for attempt in request.overdue(self._peer_timeout):
+                reason = "a part was not delivered by its deadline"
+                changes += self.fleet.lost(attempt.url, None, reason, began=attempt.began, now=now)
             actions += self._finish(request)
-        return actions + self._settle([], now)
+        return actions + self._settle(changes, now)
 
     def report(self, now: float) -> dict[str, object]:
         """What operators see: the encoders, and how many requests are under way."""
@@ -191,7 +198,7 @@ class DispatchCore:
         self._wait(request, part, now)
         if end.verdict is Verdict.ERROR:
             part.excluded.add(attempt.url)
-            changes = self.fleet.erred(attempt.url, end.reason, now)
+            changes = self.fleet.erred(attempt.url, end.reason, began=attempt.began, now=now)
         else:
             changes = self.fleet.lost(attempt.url, PROVES[end.verdict], end.reason, began=attempt.began, now=now)
         return [cancel, *self._settle(changes, now)]
@@ -207,6 +214,7 @@ class DispatchCore:
         one = self.fleet.encoders.get(attempt.url)
         if one is not None:
             one.load.remove(part.work)
+            self.fleet.forget(attempt.url)
         return attempt
 
     def _wait(self, request: Request, part: Part, now: float) -> None:
@@ -215,7 +223,9 @@ class DispatchCore:
 
     def _post(self, request: Request, part: Part, url: str, room: str, now: float) -> list[DispatchAction]:
         one = self.fleet.encoders[url]
-        part.tries.append(Try(room, url, now, one.load.add(part.work, now)))
+        part.tries.append(
+            Try(room, url, now, one.load.add(part.work, now), last_chance=self._placement.is_last_chance(part))
+        )
         part.waits_since = None
         self._waiting.pop((request.room_base, part.number), None)
         self._open[room] = (request, part)
@@ -258,9 +268,9 @@ class DispatchCore:
             return []  # nobody waits for it any more
         if part.taken >= self._tries:
             return self._out_of_tries(request, part)
-        able = self._able(part, now)
+        able = self._placement.able(part, now)
         if able:
-            one = self._choose(part, able, now)
+            one = self._placement.choose(part, able, (other for _, other in self._open.values()), now)
             if one is None:
                 return []  # it waits for its turn
             room = part_room(self._new_room_base(), part.number)
@@ -278,47 +288,9 @@ class DispatchCore:
         assert part.waits_since is not None
         if now < part.waits_since + self._wait_seconds:
             return []
+        if now < part.waits_since + LOOK_SECONDS and self.fleet.look_again(part.waits_since):
+            return []
         return self._give_up(request, int(HTTPStatus.SERVICE_UNAVAILABLE), NO_ENCODER)
-
-    def _able(self, part: Part, now: float) -> list[Encoder]:
-        """The encoders that may get a part that waits."""
-        lost_at = {attempt.url: attempt.ended for attempt in part.tries}
-
-        def fits(one: Encoder) -> bool:
-            ended = lost_at.get(one.url)
-            return one.url not in part.excluded and (ended is None or one.heard_at >= ended)
-
-        able = [one for one in self.fleet.usable(now) if fits(one)]
-        if not able and not self.fleet.undecided:
-            able = [one for one in self.fleet.failing if fits(one)]
-        # Those that had it come last.
-        return [one for one in able if one.url not in lost_at] or able
-
-    def _choose(self, part: Part, able: list[Encoder], now: float) -> Encoder | None:
-        """One of ``able`` for a part that waits; None: it must wait for its turn."""
-        others = [(attempt.url, other.taken) for _, other in self._open.values()
-                  if (attempt := other.current) is not None and other.taken > 1]  # fmt: skip
-        # One of several parts that lost their encoder may have killed it. So they do not share the next one if that can
-        # be helped, and for their last one each waits a while for its turn.
-        assert part.waits_since is not None
-        if 0 < part.taken == self._tries - 1 and now < part.waits_since + TURN_SECONDS:
-            last = {url for url, tries in others if tries == self._tries}
-            able = [one for one in able if one.url not in last]
-        again = {url for url, _ in others}
-        able = [one for one in able if part.taken and one.url not in again] or able
-        finish = {one.url: one for one in self._candidates(able, now)}
-        return min(able, key=lambda one: finish[one.url].finish(part.work), default=None)
-
-    def _candidates(self, encoders: Sequence[Encoder], now: float) -> list[Candidate]:
-        rates = [one.load.known_rate for one in encoders]
-        usual = fmean([rate for rate in rates if rate is not None] or [_USUAL_RATE])
-        candidates = []
-        for one in encoders:
-            one.load.decay(now)
-            candidates.append(
-                Candidate(one.url, one.load.backlog, one.load.rate(usual, now), one.load.share, one.prefix_cache)
-            )
-        return candidates
 
     def _out_of_tries(self, request: Request, part: Part) -> list[DispatchAction]:
         last, attempt = part.last, part.tries[-1]

@@ -9,134 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-import msgspec
+from sglang_mm_conn.core.dispatch.encoders import (
+    FAILURES_IN_A_ROW,
+    FIRST_PROBE_SECONDS,
+    FIRST_TRIAL_SECONDS,
+    Encoder,
+    EncoderStatus,
+    StateChange,
+)
+from sglang_mm_conn.core.states import EncoderState
 
-from sglang_mm_conn.core.dispatch.load import EncoderLoad
-from sglang_mm_conn.core.states import ENCODER_TRANSITIONS, EncoderState, StateMachine
-
-# Intervals of the probes of an encoder that is not up. The longest one is shorter than the 5 s within which an encoder
-# that is back is to be used again.
-FIRST_PROBE_SECONDS = 0.25
+# Intervals of the probes of an encoder that is not up, from FIRST_PROBE_SECONDS on. The longest one is shorter than the
+# 5 s within which an encoder that is back is to be used again.
 PROBE_FACTOR = 1.6
 MOST_PROBE_SECONDS = 2.0
 # An encoder that is up and from which nothing was heard for so long is probed.
 QUIET_SECONDS = 5.0
-# So many errors or losses in a row, without an embedding in between, make an encoder SUSPECT whatever a probe says. It
-# then gets one part at a time, as a trial, at intervals from FIRST_TRIAL_SECONDS on, each twice the one before.
-FAILURES_IN_A_ROW = 3
-FIRST_TRIAL_SECONDS = 2.0
 MOST_TRIAL_SECONDS = 60.0
-
-
-class EncoderStatus(msgspec.Struct, frozen=True):
-    """What the scheduler's side knows of an encoder.
-
-    Attributes:
-        url: of the encoder.
-        connected: whether a process of it was registered and is not lost. A frozen one, or one whose connection is
-            broken, is lost after the peer timeout.
-        silences: how many of its processes were lost because they fell silent, since this server started.
-        refusal: why it cannot serve this server; empty: it can, or that is not known.
-        draining: whether it says so.
-        load: requests that its server holds, from all language servers.
-    """
-
-    url: str
-    connected: bool
-    silences: int = 0
-    refusal: str = ""
-    draining: bool = False
-    load: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StateChange:
-    """An encoder has another state. ``loses``: the parts that it has are lost."""
-
-    url: str
-    old: EncoderState
-    new: EncoderState
-    reason: str
-    loses: bool = False
-
-
-@dataclass(slots=True)
-class Encoder:
-    """One encoder URL.
-
-    Attributes:
-        url: without a trailing slash.
-        machine: its state.
-        reason: why it has this state.
-        status: what the scheduler's side last said.
-        probing: whether a probe is under way; ``probed_at``: when the last one began.
-        silent_since: when the first of the last probes in a row began that were not answered, in this state.
-        mute: whether that was the peer timeout or more before the end of the last one.
-        doubted: whether a part was lost there, or a report speaks against it, and no probe has been answered since.
-        probe_at: the next probe is due then.
-        probe_delay: seconds from the next probe to the one after it.
-        heard_at: time of the last sign of life.
-        connected_at: when the scheduler's side last said that it is connected, which is true of a frozen one, too.
-        errors: errors in a row.
-        losses: parts lost in a row, each posted when the one before was lost (``lost_at``): one death is one loss.
-        trial_at, trial_delay: when it may get a part as a trial while it fails, and the interval after that.
-        prefix_cache: whether it keeps embeddings of earlier items.
-        load: the work that it has.
-        tried, failed: parts posted to it, and those that it did not deliver.
-    """
-
-    url: str
-    machine: StateMachine[EncoderState] = field(
-        default_factory=lambda: StateMachine(ENCODER_TRANSITIONS, EncoderState.SUSPECT)
-    )
-    reason: str = "not probed yet"
-    status: EncoderStatus | None = None
-    probing: bool = False
-    probed_at: float = -math.inf
-    silent_since: float = math.inf
-    mute: bool = False
-    doubted: bool = False
-    probe_at: float = -math.inf
-    probe_delay: float = FIRST_PROBE_SECONDS
-    heard_at: float = -math.inf
-    connected_at: float = -math.inf
-    errors: int = 0
-    losses: int = 0
-    lost_at: float = -math.inf
-    trial_at: float = math.inf
-    trial_delay: float = FIRST_TRIAL_SECONDS
-    prefix_cache: bool = False
-    load: EncoderLoad = field(default_factory=EncoderLoad)
-    tried: int = 0
-    failed: int = 0
-
-    @property
-    def state(self) -> EncoderState:
-        return self.machine.state
-
-    @property
-    def connected(self) -> bool:
-        return self.status is not None and self.status.connected
-
-    @property
-    def failing(self) -> bool:
-        """Whether it answers, but with errors, or answers probes and delivers nothing."""
-        return max(self.errors, self.losses) >= FAILURES_IN_A_ROW
-
-    @property
-    def undecided(self) -> bool:
-        """Whether a probe will soon say more."""
-        if self.state is EncoderState.SUSPECT and not self.failing:
-            return True
-        return self.state in (EncoderState.UP, EncoderState.SUSPECT) and self.doubted and not self.mute
-
-    def report(self) -> dict[str, object]:
-        """What operators see."""
-        work = round(self.load.backlog, 3)
-        counts = {"parts": self.load.parts, "work": work, "tried": self.tried, "failed": self.failed}
-        return {"state": self.state.value, "reason": self.reason, **counts}
 
 
 class Fleet:
@@ -148,28 +38,38 @@ class Fleet:
         self._peer_timeout = peer_timeout
 
     def know(self, urls: Iterable[str]) -> None:
-        """Exactly the encoders at ``urls`` are known from now on. A new one is SUSPECT until it was probed."""
-        known = list(urls)
-        for url in known:
+        """Exactly the encoders at ``urls`` may get parts from now on. A new one is SUSPECT until it was probed."""
+        listed = set()
+        for url in urls:
+            listed.add(url)
             if url not in self.encoders:
                 self.encoders[url] = Encoder(url)
-        for url in self.encoders.keys() - set(known):
+        for one in list(self.encoders.values()):
+            one.listed = one.url in listed
+            if not one.listed and not one.load.parts:
+                del self.encoders[one.url]
+
+    def forget(self, url: str) -> None:
+        """Nothing is under way at ``url`` any more: drop it if it is not listed."""
+        one = self.encoders.get(url)
+        if one is not None and not one.listed and not one.load.parts:
             del self.encoders[url]
 
     def usable(self, now: float) -> list[Encoder]:
         """The encoders that may get a part now: those that are up, or else those that only fail."""
-        up = [one for one in self.encoders.values() if one.state is EncoderState.UP]
+        up = [one for one in self.encoders.values() if one.state is EncoderState.UP and one.listed]
         return up + [one for one in self.failing if not up or (now >= one.trial_at and not one.load.parts)]
 
     @property
     def failing(self) -> list[Encoder]:
         """Encoders that answer, and fail. They may get a part that no other can have."""
-        return [one for one in self.encoders.values() if one.state is EncoderState.SUSPECT and one.failing]
+        suspect = (one for one in self.encoders.values() if one.state is EncoderState.SUSPECT and one.listed)
+        return [one for one in suspect if one.failing]
 
     @property
     def undecided(self) -> bool:
         """Whether a probe may soon find an encoder that can be used."""
-        return any(one.undecided for one in self.encoders.values())
+        return any(one.undecided for one in self.encoders.values() if one.listed)
 
     # -- probes --------------------------------------------------------------------------------------------------
 
@@ -187,6 +87,14 @@ class Fleet:
         if one.state is not EncoderState.UP or one.doubted:
             return one.probe_at
         return max(one.probe_at, max(one.heard_at, one.connected_at) + QUIET_SECONDS)
+
+    def look_again(self, since: float) -> bool:
+        """Whether an encoder may have come up unnoticed by ``since``: each is probed after that, once."""
+        unsure = [one for one in self.encoders.values() if one.listed and (one.probing or one.probed_at < since)]
+        for one in unsure:
+            if not one.probing:
+                one.probe_at = min(one.probe_at, since)
+        return bool(unsure)
 
     def probe_now(self, url: str) -> None:
         """Probe ``url`` as soon as possible: there is a doubt about it."""
@@ -285,15 +193,17 @@ class Fleet:
         one.errors, one.losses, one.trial_at, one.trial_delay = 0, 0, math.inf, FIRST_TRIAL_SECONDS
         return self._become(one, EncoderState.UP, "it delivers") if one.state is EncoderState.SUSPECT else []
 
-    def erred(self, url: str, reason: str, now: float) -> list[StateChange]:
-        """``url`` has answered that it failed, for no fault of the input."""
+    def erred(self, url: str, reason: str, *, began: float, now: float) -> list[StateChange]:
+        """``url`` has answered that it failed, for no fault of the input. The part was posted at ``began``."""
         one = self.encoders.get(url)
         if one is None:
             return []
         one.failed += 1
-        one.errors += 1
         one.heard_at = now
         self._answers(one)
+        if began < one.erred_at:
+            return []
+        one.errors, one.erred_at = one.errors + 1, now
         if one.errors == FAILURES_IN_A_ROW:
             one.trial_at = now + one.trial_delay
         if not one.failing or one.state is not EncoderState.UP:

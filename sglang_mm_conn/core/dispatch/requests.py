@@ -24,6 +24,7 @@ class Try:
         ahead: work ahead of it and its own.
         ended: time of its end; None: it is under way.
         aborted_at: when its encoder said that the language side has given it up.
+        last_chance: whether no other encoder can take the part if this one fails.
     """
 
     room: str
@@ -32,6 +33,7 @@ class Try:
     ahead: float
     ended: float | None = None
     aborted_at: float | None = None
+    last_chance: bool = False
 
 
 @dataclass(slots=True)
@@ -95,6 +97,14 @@ class Request:
     deadline: float
     parts: list[Part]
     delivered_at: float | None = None
+
+    def overdue(self, least: float) -> list[Try]:
+        """Tries that are still under way at its deadline, and have been for ``least`` seconds or more."""
+        tries = [part.current for part in self.parts]
+        return [
+            one for one in tries
+            if one is not None and one.aborted_at is None and one.began + least <= self.deadline
+        ]  # fmt: skip
 
     def is_over(self, now: float) -> bool:
         """Whether nobody waits for it any more."""

@@ -35,7 +35,7 @@ from sglang_mm_conn.core.actions import (
     SendRegister,
     SendRetire,
 )
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.errors import ProtocolError
 from sglang_mm_conn.core.language.encoder_records import FIRST_DELAY_SECONDS, EncoderProcess, EncoderUrl
 from sglang_mm_conn.core.messages import Heartbeat, RefusalKind, Refused, Registered

@@ -24,7 +24,7 @@ from sglang_mm_conn.control.reports import ReportSender
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.dispatch.choice import Item
 from sglang_mm_conn.core.dispatch.dispatcher import NO_ENCODER
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.dispatch.reports import EncoderStatuses, Report, RoomFailed
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import DRAINING, STATE_HEADER

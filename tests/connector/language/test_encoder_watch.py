@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from sglang_mm_conn.connector.language.encoder_watch import EncoderWatch
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 
 Statuses = list[EncoderStatus]
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from sglang_mm_conn.core.dispatch.dispatcher import DispatchCore
 from sglang_mm_conn.core.dispatch.fleet import Fleet
+from sglang_mm_conn.core.dispatch.placement import Placement
 from sglang_mm_conn.core.dispatch.requests import Request
 from tests.simulator.mutations import Change, change
 from tests.simulator.scheduler import attribute
@@ -16,10 +17,10 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_serve", ("part.taken >= self._tries", "False")
     ),
     "an encoder that failed to encode a part does not get it again": change(
-        DispatchCore, "_able", ("one.url not in part.excluded and ", "")
+        Placement, "able", ("one.url not in part.excluded and ", "")
     ),
     "the same encoder gets a part again only after a sign of life": change(
-        DispatchCore, "_able", ("(ended is None or one.heard_at >= ended)", "True")
+        Placement, "able", ("(ended is None or one.heard_at >= ended)", "True")
     ),
     "an answer to a probe from before a loss is no sign of life": change(
         Fleet, "probed", ("if one.probe_at == -math.inf:", "if False:")
@@ -43,10 +44,10 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_serve", ("now > request.deadline", "False")
     ),
     "an encoder that drains gets no part": change(
-        Fleet, "usable", ("one.state is EncoderState.UP]", "one.state in (EncoderState.UP, EncoderState.DRAINING)]")
+        Fleet, "usable", ("one.state is EncoderState.UP", "one.state in (EncoderState.UP, EncoderState.DRAINING)")
     ),
     "an encoder that is down gets no part": change(
-        Fleet, "usable", ("one.state is EncoderState.UP]", "one.state in (EncoderState.UP, EncoderState.DOWN)]")
+        Fleet, "usable", ("one.state is EncoderState.UP", "one.state in (EncoderState.UP, EncoderState.DOWN)")
     ),
     "an encoder that is suspect gets no part": change(
         Fleet, "usable", ("in self.failing if", "in self.encoders.values() if one.state is EncoderState.SUSPECT and")
@@ -60,8 +61,23 @@ MUTATIONS: dict[str, Change] = {
     "work of a try that is over is no load": change(
         DispatchCore, "_close", ("one.load.remove(part.work)", "pass")
     ),
-    "an encoder that comes back has the parts that went on": change(
-        DispatchCore, "know", ("load.add(part.work, now)", "load.decay(now)")
+    "an encoder that is not listed any more keeps its parts": change(
+        Fleet, "know", (" and not one.load.parts", "")
+    ),
+    "an encoder that is not listed any more gets no part": change(
+        Fleet, "usable", (" and one.listed", "")
+    ),
+    "an encoder that is not listed any more is forgotten when its last part is over": change(
+        DispatchCore, "_close", ("self.fleet.forget(attempt.url)", "pass")
+    ),
+    "each encoder is looked at again before a request is given up": change(
+        DispatchCore, "_serve", (" and self.fleet.look_again(part.waits_since)", " and False")
+    ),
+    "the look at each encoder ends": change(
+        DispatchCore, "_serve", ("now < part.waits_since + LOOK_SECONDS", "True")
+    ),
+    "a request whose client has gone is posted no more": change(
+        DispatchCore, "client_gone", ("if request is None", "if True")
     ),
     "a try that is over is open no more": change(
         DispatchCore, "answered", ("found = self._open.get(room)", "found = self._open.get(room) or next(\n"
@@ -129,7 +145,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_ended", ("part.refused.add(attempt.url)", "pass")
     ),
     "two parts with one try left do not share an encoder": change(
-        DispatchCore, "_choose", ("able = [one for one in able if one.url not in last]", "pass")
+        Placement, "choose", ("able = [one for one in able if one.url not in last]", "pass")
     ),
 }  # fmt: skip
 

@@ -20,8 +20,9 @@ from sglang_mm_conn.core.dispatch.actions import (
     Redispatched,
 )
 from sglang_mm_conn.core.dispatch.choice import Item
-from sglang_mm_conn.core.dispatch.dispatcher import TURN_SECONDS, DispatchCore
-from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, FIRST_TRIAL_SECONDS, EncoderStatus
+from sglang_mm_conn.core.dispatch.dispatcher import LOOK_SECONDS, NO_ENCODER, DispatchCore
+from sglang_mm_conn.core.dispatch.encoders import FAILURES_IN_A_ROW, FIRST_TRIAL_SECONDS, EncoderStatus
+from sglang_mm_conn.core.dispatch.placement import TURN_SECONDS
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.rooms import part_room
@@ -30,6 +31,7 @@ from tests.core.dispatch.driver import end_of
 
 URLS = [f"http://encoder-{number}:1" for number in range(4)]
 OVERDUE = 5.0
+PEER_TIMEOUT = 10.0
 KEPT = 2.0  # after all parts have arrived, or one was aborted
 LOSSES = (Verdict.LOST, Verdict.REFUSED, Verdict.CUT_OFF, Verdict.DRAINS, Verdict.STRANGER)
 
@@ -47,6 +49,7 @@ class Model:
     refusing: bool = False  # at /encode, while probes are answered
     silences: int = 0
     probed_at: float = math.inf  # of the probe that is under way
+    looked_at: float = -math.inf  # of the newest probe
     sign_at: float = -math.inf  # of the newest sign of life
     losses: int = 0  # in a row; parts that were at it at the same time are lost once
     lost_at: float = -math.inf  # of the last one that counted
@@ -97,6 +100,7 @@ class Schedule:
         self.rooms: dict[str, Post] = {}  # all that were posted
         self.posted_at: dict[str, float] = {}  # by room
         self.running: dict[str, Post] = {}  # posts that are neither answered nor cancelled
+        self.waits_since: dict[tuple[str, int], float] = {}  # after the last event; by room base and part
         self.seen: Counter[str] = Counter()
 
     def new_base(self) -> str:
@@ -121,12 +125,12 @@ class Schedule:
                     self.running.pop(room, None)
                 case Probe(url):
                     assert self.models[url].probed_at == math.inf, "two probes at once"
-                    self.models[url].probed_at = self.now
+                    self.models[url].probed_at = self.models[url].looked_at = self.now
                 case GiveUp(base, code, reason):
                     assert reason and 400 <= code < 600
                     assert repeated or base not in self.over, "given up twice"
                     if not repeated:
-                        self.given_up(self.sent[base])
+                        self.given_up(self.sent[base], reason)
                 case Forget(base):
                     assert base not in self.over, "forgotten twice"
                     sent = self.sent[base]
@@ -150,6 +154,7 @@ class Schedule:
         assert self.now <= sent.deadline, "a post after the deadline"
         one = self.core.fleet.encoders[post.url]
         assert one.state is EncoderState.UP or one.failing, f"a post to an encoder that is {one.state.value}"
+        assert post.url in self.known, "a post to an encoder that is not listed any more"
         assert post.url not in sent.erred.get(post.part, ()), "a post to an encoder that failed to encode this part"
         lost_at = sent.lost.get((post.part, post.url))
         assert lost_at is None or self.models[post.url].sign_at >= lost_at, "a post without a sign of life"
@@ -160,7 +165,7 @@ class Schedule:
         """An encoder that loses one part after the other gets none for a while, if another can have it."""
         model, mine = self.models[post.url], {one.url for one in self.rooms.values() if one.part == post.part
                                               and one.room_base == post.room_base}  # fmt: skip
-        others = [one for one in self.core.fleet.encoders.values() if one.state is EncoderState.UP]
+        others = [one for one in self.core.fleet.encoders.values() if one.state is EncoderState.UP and one.listed]
         again = model.trial_of == sent.base  # several parts of one request are one trial
         if model.losses >= FAILURES_IN_A_ROW and not again and any(one.url not in mine for one in others):
             assert self.now >= model.rests_from + FIRST_TRIAL_SECONDS, "a part for an encoder that loses every part"
@@ -175,9 +180,15 @@ class Schedule:
             return self.now > max(sent.arrived.values()) + KEPT
         return any(self.now > sent.aborted.get(room, math.inf) + KEPT for room in sent.rooms)
 
-    def given_up(self, sent: Sent) -> None:
+    def given_up(self, sent: Sent, reason: str) -> None:
         self.seen["given up"] += 1
         sent.failed = True
+        if reason == NO_ENCODER:
+            since = min((at for (base, _), at in self.waits_since.items() if base == sent.base), default=self.now)
+            looked = all(
+                self.models[url].looked_at >= since and self.models[url].probed_at == math.inf for url in self.known
+            )
+            assert looked or self.now >= since + LOOK_SECONDS, "given up though an encoder may be back"
         used_up = any(sent.taken(part) >= self.tries for part in sent.tries)
         assert not self.steady or sent.blamed or used_up, "given up although an encoder was well all the time"
 
@@ -185,6 +196,9 @@ class Schedule:
 
     def check(self) -> None:
         core = self.core
+        for url in self.models.keys() - core.fleet.encoders.keys():  # nothing is known of it
+            model = self.models[url]
+            model.probed_at, model.losses, model.lost_at = math.inf, 0, -math.inf
         assert set(self.sent) - self.over == set(core.requests), "a request is forgotten, or not forgotten"
         at: dict[str, tuple[int, float]] = {}
         open_rooms, arrived = set(), set()
@@ -207,35 +221,37 @@ class Schedule:
                     arrived.add(part.tries[-1].room)
                 elif waits and self.now <= request.deadline:
                     waiting.append(part)
+        self.waits_since = {key: part.waits_since for key, (_, part) in core._waiting.items()}  # type: ignore[misc]
         assert open_rooms == set(core._open) and arrived == set(core._delivered)
         self.check_waiting(waiting)
         assert set(self.running) <= open_rooms, "nobody cancelled a post whose answer nobody waits for"
         assert all(key[0] in core.requests for key in core._waiting)
         for url, one in core.fleet.encoders.items():
+            assert url in self.known or one.load.parts, "an encoder without a part is kept, though it is not listed"
             count, work = at.get(url, (0, 0.0))
             assert one.load.parts == count and abs(one.load.work - work) < 1e-6, "the load is not that of the tries"
             assert not (count and one.state is EncoderState.DOWN), "a part stays with an encoder that is down"
 
     def check_waiting(self, waiting: list[Part]) -> None:
-        """A part waits only if no other encoder is up. Two parts with one try left share one only after a while."""
+        """A part waits only if no other encoder is up. Two parts with one chance left share one only after a while."""
         careful: dict[str, list[Part]] = {}
         for request in self.core.requests.values():
             for one in request.parts:
-                if one.current is not None and one.taken == self.tries > 1:
+                if one.current is not None and one.current.last_chance and one.taken > 1:
                     careful.setdefault(one.current.url, []).append(one)
         for sharing in careful.values():
             for later in sorted(sharing, key=lambda part: part.tries[-1].began)[1:]:
                 ended = later.tries[-2].ended
                 assert ended is not None and later.tries[-1].began >= ended + TURN_SECONDS, (
-                    "two parts with one try left share an encoder"
+                    "two parts with one chance left share an encoder"
                 )
         for part in waiting:
             not_for_it = {one.url for one in part.tries}
-            if 0 < part.taken == self.tries - 1:
+            left = set(self.known) - part.excluded
+            if part.taken and (part.taken == self.tries - 1 or (part.excluded and len(left) <= 1)):
                 not_for_it.update(careful)
-            assert not any(
-                one.state is EncoderState.UP and one.url not in not_for_it for one in self.core.fleet.encoders.values()
-            ), "a part waits although an encoder is up"
+            up = {one.url for one in self.core.fleet.encoders.values() if one.state is EncoderState.UP and one.listed}
+            assert up <= not_for_it, "a part waits although an encoder is up"
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -301,11 +317,8 @@ class Schedule:
             self.seen["lost after delivery"] += 1
         if verdict in LOSSES:
             sent.lost[post.part, post.url] = self.now
-            if verdict is not Verdict.DRAINS and post.url in self.known and self.posted_at[room] >= model.lost_at:
-                model.losses, model.lost_at = model.losses + 1, self.now
-                if model.losses == FAILURES_IN_A_ROW:
-                    model.rests_from, model.trial_of = self.now, ""
-                    self.seen["loses every part"] += 1
+            if verdict is not Verdict.DRAINS and post.url in self.core.fleet.encoders:
+                self.loses(model, self.posted_at[room])
             if verdict in (Verdict.REFUSED, Verdict.DRAINS) and self.tries > 1:
                 sent.refused.add((post.part, post.url))
         elif verdict is Verdict.ERROR:
@@ -320,6 +333,24 @@ class Schedule:
             sent.blamed = True
         elif verdict is Verdict.ABORTED:
             sent.aborted[room] = self.now
+
+    def loses(self, model: Model, posted_at: float) -> None:
+        if posted_at < model.lost_at:
+            return
+        model.losses, model.lost_at = model.losses + 1, self.now
+        if model.losses == FAILURES_IN_A_ROW:
+            model.rests_from, model.trial_of = self.now, ""
+            self.seen["loses every part"] += 1
+
+    def client_goes(self) -> None:
+        """The client of a request has gone."""
+        if self.core.requests:
+            base = self.chance.choice(list(self.core.requests))
+            self.note(f"the client of {base} has gone")
+            self.sent[base].failed = True
+            self.seen["client gone"] += 1
+            self.carry_out(self.core.client_gone(base, self.now))
+            assert base in self.over and self.core.client_gone(base, self.now) == []
 
     def again(self, room: str) -> None:
         """A late or second answer about ``room``."""
@@ -398,18 +429,26 @@ class Schedule:
         self.seen[name] += 1
 
     def know(self) -> None:
-        known = [url for url in URLS if self.models[url].steady or self.chance.random() < 0.8]
-        for url in set(self.known) - set(known):
-            model = self.models[url]
-            model.probed_at, model.losses, model.lost_at = math.inf, 0, -math.inf
-        self.known = known
-        self.note(f"known: {known}")
-        self.carry_out(self.core.know(known, self.now))
+        self.known = [url for url in URLS if self.models[url].steady or self.chance.random() < 0.8]
+        self.note(f"known: {self.known}")
+        self.carry_out(self.core.know(self.known, self.now))
 
     def tick(self) -> None:
         self.note("tick")
+        for base, request in self.core.requests.items():
+            if self.now > request.deadline and self.may_be_over(self.sent[base]):
+                for part in request.parts:
+                    room = self.sent[base].rooms[part.number]
+                    if room in self.running and self.posted_at[room] + PEER_TIMEOUT <= request.deadline:
+                        self.seen["not delivered by the deadline"] += 1
+                        self.loses(self.models[self.rooms[room].url], self.posted_at[room])
         self.carry_out(self.core.tick(self.now))
         assert not [base for base in self.core.requests if self.may_be_over(self.sent[base])], "an overdue request"
+        for request, part in self.core._waiting.values():
+            assert part.waits_since is not None
+            hopeless = not self.core.fleet.undecided and not self.core._placement.able(part, self.now)
+            waited = self.now - part.waits_since - self.wait
+            assert not hopeless or waited < LOOK_SECONDS or self.now > request.deadline, "a part waits for nothing"
         for one in self.core.fleet.encoders.values():
             assert one.probing or one.probe_at > self.now or not one.doubted, "a doubted encoder is not probed"
 
@@ -428,9 +467,9 @@ class Schedule:
                 self.step(self.probe_ends)
         events = [
             *[self.request] * 4, *[self.answer] * 5, *[self.probe_ends] * 4, *[self.status] * 2,
-            *[self.tick] * 2, self.late, self.room_fails, self.fault, self.fault, self.know,
+            *[self.tick] * 2, self.late, self.room_fails, self.fault, self.fault, self.client_goes, self.know,
         ]  # fmt: skip
-        weights = [1.0] * (len(events) - 1) + [0.3]
+        weights = [1.0] * (len(events) - 2) + [0.3, 0.3]
         for event in self.chance.choices(events, weights, k=steps):
             self.step(event)
             self.core.report(self.now)

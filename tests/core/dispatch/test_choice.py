@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from sglang_mm_conn.core.dispatch import choice
-from sglang_mm_conn.core.dispatch.choice import BUSY_BOUND, PART_SECONDS, Candidate, Chooser, Item, Share
+from sglang_mm_conn.core.dispatch.choice import BUSY_BOUND_OF_KEPT, PART_SECONDS, Candidate, Chooser, Item, Share
 
 URLS = [f"http://encoder-{number}:30000" for number in range(4)]
 
@@ -125,12 +125,12 @@ def test_a_kept_item_is_encoded_elsewhere_while_its_encoder_is_too_busy() -> Non
     chooser = Chooser()
     (item,) = keyed(1)
     (home,) = chooser.share_out([item], candidates(0, 0, 0, 0, caches=True))
-    for backlog in (1.0, BUSY_BOUND - 1.1):  # it finishes not much later than the others would
+    for backlog in (1.0, BUSY_BOUND_OF_KEPT - 1.1):  # it finishes not much later than the others would
         some = candidates(0, 0, 0, 0, caches=True)
         next(one for one in some if one.url == home.url).backlog = backlog
         assert chooser.share_out([item], some) == [home]
     some = candidates(5, 5, 5, 5, caches=True)
-    next(one for one in some if one.url == home.url).backlog = 6 * BUSY_BOUND
+    next(one for one in some if one.url == home.url).backlog = 7 * BUSY_BOUND_OF_KEPT
     (other,) = chooser.share_out([item], some)
     assert other.url != home.url
     # This once: its home still keeps it.

@@ -18,8 +18,8 @@ from sglang_mm_conn.core.dispatch.actions import (
     Redispatched,
 )
 from sglang_mm_conn.core.dispatch.choice import Item
-from sglang_mm_conn.core.dispatch.dispatcher import NO_ENCODER
-from sglang_mm_conn.core.dispatch.fleet import FAILURES_IN_A_ROW, EncoderStatus
+from sglang_mm_conn.core.dispatch.dispatcher import LOOK_SECONDS, NO_ENCODER
+from sglang_mm_conn.core.dispatch.encoders import FAILURES_IN_A_ROW, EncoderStatus
 from sglang_mm_conn.core.dispatch.requests import ABORTED_SECONDS, DELIVERED_SECONDS
 from sglang_mm_conn.core.dispatch.verdicts import Verdict
 from sglang_mm_conn.core.states import EncoderState
@@ -245,6 +245,8 @@ def test_no_code_of_a_transfer_is_told_the_client_as_its_own_fault(verdict: Verd
         base = driver.dispatch()
         for _ in range(tries):
             driver.answer(driver.at(base).room, verdict, code=404 if verdict is Verdict.LOST else 0)
+        for url in (A, B):
+            driver.absent(url)
         (give_up,) = [one for one in driver.news_of(base) if isinstance(one, GiveUp)]
         assert give_up.code in (502, 503)
 
@@ -574,7 +576,79 @@ def test_with_no_encoder_left_the_client_is_told_at_once_to_come_again() -> None
     driver = Driver(A)
     base = driver.dispatch()
     driver.answer(driver.at(base).room, Verdict.REFUSED)
+    driver.absent(A)  # it may have come back in this moment
     assert driver.news == [GiveUp(base, 503, NO_ENCODER)]
+
+
+def test_an_encoder_that_is_back_is_noticed_before_a_request_is_given_up() -> None:
+    driver = down(A, B)
+    driver.tick(0.1)
+    base = driver.dispatch()
+    assert driver.news == [] and sorted(driver.probes) == [A, B]
+    driver.absent(B)
+    driver.well(A)
+    assert driver.at(base).url == A and driver.core.given_up == 0
+
+
+def test_a_look_at_encoders_that_do_not_answer_takes_no_longer_than_half_a_second() -> None:
+    driver = down(A, B)
+    driver.tick(0.1)
+    base = driver.dispatch()
+    driver.absent(A)
+    driver.tick(LOOK_SECONDS - 0.01)
+    assert driver.news == []
+    driver.tick(0.02)
+    assert driver.news == [GiveUp(base, 503, NO_ENCODER)]
+    assert len(driver.probes) == 0 or driver.probes.count(B) == 1, "one look is enough"
+
+
+def test_an_encoder_that_holds_parts_until_their_deadline_is_blamed() -> None:
+    driver = Driver(A, B)
+    for _ in range(FAILURES_IN_A_ROW):
+        driver.core.fleet.encoders[B].load.add(9.0, driver.now)  # so that A is chosen
+        driver.dispatch(seconds=30.0)
+        driver.tick(36.0)
+        driver.core.fleet.encoders[B].load.remove(9.0)
+        driver.well(B)
+        driver.well(A)
+    assert driver.state(A) is EncoderState.SUSPECT and "deadline" in driver.core.fleet.encoders[A].reason
+
+
+def test_a_part_that_was_posted_shortly_before_its_deadline_blames_nobody() -> None:
+    driver = Driver(A)
+    for _ in range(FAILURES_IN_A_ROW):
+        driver.dispatch(seconds=5.0)
+        driver.tick(11.0)
+        driver.well(A)
+    assert driver.state(A) is EncoderState.UP and driver.core.fleet.encoders[A].failed == 0
+
+
+def test_a_part_leaves_an_encoder_that_was_taken_off_the_list_and_falls_silent() -> None:
+    driver = Driver(A)
+    base = driver.dispatch()
+    driver.status(A)
+    driver.know(B)
+    driver.well(B)
+    assert driver.at(driver.dispatch()).url == B
+    driver.status(A, connected=False, silences=1)
+    assert driver.at(base).url == B and A not in driver.core.fleet.encoders
+
+
+def test_parts_whose_batch_failed_do_not_share_their_last_encoder() -> None:
+    driver = Driver(A, B)
+    driver.core.fleet.encoders[B].load.add(99.0, driver.now)  # so that A is chosen
+    bases = [driver.dispatch() for _ in range(3)]
+    assert {driver.at(base).url for base in bases} == {A}
+    driver.core.fleet.encoders[B].load.remove(99.0)
+    driver.tick(0.1)
+    for base in bases:  # one image makes the whole batch fail
+        driver.answer(driver.at(base).room, Verdict.ERROR)
+    assert driver.core.fleet.encoders[A].errors == 1
+    assert [bool(driver.news_of(base)) for base in bases] == [True, False, False]
+    driver.answer(driver.at(bases[0]).room, Verdict.ERROR)
+    assert isinstance(driver.news_of(bases[0])[-1], GiveUp) and driver.at(bases[1]).url == B
+    driver.answer(driver.at(bases[1]).room, Verdict.DELIVERED)
+    assert driver.at(bases[2]).url == B
 
 
 def test_without_any_encoder_a_request_is_answered_too() -> None:

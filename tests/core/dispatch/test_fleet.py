@@ -8,18 +8,15 @@ from collections.abc import Callable
 
 import pytest
 
-from sglang_mm_conn.core.dispatch.fleet import (
+from sglang_mm_conn.core.dispatch.encoders import (
     FAILURES_IN_A_ROW,
     FIRST_PROBE_SECONDS,
     FIRST_TRIAL_SECONDS,
-    MOST_PROBE_SECONDS,
-    MOST_TRIAL_SECONDS,
-    QUIET_SECONDS,
     Encoder,
     EncoderStatus,
-    Fleet,
     StateChange,
 )
+from sglang_mm_conn.core.dispatch.fleet import MOST_PROBE_SECONDS, MOST_TRIAL_SECONDS, QUIET_SECONDS, Fleet
 from sglang_mm_conn.core.states import EncoderState
 
 A, B = "http://a:1", "http://b:1"
@@ -102,7 +99,7 @@ def test_events_about_unknown_encoders_change_nothing() -> None:
     assert well(fleet, B) == []
     assert fleet.probe_failed(B, "", silent=False, now=102.0) == []
     assert fleet.reported_one(EncoderStatus(B, True), 1.0) == []
-    assert fleet.delivered(B, 1.0) == fleet.erred(B, "", 1.0) == lost(fleet, DOWN, "", B) == []
+    assert fleet.delivered(B, 1.0) == fleet.erred(B, "", began=1.0, now=1.0) == lost(fleet, DOWN, "", B) == []
     fleet.posted(B, 1.0)
     fleet.probe_now(B)
     assert list(fleet.encoders) == [A] and fleet.encoders[A].state is UP
@@ -288,7 +285,7 @@ def test_an_answer_in_between_begins_the_silence_anew() -> None:
     answers: list[Callable[[Fleet], object]] = [
         lambda fleet: fleet.probed(A, draining=False, prefix_cache=False, now=108.0),
         lambda fleet: fleet.delivered(A, 108.0),
-        lambda fleet: fleet.erred(A, "out of memory", 108.0),
+        lambda fleet: fleet.erred(A, "out of memory", began=108.0, now=108.0),
         lambda fleet: (report(fleet, 108.0, connected=False), report(fleet, 108.0)),
     ]
     for answer in answers:
@@ -479,7 +476,7 @@ def failing(now: float = 100.0) -> tuple[Fleet, Encoder]:
     fleet.due_probes(now)
     well(fleet, B, now)
     for _ in range(FAILURES_IN_A_ROW):
-        fleet.erred(A, "out of memory", now)
+        fleet.erred(A, "out of memory", began=now, now=now)
     assert one.state is SUSPECT and one.failing
     return fleet, one
 
@@ -488,13 +485,13 @@ def test_errors_in_a_row_make_suspect_and_an_embedding_in_between_does_not() -> 
     fleet, one = fleet_of(UP)
     for _ in range(5):
         for _ in range(FAILURES_IN_A_ROW - 1):
-            assert fleet.erred(A, "out of memory", 100.0) == []
+            assert fleet.erred(A, "out of memory", began=100.0, now=100.0) == []
         assert fleet.delivered(A, 100.0) == []
     for _ in range(FAILURES_IN_A_ROW - 1):
-        fleet.erred(A, "out of memory", 100.0)
-    (change,) = fleet.erred(A, "out of memory", 100.0)
+        fleet.erred(A, "out of memory", began=100.0, now=100.0)
+    (change,) = fleet.erred(A, "out of memory", began=100.0, now=100.0)
     assert change.new is SUSPECT and "out of memory" in change.reason
-    assert fleet.erred(A, "out of memory", 100.0) == []
+    assert fleet.erred(A, "out of memory", began=100.0, now=100.0) == []
     assert one.failed == 5 * (FAILURES_IN_A_ROW - 1) + FAILURES_IN_A_ROW + 1
 
 
@@ -506,7 +503,7 @@ def test_an_encoder_that_fails_gets_one_trial_at_growing_intervals() -> None:
         if A in usable(fleet, now):
             times.append(now)
             fleet.posted(A, now)
-            fleet.erred(A, "out of memory", now)
+            fleet.erred(A, "out of memory", began=now, now=now)
     gaps = [after - before for before, after in itertools.pairwise(times)]
     assert times[0] == pytest.approx(100.0 + FIRST_TRIAL_SECONDS)
     assert gaps[:5] == pytest.approx([2, 4, 8, 16, 32], abs=0.11)
@@ -520,7 +517,7 @@ def test_an_encoder_whose_last_error_came_while_it_was_not_up_gets_its_trial(sta
     fleet.due_probes(100.0)
     well(fleet, B, 100.0)
     for _ in range(FAILURES_IN_A_ROW):
-        fleet.erred(A, "out of memory", 100.0)
+        fleet.erred(A, "out of memory", began=100.0, now=100.0)
     well(fleet, A, 101.0)
     assert usable(fleet, 101.0) == [B] and usable(fleet, 100.0 + FIRST_TRIAL_SECONDS) == [B, A]
 
@@ -540,7 +537,7 @@ def test_a_trial_that_succeeds_makes_up_again() -> None:
     fleet.posted(A, 102.0)
     assert states(fleet.delivered(A, 103.0)) == [UP] and not one.failing
     for _ in range(FAILURES_IN_A_ROW):
-        fleet.erred(A, "again", 104.0)
+        fleet.erred(A, "again", began=104.0, now=104.0)
     assert one.trial_at == 104.0 + FIRST_TRIAL_SECONDS
 
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from sglang_mm_conn.core.dispatch import reports
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.dispatch.reports import (
     MOST_BYTES,
     EncoderStatuses,

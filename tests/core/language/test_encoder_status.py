@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_mm_conn.core.actions import EncoderRefused
-from sglang_mm_conn.core.dispatch.fleet import EncoderStatus
+from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.language.registration import FORGET_SECONDS, Registrations
 from sglang_mm_conn.core.messages import Heartbeat, RefusalKind, Refused
 from tests.core.language.test_registration import OTHER, PEER_TIMEOUT, URL, grant, known, made, ready
