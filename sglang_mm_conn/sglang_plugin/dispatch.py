@@ -29,7 +29,7 @@ from sglang_mm_conn.core.rooms import new_room_base
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation
-from sglang_mm_conn.sglang_plugin.redispatch import error_request, redispatch_request
+from sglang_mm_conn.sglang_plugin.redispatch import news_request
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,8 @@ class RoomDispatcher(MMReceiverHTTP):
         self._seconds = float(envs.SGLANG_ENCODER_RECV_TIMEOUT.get())
         settings = Settings.from_env(os.environ)
         self.endpoint = DispatcherEndpoint(
-            settings, server=self._server, report_address=os.environ.get(REPORTS_ENV) or None
+            settings, server=self._server, report_address=os.environ.get(REPORTS_ENV) or None, urls=self._urls
         )
-        self.endpoint.know(self._urls())
 
     def _urls(self) -> list[str]:
         """The encoders of ``--encoder-urls``, for good, and those that are registered now."""
@@ -86,7 +85,6 @@ class RoomDispatcher(MMReceiverHTTP):
             raise ValueError(
                 "a batch of prompts with images (or n above 1) cannot be sent to encoders: send one prompt with n=1"
             )
-        self.endpoint.know(urls)
         room_base = new_room_base(self._server)
         with_keys = self.endpoint.caches_items
         items = [
@@ -127,9 +125,15 @@ class RoomDispatcher(MMReceiverHTTP):
 
 def _tell(rid: str, tell: Tell | None, news: Redispatched | GiveUp) -> None:
     """Send ``news`` of the request ``rid`` to its scheduler."""
-    if tell is None:
-        return
-    tell(redispatch_request(rid, news) if isinstance(news, Redispatched) else error_request(rid, news))
+    if tell is not None:
+        tell(news_request(rid, news))
+
+
+def forget_requests(result: None, self: Any, request_states: dict[str, Any]) -> None:
+    """After ``_release_req_states_on_failure`` of the tokenizer manager: nobody waits for these requests any more."""
+    dispatcher = getattr(self, "mm_receiver", None)
+    if isinstance(dispatcher, RoomDispatcher):
+        dispatcher.endpoint.clients_gone(list(request_states))
 
 
 async def report_encoders(original: Callable[[Any], Awaitable[list[Any]]], self: Any) -> list[Any]:

@@ -49,6 +49,13 @@ HOOKS = (
         ("self",),
         f"{_PLUGIN}.dispatch:report_encoders",
     ),
+    # The tokenizer process: a request has failed, or its client has gone.
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._release_req_states_on_failure",
+        ("self", "request_states"),
+        f"{_PLUGIN}.dispatch:forget_requests",
+        "AFTER",
+    ),
     # Loads the encoder's model.
     Hook(
         f"{_ENCODER}.server.MMEncoder.__init__",

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import select
 import threading
 from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
@@ -57,10 +58,13 @@ class DpWorkers:
         return [self._arrived[rank] for rank in ranks]
 
     def tell(self, notice: Notice) -> None:
-        """A worker that has not started yet finds the notice when it has."""
+        """A worker that has not started yet finds the notice when it has. Never waits: one that died reads nothing."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # it has died
-                pipe.send_bytes(msgspec.json.encode(notice))
+                writable = select.poll()
+                writable.register(pipe, select.POLLOUT)
+                if writable.poll(0):
+                    pipe.send_bytes(msgspec.json.encode(notice))
 
 
 def replace_spawn_targets(dp_size: int) -> DpWorkers:

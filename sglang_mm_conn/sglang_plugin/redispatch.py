@@ -10,38 +10,31 @@ import msgspec
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
 
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
-from sglang_mm_conn.core.outcomes import known_http_status
 
-_PREFIX = "conn_multimodal redispatch "
+_PREFIX = "conn_multimodal "
+
+
+class _News(msgspec.Struct, frozen=True):
+    """One of the two."""
+
+    redispatched: Redispatched | None = None
+    given_up: GiveUp | None = None
+
+
 # Made at import: see the hazard in control.bootstrap.
-_DECODER = msgspec.json.Decoder(Redispatched)
+_DECODER = msgspec.json.Decoder(_News)
 
 
-def redispatch_request(rid: str, news: Redispatched) -> EncoderDispatchErrorReq:
+def news_request(rid: str, news: Redispatched | GiveUp) -> EncoderDispatchErrorReq:
     """``news`` of the request ``rid`` as a message of sglang."""
-    text = _PREFIX + msgspec.json.encode(news).decode()
-    return EncoderDispatchErrorReq(rid=rid, error_msg=text, error_code=0)
+    found = _News(redispatched=news) if isinstance(news, Redispatched) else _News(given_up=news)
+    return EncoderDispatchErrorReq(rid=rid, error_msg=_PREFIX + msgspec.json.encode(found).decode(), error_code=0)
 
 
-def error_request(rid: str, news: GiveUp) -> EncoderDispatchErrorReq:
-    """``news`` of the request ``rid`` as a message of sglang. Its text begins with the room base: a later request may
-    have the same id. The scheduler takes it off again."""
-    return EncoderDispatchErrorReq(
-        rid=rid, error_msg=f"{news.room_base} {news.reason}", error_code=known_http_status(news.code)
-    )
-
-
-def error_of(message: EncoderDispatchErrorReq, room_base: str) -> EncoderDispatchErrorReq | None:
-    """``message`` as the client gets it; None if it is about another request than that of ``room_base``."""
-    about, _, reason = message.error_msg.partition(" ")
-    if about != room_base:
-        return None
-    return EncoderDispatchErrorReq(rid=message.rid, error_msg=reason, error_code=message.error_code)
-
-
-def redispatched(message: EncoderDispatchErrorReq) -> Redispatched | None:
+def news_in(message: EncoderDispatchErrorReq) -> Redispatched | GiveUp | None:
     """The news in ``message``; None if it is an error, as sglang meant it."""
     # No error has the code 0. So what an encoder's words look like, with which an error may begin, does not matter.
     if message.error_code != 0 or not message.error_msg.startswith(_PREFIX):
         return None
-    return _DECODER.decode(message.error_msg[len(_PREFIX) :])
+    found = _DECODER.decode(message.error_msg[len(_PREFIX) :])
+    return found.redispatched or found.given_up

@@ -26,7 +26,7 @@ from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
 from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.control.reports import ReportSender
-from sglang_mm_conn.core.dispatch.actions import Redispatched
+from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.dispatch.reports import EncoderStatuses, Report
 from sglang_mm_conn.core.dispatch.waiting import WaitingParts
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
@@ -40,7 +40,7 @@ from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, split_room
 from sglang_mm_conn.sglang_plugin.idle import wake_on
 from sglang_mm_conn.sglang_plugin.internals import extend_internal_state, widest_row
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation, uses_connector
-from sglang_mm_conn.sglang_plugin.redispatch import error_of, redispatched
+from sglang_mm_conn.sglang_plugin.redispatch import news_in
 
 # So long a rank that cannot ask the dispatcher waits for its decision about a room that has failed on this rank.
 _PATIENCE_SECONDS = 10.0
@@ -63,6 +63,18 @@ def ready_first(requests: list[Any], received: list[Any]) -> list[Any]:
     """
     new = {id(request) for request in received}
     return sorted(requests, key=lambda request: id(request) in new)
+
+
+def split_news(recv_reqs: list[Any]) -> tuple[list[Any], list[Redispatched | GiveUp]]:
+    """``recv_reqs`` without the news of dispatchers, and the news."""
+    received, news = [], []
+    for request in recv_reqs:
+        found = news_in(request) if isinstance(request, EncoderDispatchErrorReq) else None
+        if found is None:
+            received.append(request)
+        else:
+            news.append(found)
+    return received, news
 
 
 class SchedulerReceiver(MMReceiverHTTP):
@@ -122,38 +134,29 @@ class SchedulerReceiver(MMReceiverHTTP):
             wake_on(self.scheduler, completions.fileno(), lambda: bool(self.waiting_list))
             # Part of `internal_states` in GET /server_info.
             extend_internal_state(self.scheduler, BACKEND, self.manager.language_endpoint.report)
-        received, news = self._without_news(recv_reqs)
+        received, news = split_news(recv_reqs)
         requests, aborted = self._process_waiting_requests(
             received, WaitingEmbeddingRequest, manager=self.manager,
             report=None if self._reports is None else self._reports.send,
         )  # fmt: skip
-        for rid, redispatch in news:  # afterwards, because the request itself may have come in this tick
-            waiting = self.waiting_by_rid.get(rid)
-            if waiting is not None and waiting.room_base == redispatch.room_base:
-                waiting.redispatch(redispatch)
+        for one in news:  # afterwards, because the request itself may have come in this tick
+            self._heed(one)
+        if news:
+            completions.notify()  # the next tick must come at once
         if any(request.status == WaitingMMRequestStatus.SUCCESS for request in self.waiting_list):
             # Another rank still waits, and nothing will notify this one when that rank is done: poll again at once.
             completions.notify()
         return ready_first(requests, received), aborted
 
-    def _without_news(self, recv_reqs: list[Any]) -> tuple[list[Any], list[tuple[str, Redispatched]]]:
-        """``recv_reqs`` without the news of dispatchers and without errors of earlier requests with the same id, and
-        the news, each with the id of its request."""
-        if not any(isinstance(request, EncoderDispatchErrorReq) for request in recv_reqs):
-            return recv_reqs, []
-        bases = {rid: waiting.room_base for rid, waiting in self.waiting_by_rid.items()}
-        received, news = [], []
-        for request in recv_reqs:
-            if not isinstance(request, EncoderDispatchErrorReq):
-                urls = getattr(request, "encoder_urls", None)
-                if urls:
-                    bases[request.rid] = split_room(urls[0])[1]
-                received.append(request)
-            elif (found := redispatched(request)) is not None:
-                news.append((request.rid, found))
-            elif (error := error_of(request, bases.get(request.rid, ""))) is not None:
-                received.append(error)
-        return received, news
+    def _heed(self, news: Redispatched | GiveUp) -> None:
+        """Requests are found by their room base: a later one, or one of another tokenizer process, may have the same
+        id."""
+        for waiting in self.waiting_list:
+            if waiting.room_base == news.room_base:
+                if isinstance(news, Redispatched):
+                    waiting.redispatch(news)
+                else:
+                    waiting.give_up(news)
 
     def create_req(self, recv_req: Any) -> Any:
         # In sglang 0.5.23 an aborted request without input ids ends the whole server (its output calls len(None)).
@@ -225,6 +228,11 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self._assembly = self.recv_embedding_data = None
         self.recv_req.mm_inputs, self.recv_req.input_ids = None, self._prompt
         self.status = WaitingMMRequestStatus.PENDING
+
+    def give_up(self, news: GiveUp) -> None:
+        """The dispatcher has given the request up."""
+        if self.status == WaitingMMRequestStatus.PENDING:
+            self._fail_and_release(news.reason, news.code)
 
     def _try_recv_mm_data(self) -> None:
         """Called every tick. Copies nothing large: parts are joined on another thread."""

@@ -69,6 +69,17 @@ def test_an_order_reaches_the_heartbeats_of_the_process_that_holds_the_embedding
     assert endpoint.failed == [("drained", 503)]
 
 
+def test_a_data_parallel_worker_that_reads_nothing_does_not_hold_up_the_server() -> None:
+    pipes = [multiprocessing.Pipe() for _ in range(2)]
+    workers = DpWorkers([ours for ours, _ in pipes])
+    for number in range(2000):  # more than a pipe holds
+        workers.tell(Notice(number % 2 == 0))
+        pipes[1][1].recv_bytes()
+    for pair in pipes:
+        for pipe in pair:
+            pipe.close()
+
+
 def test_data_parallel_workers_are_told_and_count_their_own_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
     pipes = [multiprocessing.Pipe() for _ in range(2)]
     workers = DpWorkers([ours for ours, _ in pipes])

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
@@ -73,9 +73,16 @@ class DispatcherEndpoint:
         *,
         server: str,
         report_address: str | None,
+        urls: Callable[[], Sequence[str]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``server``: incarnation of the language server. ``report_address``: of its scheduler's ReportSender.
+        """
+        Args:
+            settings: those of the dispatch, and of the security.
+            server: incarnation of the language server.
+            report_address: of its scheduler's ReportSender.
+            urls: the encoders that there are now; any thread may call it.
+            clock: seconds, monotonic.
 
         Raises SettingError if the deployment's key cannot be read.
         """
@@ -90,6 +97,7 @@ class DispatcherEndpoint:
         self._report_address = report_address
         self._clock = clock
         self._lock = threading.Lock()
+        self._list_urls = urls
         self._urls: tuple[str, ...] = ()
         self._dispatched: dict[str, Dispatched] = {}  # by room base
         self._over: OrderedDict[str, Dispatched] = OrderedDict()
@@ -103,9 +111,9 @@ class DispatcherEndpoint:
 
     # -- any thread ----------------------------------------------------------------------------------------------
 
-    def know(self, urls: Sequence[str]) -> None:
-        """Exactly the encoders at ``urls`` are known from now on."""
-        known = tuple(urls)
+    def look_at_list(self) -> None:
+        """Encoders may have come or gone."""
+        known = tuple(self._list_urls())
         if known != self._urls:
             self._urls = known
             self._perform_later(lambda now: self.core.know(known, now))
@@ -114,12 +122,17 @@ class DispatcherEndpoint:
         self, rid: str, room_base: str, items: Sequence[Item], seconds: float, dispatched: Dispatched
     ) -> list[tuple[str, Part]]:
         """Dispatch ``items`` (those of one modality together) within ``seconds``. Returns (URL, part) in order."""
+        self.look_at_list()
         now = self._clock()
         with self._lock:
             placed, actions = self.core.dispatch(rid, room_base, items, now + seconds, now)
             self._dispatched[room_base] = dispatched
             self._hand_over(actions)
         return placed
+
+    def clients_gone(self, rids: Collection[str]) -> None:
+        """Nobody waits for the requests with these ids any more."""
+        self._perform_later(partial(self.core.clients_gone, rids))
 
     @property
     def caches_items(self) -> bool:
@@ -178,6 +191,7 @@ class DispatcherEndpoint:
 
     async def _tick(self) -> None:
         while True:
+            self.look_at_list()
             self._perform_later(self.core.tick)
             await asyncio.sleep(_TICK_SECONDS)
 

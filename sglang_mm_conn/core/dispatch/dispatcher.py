@@ -15,7 +15,7 @@ Pure; time is an argument. Every event returns actions, to be carried out in ord
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from http import HTTPStatus
 
 from sglang_mm_conn.core.dispatch.actions import (
@@ -131,10 +131,12 @@ class DispatchCore:
         self.fleet.know(urls)
         return self._settle([], now)
 
-    def client_gone(self, room_base: str, now: float) -> list[DispatchAction]:
-        """Nobody waits for the request any more."""
-        request = self.requests.get(room_base)
-        return [] if request is None else [*self._finish(request), *self._settle([], now)]
+    def clients_gone(self, rids: Collection[str], now: float) -> list[DispatchAction]:
+        """Nobody waits for the requests with these ids any more."""
+        actions: list[DispatchAction] = []
+        for request in [one for one in self.requests.values() if one.rid in rids]:
+            actions += self._finish(request)
+        return actions + self._settle([], now)
 
     def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[DispatchAction]:
         """The encoder has answered a Probe."""

@@ -78,9 +78,11 @@ class Server:
 
     def __init__(self, *encoders: FakeEncoder | str, report_address: str | None = None, **settings: str) -> None:
         names = {f"SGLANG_MM_CONN_{name.upper()}": value for name, value in settings.items()}
-        self.endpoint = DispatcherEndpoint(Settings.from_env(names), server=SERVER, report_address=report_address)
         self.urls = [one if isinstance(one, str) else one.url for one in encoders]
-        self.endpoint.know(self.urls)
+        self.endpoint = DispatcherEndpoint(
+            Settings.from_env(names), server=SERVER, report_address=report_address, urls=lambda: self.urls
+        )
+        self.endpoint.look_at_list()
 
     def state(self, encoder: FakeEncoder | str) -> str:
         url = encoder if isinstance(encoder, str) else encoder.url
@@ -463,12 +465,25 @@ def test_encoders_come_and_go_while_the_dispatcher_runs(encoder: MakeEncoder, se
     dispatcher = server(one)
     dispatcher.wait_until_up()
     probes = one.probes
-    dispatcher.endpoint.know([one.url])  # nothing new
-    dispatcher.urls = [other.url]
-    dispatcher.endpoint.know([other.url])
+    dispatcher.urls = [other.url]  # no request tells the dispatcher
+    wait_for(lambda: list(dispatcher.endpoint.core.fleet.encoders) == [other.url], "the dispatcher to look at the list")
     dispatcher.wait_until_up()
     dispatcher.wait_until_over(dispatcher.send())
     assert len(other.bodies) == 1 and one.bodies == [] and one.probes == probes
+
+
+def test_a_part_whose_client_has_gone_leaves_its_encoder(encoder: MakeEncoder, server: Any) -> None:
+    one = encoder(hang)
+    dispatcher = server(one)
+    dispatcher.wait_until_up()
+    request = dispatcher.send()
+    wait_for(lambda: one.bodies, "the post")
+    dispatcher.endpoint.clients_gone(["another"])
+    assert request.room_base in dispatcher.endpoint._dispatched
+    dispatcher.endpoint.clients_gone(["rid"])
+    dispatcher.wait_until_over(request)
+    wait_for(lambda: one.left == 1, "the connection to end")
+    assert request.news == []
 
 
 def test_keys_of_items_are_needed_once_an_encoder_keeps_embeddings(encoder: MakeEncoder, server: Any) -> None:
@@ -508,7 +523,8 @@ def test_close_ends_the_thread_and_what_it_has_under_way(encoder: MakeEncoder, r
     wait_for(lambda: one.left == 2, "the connections to end")
     dispatcher.endpoint.close()
     dispatcher.send()  # nobody carries it out, and nothing fails
-    dispatcher.endpoint.know([])
+    dispatcher.urls = []
+    dispatcher.endpoint.look_at_list()
 
 
 def test_a_dispatcher_may_be_closed_at_once(reports: Scheduler) -> None:

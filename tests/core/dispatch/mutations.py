@@ -77,7 +77,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_serve", ("now < part.waits_since + LOOK_SECONDS", "True")
     ),
     "a request whose client has gone is posted no more": change(
-        DispatchCore, "client_gone", ("if request is None", "if True")
+        DispatchCore, "clients_gone", ("actions += self._finish(request)", "pass")
     ),
     "a try that is over is open no more": change(
         DispatchCore, "answered", ("found = self._open.get(room)", "found = self._open.get(room) or next(\n"

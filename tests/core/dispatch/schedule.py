@@ -267,7 +267,7 @@ class Schedule:
         deadline = self.now + self.chance.choice((4.0, 30.0, 60.0))
         # The scheduler learns of it before any news.
         self.sent[base] = Sent(base, deadline, [part_room(base, part) for part in range(len(items))])
-        placed, actions = self.core.dispatch("rid", base, items, deadline, self.now)
+        placed, actions = self.core.dispatch(f"rid of {base}", base, items, deadline, self.now)
         assert [part.number for _, part in placed] == [*range(len(placed))]
         assert sum(part.count for _, part in placed) == len(items)
         assert all(part.of == len(placed) for _, part in placed)
@@ -349,8 +349,8 @@ class Schedule:
             self.note(f"the client of {base} has gone")
             self.sent[base].failed = True
             self.seen["client gone"] += 1
-            self.carry_out(self.core.client_gone(base, self.now))
-            assert base in self.over and self.core.client_gone(base, self.now) == []
+            self.carry_out(self.core.clients_gone([f"rid of {base}", "another"], self.now))
+            assert base in self.over
 
     def again(self, room: str) -> None:
         """A late or second answer about ``room``."""
