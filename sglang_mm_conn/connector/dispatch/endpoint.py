@@ -113,10 +113,14 @@ class DispatcherEndpoint:
 
     def look_at_list(self) -> None:
         """Encoders may have come or gone."""
+        self._perform_later(self._look_at_list)
+
+    def _look_at_list(self, now: float) -> list[DispatchAction]:
         known = tuple(self._list_urls())
-        if known != self._urls:
-            self._urls = known
-            self._perform_later(lambda now: self.core.know(known, now))
+        if known == self._urls:
+            return []
+        self._urls = known
+        return self.core.know(known, now)
 
     def dispatch(
         self, rid: str, room_base: str, items: Sequence[Item], seconds: float, dispatched: Dispatched
