@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,11 @@ from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
 from sglang_mm_conn.core.dispatch.requests import Part
 from sglang_mm_conn.core.errors import ConnError
-from sglang_mm_conn.core.rooms import new_room_base
+from sglang_mm_conn.core.rooms import new_room_base, part_room
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation
-from sglang_mm_conn.sglang_plugin.redispatch import news_request
+from sglang_mm_conn.sglang_plugin.news import PromptComes, PromptOver, news_request
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class RoomDispatcher(MMReceiverHTTP):
         """Start the dispatch of the items of ``obj`` to the encoders.
 
         Returns the event that sglang sets once it has sent the request to the scheduler, or None without items or
-        encoders. Raises ValueError for a batch of prompts.
+        encoders.
         """
         media = self._extract_url_data(obj)
         urls = self._urls()
@@ -81,10 +81,6 @@ class RoomDispatcher(MMReceiverHTTP):
                 logger.warning("No encoder is registered: request %s is processed without one", obj.rid)
             obj.need_wait_for_mm_inputs = False
             return None
-        if not obj.is_single:
-            raise ValueError(
-                "a batch of prompts with images (or n above 1) cannot be sent to encoders: send one prompt with n=1"
-            )
         room_base = new_room_base(self._server)
         with_keys = self.endpoint.caches_items
         items = [
@@ -129,11 +125,44 @@ def _tell(rid: str, tell: Tell | None, news: Redispatched | GiveUp) -> None:
         tell(news_request(rid, news))
 
 
+def rooms_of(
+    room_base: str, encoder_urls: Sequence[str], num_items_assigned: Mapping[Modality, Sequence[int]]
+) -> list[tuple[str, str]]:
+    """(encoder URL, room) of each part, as the dispatcher numbers them."""
+    urls = [url for items in num_items_assigned.values()
+            for url, count in zip(encoder_urls, items, strict=False) if count]  # fmt: skip
+    return [(url, part_room(room_base, part)) for part, url in enumerate(urls)]
+
+
+def dispatch_each(original: Callable[[Any, Any], None], self: Any, obj: Any) -> None:
+    """Around ``_handle_epd_disaggregation_encode_request`` of the tokenizer manager, which knows no batches: dispatch
+    each prompt of a batch by itself. sglang makes a batch of a prompt with ``n`` above 1, too."""
+    if obj.is_single or not isinstance(getattr(self, "mm_receiver", None), RoomDispatcher):
+        original(self, obj)
+        return
+    samples = getattr(obj, "parallel_sample_num", 1)
+    for number in range(obj.batch_size):
+        prompt = obj[number]  # sglang uses this object from here on
+        prompt.is_single, prompt.batch_size = True, 1
+        original(self, prompt)
+        if samples > 1 and getattr(prompt, "encoder_urls", None):
+            plain, bases = zip(*map(split_room, prompt.encoder_urls), strict=True)
+            rooms = rooms_of(bases[0], plain, prompt.num_items_assigned)
+            # One more: the copy that generates nothing. All get ids of their own; this one is not heard of again.
+            self._dispatch_to_scheduler(news_request(prompt.rid, PromptComes(bases[0], prompt.rid, rooms, samples + 1)))
+            self.encoder_dispatch_ready.pop(prompt.rid).set()
+
+
 def forget_requests(result: None, self: Any, request_states: dict[str, Any]) -> None:
     """After ``_release_req_states_on_failure`` of the tokenizer manager: nobody waits for these requests any more."""
     dispatcher = getattr(self, "mm_receiver", None)
-    if isinstance(dispatcher, RoomDispatcher):
-        dispatcher.endpoint.clients_gone(list(request_states))
+    if not isinstance(dispatcher, RoomDispatcher):
+        return
+    dispatcher.endpoint.clients_gone(list(request_states))
+    bases = {split_room(urls[0])[1]: rid for rid, state in request_states.items()
+             if (urls := getattr(state.obj, "encoder_urls", None))}  # fmt: skip
+    for base, rid in bases.items():
+        self._dispatch_to_scheduler(news_request(rid, PromptOver(base)))
 
 
 async def report_encoders(original: Callable[[Any], Awaitable[list[Any]]], self: Any) -> list[Any]:

@@ -49,6 +49,12 @@ HOOKS = (
         ("self",),
         f"{_PLUGIN}.dispatch:report_encoders",
     ),
+    # The tokenizer process: dispatches the items of a request.
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_epd_disaggregation_encode_request",
+        ("self", "obj"),
+        f"{_PLUGIN}.dispatch:dispatch_each",
+    ),
     # The tokenizer process: a request has failed, or its client has gone.
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._release_req_states_on_failure",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from array import array
@@ -11,39 +12,34 @@ from typing import Any
 
 import torch
 from sglang.srt.disaggregation.encoder.receiver import (
-    EmbeddingData,
     MMReceiverHTTP,
-    MultiModalEmbeddingData,
     WaitingMMRequestBase,
     WaitingMMRequestStatus,
-    calculate_modality_num_parts,
 )
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
-from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 
-from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode, EmbeddingReceiver
+from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode
 from sglang_mm_conn.control.http_exchange import normalized
 from sglang_mm_conn.control.reports import ReportSender
-from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
+from sglang_mm_conn.core.dispatch.actions import Redispatched
 from sglang_mm_conn.core.dispatch.reports import EncoderStatuses, Report
-from sglang_mm_conn.core.dispatch.waiting import WaitingParts
+from sglang_mm_conn.core.dispatch.verdicts import for_client, of_failure
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.outcomes import known_http_status
-from sglang_mm_conn.core.rooms import part_room
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.device import compute_device
-from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, split_room
+from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, rooms_of, split_room
 from sglang_mm_conn.sglang_plugin.idle import wake_on
 from sglang_mm_conn.sglang_plugin.internals import extend_internal_state, widest_row
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation, uses_connector
-from sglang_mm_conn.sglang_plugin.redispatch import news_in
+from sglang_mm_conn.sglang_plugin.news import News, PromptComes, PromptOver, news_in
+from sglang_mm_conn.sglang_plugin.prompts import Prompt, Prompts, RequestGivenUp
 
-# So long a rank that cannot ask the dispatcher waits for its decision about a room that has failed on this rank.
-_PATIENCE_SECONDS = 10.0
+logger = logging.getLogger(__name__)
 
 
 def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,8 +61,8 @@ def ready_first(requests: list[Any], received: list[Any]) -> list[Any]:
     return sorted(requests, key=lambda request: id(request) in new)
 
 
-def split_news(recv_reqs: list[Any]) -> tuple[list[Any], list[Redispatched | GiveUp]]:
-    """``recv_reqs`` without the news of dispatchers, and the news."""
+def split_news(recv_reqs: list[Any]) -> tuple[list[Any], list[News]]:
+    """``recv_reqs`` without the news of the tokenizer process, and the news."""
     received, news = [], []
     for request in recv_reqs:
         found = news_in(request) if isinstance(request, EncoderDispatchErrorReq) else None
@@ -113,10 +109,12 @@ class SchedulerReceiver(MMReceiverHTTP):
         )
         self._joined_scheduler = False
         self._reports: ReportSender | None = None
+        send: Callable[[Report], None] | None = None
         if self.tp_rank == 0 and os.environ.get(REPORTS_ENV):  # on the host of the dispatchers
             self._reports = ReportSender(os.environ[REPORTS_ENV])
-            send = self._reports.send
-            self.manager.language_endpoint.watch_encoders(lambda encoders: send(EncoderStatuses(encoders)))
+            send = tell = self._reports.send
+            self.manager.language_endpoint.watch_encoders(lambda encoders: tell(EncoderStatuses(encoders)))
+        self.prompts = Prompts(self.manager, self.model_type, send)
         for url in self.encode_urls:
             self.manager.language_endpoint.use_encoder(url)
 
@@ -135,12 +133,12 @@ class SchedulerReceiver(MMReceiverHTTP):
             # Part of `internal_states` in GET /server_info.
             extend_internal_state(self.scheduler, BACKEND, self.manager.language_endpoint.report)
         received, news = split_news(recv_reqs)
-        requests, aborted = self._process_waiting_requests(
-            received, WaitingEmbeddingRequest, manager=self.manager,
-            report=None if self._reports is None else self._reports.send,
-        )  # fmt: skip
-        for one in news:  # afterwards, because the request itself may have come in this tick
-            self._heed(one)
+        for coming in [one for one in news if isinstance(one, PromptComes)]:
+            self._heed(coming)
+        requests, aborted = self._process_waiting_requests(received, WaitingEmbeddingRequest, prompts=self.prompts)
+        for one in [one for one in news if not isinstance(one, PromptComes)]:  # afterwards: they may be about requests
+            self._heed(one)  # that have come in this tick
+        self.prompts.sweep(time.monotonic())
         if news:
             completions.notify()  # the next tick must come at once
         if any(request.status == WaitingMMRequestStatus.SUCCESS for request in self.waiting_list):
@@ -148,15 +146,22 @@ class SchedulerReceiver(MMReceiverHTTP):
             completions.notify()
         return ready_first(requests, received), aborted
 
-    def _heed(self, news: Redispatched | GiveUp) -> None:
+    def _heed(self, news: News) -> None:
         """Requests are found by their room base: a later one, or one of another tokenizer process, may have the same
         id."""
-        for waiting in self.waiting_list:
-            if waiting.room_base == news.room_base:
-                if isinstance(news, Redispatched):
-                    waiting.redispatch(news)
-                else:
-                    waiting.give_up(news)
+        if isinstance(news, PromptComes):
+            try:
+                self.prompts.expect(news.room_base, news.label, news.rooms, news.requests)
+            except ConnError:  # its requests fail when they come
+                logger.exception("The embeddings of %s cannot be expected", news.label)
+        elif isinstance(news, PromptOver):
+            self.prompts.expect_no_more(news.room_base)
+        else:
+            self.prompts.heed(news)
+            if isinstance(news, Redispatched):
+                for waiting in self.waiting_list:
+                    if waiting.room_base == news.room_base:
+                        waiting.wait_again()
 
     def create_req(self, recv_req: Any) -> Any:
         # In sglang 0.5.23 an aborted request without input ids ends the whole server (its output calls len(None)).
@@ -166,20 +171,19 @@ class SchedulerReceiver(MMReceiverHTTP):
 
 
 class WaitingEmbeddingRequest(WaitingMMRequestBase):
-    """A request that waits for its rooms (``core.dispatch.waiting``). What one encoder sends of it is one room."""
+    """A request that waits for the embeddings of its prompt."""
 
     def __init__(
-        self, rid: str, recv_req: Any, mm_processor: Any, encoder_urls: list[str], model_type: str,
-        manager: EmbeddingManager, report: Callable[[Report], None] | None, **_: Any,
-    ) -> None:  # fmt: skip
+        self, rid: str, recv_req: Any, mm_processor: Any, encoder_urls: list[str], prompts: Prompts, **_: Any
+    ) -> None:
         # Does not call super().__init__, which opens a socket per request.
         self.rid = rid
         self.recv_req = recv_req
         self.mm_processor = mm_processor
-        self.model_type = model_type
         self.num_items_assigned = recv_req.num_items_assigned
-        self.manager = manager
-        self._prompt = recv_req.input_ids
+        self._prompts = prompts
+        self._prompt: Prompt | None = None
+        self._prompt_ids = recv_req.input_ids
         self.status = WaitingMMRequestStatus.PENDING
         self.error_msg: str | None = None
         self.error_code: int | None = None
@@ -189,9 +193,6 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         self._pool_slot_id = self._mm_finalizer = self.registration_future = None
         self.encoder_urls, bases = zip(*map(split_room, encoder_urls), strict=True)
         self.room_base = bases[0]
-        patience = manager.args.settings.dispatch_wait + _PATIENCE_SECONDS
-        self._parts: WaitingParts[EmbeddingReceiver] = WaitingParts(self._expect, report, patience)
-        self._assembly: Any = None
         if not self.room_base:
             raise ConnError(
                 "the request was dispatched by a tokenizer process without the conn_multimodal plugin; "
@@ -199,81 +200,34 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             )
 
     def send_encode_request(self) -> None:
-        """Expect one room per part, in the order in which the dispatcher numbers the parts."""
-        modalities = list(self.num_items_assigned)
-        _, parts = calculate_modality_num_parts(modalities, self.num_items_assigned)
-        part = 0
-        for modality in modalities:
-            for url, items in zip(self.encoder_urls, self.num_items_assigned[modality], strict=False):
-                if items:
-                    self._parts.expect(url, part_room(self.room_base, part))
-                    part += 1
-        assert part == sum(parts.values())
+        """Expect the embeddings, unless another request of the same prompt has done that."""
+        rooms = partial(rooms_of, self.room_base, self.encoder_urls, self.num_items_assigned)
+        self._prompt = self._prompts.use(self.room_base, self.rid, rooms)
 
-    def _expect(self, url: str, room: str) -> EmbeddingReceiver:
-        receiver = EmbeddingReceiver(self.manager, url, room)
-        left = self.start_time + self.manager.args.timeout - time.time()
-        receiver.init(label=self.rid, timeout=max(0.0, left))
-        return receiver
-
-    def redispatch(self, news: Redispatched) -> None:
-        """A part comes from another encoder, in another room. All ranks do this in the same tick."""
-        try:
-            if not self._parts.redispatch(news):
-                return  # the request has failed on this rank
-        except Exception as error:  # fails this request, not the scheduler
-            self._fail_assemble(error)
-            return
-        # This rank may already have had all parts, and another one not.
-        self._assembly = self.recv_embedding_data = None
-        self.recv_req.mm_inputs, self.recv_req.input_ids = None, self._prompt
-        self.status = WaitingMMRequestStatus.PENDING
-
-    def give_up(self, news: GiveUp) -> None:
-        """The dispatcher has given the request up."""
-        if self.status == WaitingMMRequestStatus.PENDING:
-            self._fail_and_release(news.reason, news.code)
+    def wait_again(self) -> None:
+        """A part comes from another encoder. This rank may already have had all parts, and another one not."""
+        if self._prompt is not None:
+            self.recv_embedding_data = None
+            self.recv_req.mm_inputs, self.recv_req.input_ids = None, self._prompt_ids
+            self.status = WaitingMMRequestStatus.PENDING
 
     def _try_recv_mm_data(self) -> None:
         """Called every tick. Copies nothing large: parts are joined on another thread."""
-        if self.status != WaitingMMRequestStatus.PENDING:
+        if self.status != WaitingMMRequestStatus.PENDING or self._prompt is None:
             return
         try:
-            if self._assembly is None:
-                if not self._parts.arrived(time.monotonic()):
-                    return
-                join = partial(self._join_parts, [*self._parts.rooms])
-                self._assembly = self.manager.language_endpoint.submit(join)
-            if self._assembly.done():
-                self.recv_embedding_data, embeddings = self._assembly.result()
-                self._finish_assemble(embeddings)
+            joined = self._prompt.poll(time.monotonic())
+            if joined is not None:
+                self.recv_embedding_data, embeddings = joined
+                self._finish_assemble(dict(embeddings))
+        except RequestGivenUp as error:
+            self._fail_and_release(error.reason, error.code)
         except TransferFailed as error:
-            self._fail_and_release(f"{error.reason} (room {error.room})", error.code)
+            code, reason = for_client(of_failure(error.code, error.reason))
+            logger.warning("Request %s fails with room %s (%d): %s", self.rid, error.room, error.code, error.reason)
+            self._fail_and_release(reason, code)
         except Exception as error:
             self._fail_assemble(error)
-
-    def _join_parts(
-        self, receivers: list[EmbeddingReceiver]
-    ) -> tuple[MultiModalEmbeddingData, dict[Modality, torch.Tensor]]:
-        """Runs on a copier thread. Returns sglang's record of the parts, and one tensor per modality."""
-        data: MultiModalEmbeddingData | None = None
-        tensors: dict[Modality, list[torch.Tensor]] = {}
-        for number, receiver in enumerate(receivers):
-            embedding, metadata = receiver.take()
-            part = _embedding_data(self.rid, embedding, metadata)
-            if part.part_idx != number or part.num_parts != len(receivers):
-                raise ConnError(
-                    f"part {part.part_idx} of {part.num_parts} arrived as part {number} of {len(receivers)}"
-                )
-            if data is None:
-                data = MultiModalEmbeddingData.from_embedding_data(part, model_type=self.model_type)
-            else:
-                data.add(part)
-            tensors.setdefault(part.modality, []).append(embedding)
-        assert data is not None
-        return data, {
-            modality: parts[0] if len(parts) == 1 else torch.cat(parts) for modality, parts in tensors.items()
-        }
 
     def _fail_and_release(self, error_msg: str, error_code: int | None = None) -> None:
         # sglang's scheduler converts the code to HTTPStatus, and an unknown code (499) would end the whole server.
@@ -281,35 +235,22 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
 
     def release_resources(self) -> None:
         """Called by sglang on abort, failure and timeout, possibly more than once."""
-        self._clear_rooms()
+        self._leave()
 
     def close_recv_socket(self) -> None:
         """Called by sglang at every end; after a success only when all ranks have agreed on it.
 
         So the segment of a leader's result keeps its name until every rank has mapped it or the request has failed.
         """
-        self._clear_rooms()
+        self._leave()
 
-    def _clear_rooms(self) -> None:
-        self._parts.clear()
-        self._assembly = None  # an exception in it would keep the rows alive
+    def _leave(self) -> None:
+        if self._prompt is not None:
+            self._prompt = None
+            self._prompts.leave(self.room_base)
 
     def _extract_embedding_from_buffer(self, recv_obj: Any, parts: Any) -> None:
         raise ConnError("sglang's message buffers are not used: embeddings arrive over conn_multimodal")
 
     def _prepare_embedding_buffer(self) -> bool:
         raise ConnError("sglang's message buffers are not used: embeddings arrive over conn_multimodal")
-
-
-def _embedding_data(rid: str, embedding: torch.Tensor, metadata: dict[str, Any]) -> EmbeddingData:
-    """sglang's record of one part; the inverse of ``encoder.metadata_of``."""
-    values = dict(metadata)
-    return EmbeddingData(
-        rid,
-        values.pop("num_parts"),
-        values.pop("part_idx"),
-        values.pop("grid_dim"),
-        Modality[values.pop("modality")],
-        embedding,
-        **values,
-    )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from sglang.srt.managers.schedule_batch import Modality
 
-from sglang_mm_conn.core.rooms import new_id, new_room_base
+from sglang_mm_conn.core.rooms import new_id, new_room_base, part_room
 from sglang_mm_conn.sglang_plugin import dispatch
-from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, split_room, with_room
+from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, dispatch_each, rooms_of, split_room, with_room
+from sglang_mm_conn.sglang_plugin.news import PromptComes, news_in
 
 
 @pytest.mark.parametrize("url", ["http://encoder:30000", "http://[::1]:1/path"])
@@ -20,16 +24,60 @@ def test_the_room_base_travels_in_the_url_of_the_encoder(url: str) -> None:
     assert split_room(url) == (url, "")
 
 
-def test_a_batch_of_prompts_is_refused() -> None:
+def test_without_an_encoder_sglang_encodes_itself() -> None:
     dispatcher = RoomDispatcher.__new__(RoomDispatcher)
-    dispatcher._static, dispatcher.encode_urls = ["http://encoder:1"], []
-    batch = SimpleNamespace(
-        is_single=False, image_data=[["a"], ["b"]], video_data=None, audio_data=None, mm_content_hashes=None, rid=["r"]
-    )
-    with pytest.raises(ValueError, match="send one prompt with n=1"):
-        dispatcher._send_encode_request(batch)
-    dispatcher._static = []
-    assert dispatcher._send_encode_request(batch) is None and not batch.need_wait_for_mm_inputs, "sglang encodes itself"
+    dispatcher._static, dispatcher.encode_urls = [], []
+    request = SimpleNamespace(image_data=["a"], video_data=None, audio_data=None, mm_content_hashes=None, rid="r")
+    assert dispatcher._send_encode_request(request) is None and not request.need_wait_for_mm_inputs
+
+
+def test_rooms_are_numbered_as_the_dispatcher_numbers_the_parts() -> None:
+    base = new_room_base(new_id())
+    assigned = {Modality.IMAGE: [2, 1, 0], Modality.AUDIO: [0, 0, 3]}
+    urls = ["http://a:1", "http://b:1", "http://a:1"]
+    assert rooms_of(base, urls, assigned) == [(url, part_room(base, part)) for part, url in enumerate(urls)]
+
+
+class Manager:
+    """sglang's tokenizer manager, as far as the hook uses it."""
+
+    def __init__(self) -> None:
+        self.mm_receiver = RoomDispatcher.__new__(RoomDispatcher)
+        self.encoder_dispatch_ready: dict[str, threading.Event] = {}
+        self.sent: list[Any] = []
+        self._dispatch_to_scheduler = self.sent.append
+
+
+def batch(samples: int) -> SimpleNamespace:
+    prompts = [SimpleNamespace(rid=rid) for rid in "ab"]
+
+    class Batch(SimpleNamespace):
+        def __getitem__(self, number: int) -> SimpleNamespace:
+            return prompts[number]
+
+    return Batch(is_single=False, batch_size=2, parallel_sample_num=samples)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_each_prompt_of_a_batch_is_dispatched_and_its_samples_are_announced(samples: int) -> None:
+    manager, request = Manager(), batch(samples)
+    bases = {"a": new_room_base(new_id())}
+
+    def original(self: Any, prompt: Any) -> None:
+        assert prompt.is_single and prompt.batch_size == 1
+        if prompt.rid in bases:  # "b" has no image
+            prompt.encoder_urls = [with_room("http://encoder:1", bases[prompt.rid])]
+            prompt.num_items_assigned = {Modality.IMAGE: [2]}
+            self.encoder_dispatch_ready[prompt.rid] = threading.Event()
+
+    dispatch_each(original, manager, request)
+    if samples == 1:
+        assert list(manager.encoder_dispatch_ready) == ["a"] and manager.sent == []
+        return
+    (message,) = manager.sent
+    rooms = [("http://encoder:1", part_room(bases["a"], 0))]
+    assert news_in(message) == PromptComes(bases["a"], "a", rooms, samples + 1)
+    assert not manager.encoder_dispatch_ready, "nothing is left of ids that are not heard of again"
 
 
 def test_the_tokenizers_side_does_not_import_the_schedulers() -> None:

@@ -192,7 +192,7 @@ class DispatchCore:
             return self._settle(changes, now)
         cancel = CancelPost(attempt.room)  # it may have ended otherwise than by an answer
         if end.verdict is Verdict.INPUT:
-            return [cancel, *self._give_up(request, end.code, end.reason), *self._settle([], now)]
+            return [cancel, *self._give_up(request, *for_client(end)), *self._settle([], now)]
         part.last = end
         request.delivered_at = None
         if end.verdict in (Verdict.REFUSED, Verdict.DRAINS) and self._tries > 1:

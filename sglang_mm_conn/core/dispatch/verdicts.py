@@ -88,10 +88,17 @@ def of_failure(code: int, reason: str) -> TryEnd:
     return TryEnd(verdict, code, reason)
 
 
+# What clients are told of failures that are no encoder's words: those may name servers, ranks and rooms.
+_TOLD: dict[int, str] = {
+    FailureCode.TIMED_OUT: "the images, video or audio of this request were not encoded in time",
+    FailureCode.RANK_FAILED: "the language server could not take the embeddings of this request",
+}
+
+
 def for_client(end: TryEnd) -> tuple[int, str]:
-    """Code and reason of a try that failed. Only an encoder's own words are told: others may name a server."""
-    if end.verdict is Verdict.ERROR:
-        return end.code, end.reason
+    """Code and reason of a try that failed, as clients get them."""
+    if end.verdict in (Verdict.ERROR, Verdict.INPUT):
+        return end.code, _TOLD.get(end.code, end.reason)
     code = end.code if end.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
     return code, "the connection to the encoder of this request was lost"
 

@@ -13,6 +13,7 @@ from sglang_mm_conn.core.dispatch.verdicts import (
     DRAINING,
     TryEnd,
     Verdict,
+    for_client,
     may_be_tried_again,
     of_answer,
     of_failure,
@@ -128,3 +129,12 @@ def test_an_encoder_that_drains_says_so_in_a_header() -> None:
 
 def test_a_part_that_has_arrived_has_arrived_also_from_an_encoder_that_drains() -> None:
     assert of_answer(ROOM, 200, b"null", DRAINING) is DELIVERED
+
+
+@pytest.mark.parametrize("code", [*FailureCode, 503])
+def test_a_client_is_told_no_server_rank_or_room_by_a_failure_that_is_no_encoders_answer(code: int) -> None:
+    reason = "encoder http://10.0.0.1:30000 (process e25d86) lost: room 933d0cf5-8e750bf5, rank 1"
+    told = for_client(of_failure(code, reason))
+    assert 400 <= told[0] < 600
+    if code not in (FailureCode.INTERNAL, FailureCode.TOO_LARGE):  # these are an encoder's words, or about the input
+        assert not any(word in told[1] for word in ("http", "process", "room", "rank"))

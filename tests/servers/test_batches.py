@@ -1,0 +1,141 @@
+"""Several prompts in one request, and several samples of one prompt: answered as a colocated server answers them.
+
+sglang's own embedding transports fail on each of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import requests
+
+from sglang_mm_conn.demo.images import Image
+from sglang_mm_conn.demo.servers import Server, ServerGroup
+from tests.servers.observe import encodes_begun, is_idle, rooms_ended, wait_until
+
+KIND = "qwen2_5_vl"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+
+
+def prompt(images: int, text: str) -> str:
+    return f"<|im_start|>user\n{IMAGE * images}{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def uri(seed: int) -> str:
+    return Image(seed).data_uri()
+
+
+def generate(texts: list[Any], images: list[Any], *, n: int = 1, **more: Any) -> dict[str, Any]:
+    return {"text": texts, "image_data": images, "sampling_params": {**GREEDY, "n": n}, **more}
+
+
+def chat(*seeds: int, n: int = 1, **more: Any) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": uri(seed)}} for seed in seeds]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": "what is this?"}]}]
+    body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 6, "ignore_eos": True, "n": n}
+    return {**body, **more}
+
+
+GENERATE, CHAT = "/generate", "/v1/chat/completions"
+ONE, TWO, NONE = prompt(1, "what is this?"), prompt(2, "what are these?"), prompt(0, "who are you?")
+# form: (path, body, images of it)
+FORMS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "two samples": (CHAT, chat(1, n=2), 1),
+    "three samples with two images, as a stream": (CHAT, chat(2, 3, n=3, stream=True), 2),
+    "a list of prompts": (GENERATE, generate([ONE] * 3, [uri(4), uri(5), uri(6)]), 3),
+    "a list of prompts with several images": (GENERATE, generate([TWO, ONE], [[uri(7), uri(8)], [uri(9)]]), 3),
+    "a list of prompts, one without an image": (GENERATE, generate([ONE, NONE, ONE], [[uri(10)], None, [uri(11)]]), 2),
+    "a list of one prompt": (GENERATE, generate([ONE], [[uri(12)]]), 1),
+    "two samples of each prompt of a list": (GENERATE, generate([ONE, NONE, TWO], [[uri(13)], None, [uri(14), uri(15)]],
+                                                                n=2), 3),
+    "two samples of a prompt": (GENERATE, {**generate([], [uri(16)], n=2), "text": ONE}, 1),
+    "a list of prompts as a stream": (GENERATE, generate([ONE, ONE], [[uri(17)], [uri(18)]], stream=True), 2),
+    "a list of prompts with ids": (GENERATE, generate([ONE, ONE], [[uri(19)], [uri(20)]], rid=["a", "b"]), 2),
+    "the same image in two prompts": (GENERATE, generate([ONE, TWO], [[uri(21)], [uri(21), uri(21)]]), 3),
+}  # fmt: skip
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "a broken image in a list": (GENERATE, generate([ONE, ONE], [[uri(30)], ["data:image/png;base64,AAAA"]])),
+    "a broken image with two samples": (GENERATE, {**generate([], ["data:image/png;base64,AAAA"], n=2), "text": ONE}),
+    "fewer images than prompts": (GENERATE, generate([ONE, ONE], [[uri(31)]])),
+    "an id twice": (GENERATE, generate([ONE, ONE], [[uri(32)], [uri(33)]], rid=["a", "a"])),
+}
+
+
+def send(server: Server, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status, and what must be the same: text, reason of the end and usage of each answer, in order."""
+    response = requests.post(server.url + path, json=body, timeout=120, stream=bool(body.get("stream")))
+    if response.status_code != 200:
+        return response.status_code, None
+    if body.get("stream"):
+        return 200, joined(response, path)
+    found = response.json()
+    if path == CHAT:
+        return 200, [[(one["index"], one["message"]["content"], one["finish_reason"]) for one in found["choices"]],
+                     found["usage"]]  # fmt: skip
+    return 200, [
+        (one["text"], one["meta_info"]["finish_reason"], one["meta_info"]["prompt_tokens"],
+         one["meta_info"]["completion_tokens"])
+        for one in found
+    ]  # fmt: skip
+
+
+def joined(response: requests.Response, path: str) -> dict[int, str]:
+    """The text of each answer of a stream."""
+    texts: dict[int, str] = {}
+    for line in response.iter_lines():
+        data = line.removeprefix(b"data: ")
+        if not data or data == b"[DONE]":
+            continue
+        event = json.loads(data)
+        if path == GENERATE:
+            texts[event.get("index", 0)] = event["text"]
+        else:
+            for choice in event["choices"]:
+                texts[choice["index"]] = texts.get(choice["index"], "") + (choice["delta"].get("content") or "")
+    return texts
+
+
+@pytest.fixture(scope="module")
+def colocated(reference: Callable[..., Any]) -> Server:
+    running: Server = reference(KIND)._running()
+    return running
+
+
+@pytest.fixture
+def group(shared_group: Callable[..., ServerGroup]) -> ServerGroup:
+    return shared_group(KIND, encoders=2, env={"CPU_BED_FORBID_BUILTIN_TRANSPORT": "1", "SGLANG_MM_CONN_CHECKSUM": "1"})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_answered_as_colocated_and_each_image_is_encoded_once(
+    form: str, colocated: Server, group: ServerGroup
+) -> None:
+    path, body, images = FORMS[form]
+    begun, ended = sum(map(encodes_begun, group.encoders)), sum(map(rooms_ended, group.encoders))
+    assert send(group.language, path, body) == send(colocated, path, body)
+    wait_until(lambda: is_idle(group.language), "the language server holds nothing", 10)
+    begun, ended = sum(map(encodes_begun, group.encoders)) - begun, sum(map(rooms_ended, group.encoders)) - ended
+    assert begun == ended <= images, "however many samples"
+
+
+@pytest.mark.parametrize("form", BAD)
+def test_each_bad_form_gets_the_status_of_a_colocated_server(form: str, colocated: Server, group: ServerGroup) -> None:
+    path, body = BAD[form]
+    status, _ = send(group.language, path, body)
+    assert status == send(colocated, path, body)[0] and status >= 400
+    wait_until(lambda: is_idle(group.language), "the language server holds nothing", 20)
+    path, body, _ = FORMS["two samples"]
+    assert send(group.language, path, body) == send(colocated, path, body)
+
+
+def test_a_client_that_leaves_a_batch_leaves_nothing_behind(group: ServerGroup) -> None:
+    body = generate([TWO] * 8, [[uri(40 + number), uri(60 + number)] for number in range(8)], n=2)
+    for seconds in (0.05, 0.3, 0.6):
+        with contextlib.suppress(requests.Timeout):
+            requests.post(group.language.url + GENERATE, json=body, timeout=seconds)
+        wait_until(lambda: is_idle(group.language), "the language server holds nothing", 30)
