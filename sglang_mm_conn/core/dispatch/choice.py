@@ -14,20 +14,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import log2
-from statistics import fmean, median
+from statistics import fmean
 
 import msgspec
 
 # What a further part costs a request: one more HTTP request and one more room.
 PART_SECONDS = 0.01
-# An encoder that has got this much more than its share, according to its speed, is no home for a new item.
-SHARE_BOUND = 1.2
-# An encoder that would finish an item this many times later than the others on average is too busy to get it. If the
-# others are idle and equal, that is one with more than two items. An item that the encoder may have kept waits longer
-# for it: encoding it again elsewhere costs, too.
+# An encoder that has got this much more than its share is no home for a new item. That many items more do not matter:
+# at first shares differ by chance, and servers that see other items choose other homes.
+SHARE_BOUND, SHARE_SLACK = 1.15, 2
+# An encoder that has this many times more work than the others on average, the item included, is too busy to get it. If
+# the others are idle, that is one with more than two items. An item that the encoder may have kept waits longer for it:
+# encoding it again elsewhere costs, too.
 BUSY_BOUND, BUSY_BOUND_OF_KEPT = 3.0, 6.0
-_LEAST_RATE = 1e-6
 _REMEMBERED_ITEMS = 1 << 16
 
 
@@ -91,17 +90,19 @@ class Chooser:
 
     def _by_content(self, item: Item, candidates: Sequence[Candidate]) -> str:
         by_url = {one.url: one for one in candidates if one.caches}
-        total = sum(one.finish(item.work) for one in candidates)
+        total = sum(one.backlog + item.work for one in candidates)
 
+        # Measured speeds do not count here: what an encoder has kept takes no time, so the one with the most items
+        # would look fastest and get the next ones, too. A slow one is found to be busy.
         def busy(one: Candidate, bound: float = BUSY_BOUND) -> bool:
-            mine = one.finish(item.work)
+            mine = one.backlog + item.work
             return len(candidates) > 1 and mine > bound * (total - mine) / (len(candidates) - 1)
 
         chosen = by_url.get(self._went.get(item.key, ""))
         if chosen is None:
             chosen = self._home(item, list(by_url.values()), busy)
         elif busy(chosen, BUSY_BOUND_OF_KEPT):
-            chosen = min(candidates, key=lambda one: one.finish(item.work))  # this once
+            chosen = min(candidates, key=lambda one: (one.backlog, one.share))  # this once
             _assign(chosen, item.work)
             return chosen.url
         self._went[item.key] = chosen.url
@@ -116,11 +117,8 @@ class Chooser:
         """The first in the item's own order of encoders that is not busy and has not got more than its share."""
         order = sorted(candidates, key=lambda one: _score(item.key, one.url), reverse=True)
         able = [one for one in order if not busy(one)] or order
-        # Each server has measured other rates. Rounded to powers of two they are mostly the same on all servers.
-        usual = max(median(one.rate for one in candidates), _LEAST_RATE)
-        seconds = {one.url: 2.0 ** round(log2(max(one.rate, _LEAST_RATE) / usual)) for one in candidates}
-        most = SHARE_BOUND * fmean((one.share + item.work) * seconds[one.url] for one in candidates)
-        return next((one for one in able if one.share * seconds[one.url] <= most), able[0])
+        most = SHARE_BOUND * fmean(one.share + item.work for one in candidates) + SHARE_SLACK * item.work
+        return next((one for one in able if one.share <= most), able[0])
 
 
 def _score(key: str, url: str) -> bytes:
