@@ -139,3 +139,14 @@ def test_a_client_that_leaves_a_batch_leaves_nothing_behind(group: ServerGroup) 
         with contextlib.suppress(requests.Timeout):
             requests.post(group.language.url + GENERATE, json=body, timeout=seconds)
         wait_until(lambda: is_idle(group.language), "the language server holds nothing", 30)
+
+
+def test_both_ranks_of_a_server_have_every_sample_of_every_prompt(
+    colocated: Server, shared_group: Callable[..., ServerGroup]
+) -> None:
+    env = {"CPU_BED_FORBID_BUILTIN_TRANSPORT": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    group = shared_group(KIND, encoders=2, language_env=env, language_flags=("--tp-size", "2"))
+    for form in ("two samples of each prompt of a list", "three samples with two images, as a stream"):
+        path, body, _ = FORMS[form]
+        assert send(group.language, path, body) == send(colocated, path, body)
+    wait_until(lambda: is_idle(group.language), "the language server holds nothing", 10)
