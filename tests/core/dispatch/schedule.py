@@ -231,6 +231,8 @@ class Schedule:
             count, work = at.get(url, (0, 0.0))
             assert one.load.parts == count and abs(one.load.work - work) < 1e-6, "the load is not that of the tries"
             assert not (count and one.state is EncoderState.DOWN), "a part stays with an encoder that is down"
+            trusted = self.models[url].losses < FAILURES_IN_A_ROW
+            assert one.state is not EncoderState.UP or trusted, "an encoder that loses every part is up"
 
     def check_waiting(self, waiting: list[Part]) -> None:
         """A part waits only if no other encoder is up. Two parts with one chance left share one only after a while."""
