@@ -145,24 +145,32 @@ def dispatch_each(original: Callable[[Any, Any], None], self: Any, obj: Any) -> 
         prompt = obj[number]  # sglang uses this object from here on
         prompt.is_single, prompt.batch_size = True, 1
         original(self, prompt)
-        if samples > 1 and getattr(prompt, "encoder_urls", None):
+        if getattr(prompt, "encoder_urls", None):
             plain, bases = zip(*map(split_room, prompt.encoder_urls), strict=True)
             rooms = rooms_of(bases[0], plain, prompt.num_items_assigned)
-            # One more: the copy that generates nothing. All get ids of their own; this one is not heard of again.
-            self._dispatch_to_scheduler(news_request(prompt.rid, PromptComes(bases[0], prompt.rid, rooms, samples + 1)))
+            # The requests follow one by one, and those before may take long. Of several samples there is one request
+            # more, which generates nothing.
+            requests = samples + 1 if samples > 1 else 1
+            self._dispatch_to_scheduler(news_request(prompt.rid, PromptComes(bases[0], prompt.rid, rooms, requests)))
+            # The scheduler knows the prompt. (Samples get ids of their own, so sglang never sets this event.)
             self.encoder_dispatch_ready.pop(prompt.rid).set()
 
 
 def forget_requests(result: None, self: Any, request_states: dict[str, Any]) -> None:
-    """After ``_release_req_states_on_failure`` of the tokenizer manager: nobody waits for these requests any more."""
+    """After ``_release_req_states_on_failure`` of the tokenizer manager: nobody waits for these requests any more.
+
+    sglang calls it after most successful requests, too: their handler drops the generator that ran them.
+    """
     dispatcher = getattr(self, "mm_receiver", None)
-    if not isinstance(dispatcher, RoomDispatcher):
-        return
-    dispatcher.endpoint.clients_gone(list(request_states))
     bases = {split_room(urls[0])[1]: rid for rid, state in request_states.items()
              if (urls := getattr(state.obj, "encoder_urls", None))}  # fmt: skip
-    for base, rid in bases.items():
-        self._dispatch_to_scheduler(news_request(rid, PromptOver(base)))
+    if not bases or not isinstance(dispatcher, RoomDispatcher):
+        return
+    dispatcher.endpoint.clients_gone(list(bases))
+    unfinished = {split_room(state.obj.encoder_urls[0])[1] for state in request_states.values()
+                  if getattr(state.obj, "encoder_urls", None) and not state.finished}  # fmt: skip
+    for base in unfinished:
+        self._dispatch_to_scheduler(news_request(bases[base], PromptOver(base)))
 
 
 async def report_encoders(original: Callable[[Any], Awaitable[list[Any]]], self: Any) -> list[Any]:

@@ -82,6 +82,14 @@ class Prompt:
             self._joined = self._join([*self._parts.rooms])
         return self._joined.result() if self._joined.done() else None
 
+    def look(self, now: float) -> None:
+        """Ask the dispatcher about rooms that have failed, and join the parts, though no request uses it yet."""
+        if self._users == 0 and self._failure is None:
+            try:
+                self.poll(now)
+            except Exception as error:
+                self._failure = error
+
     def redispatch(self, news: Redispatched) -> None:
         """A part comes from another encoder, in another room."""
         try:
@@ -155,7 +163,7 @@ class Prompts:
         try:
             for url, room in rooms:
                 parts.expect(url, room)
-        except ConnError:
+        except BaseException:
             prompt.clear()
             raise
         self._prompts[room_base] = prompt
@@ -172,9 +180,11 @@ class Prompts:
             prompt.fail(RequestGivenUp(news.reason, news.code))
 
     def sweep(self, now: float) -> None:
-        """Wait no longer for requests that have not come for long."""
-        for room_base in [key for key, prompt in self._prompts.items() if now > prompt.keep_until]:
-            self.expect_no_more(room_base)
+        """Look at the prompts that no request uses yet. Wait no longer for requests that have not come for long."""
+        for room_base, prompt in list(self._prompts.items()):
+            prompt.look(now)
+            if now > prompt.keep_until:
+                self.expect_no_more(room_base)
 
     def _expect(self, label: str, deadline: float, url: str, room: str) -> EmbeddingReceiver:
         receiver = EmbeddingReceiver(self._manager, url, room)

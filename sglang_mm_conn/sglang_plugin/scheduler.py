@@ -152,7 +152,7 @@ class SchedulerReceiver(MMReceiverHTTP):
         if isinstance(news, PromptComes):
             try:
                 self.prompts.expect(news.room_base, news.label, news.rooms, news.requests)
-            except ConnError:  # its requests fail when they come
+            except Exception:  # its requests fail when they come
                 logger.exception("The embeddings of %s cannot be expected", news.label)
         elif isinstance(news, PromptOver):
             self.prompts.expect_no_more(news.room_base)

@@ -13,8 +13,15 @@ from sglang.srt.managers.schedule_batch import Modality
 
 from sglang_mm_conn.core.rooms import new_id, new_room_base, part_room
 from sglang_mm_conn.sglang_plugin import dispatch
-from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, dispatch_each, rooms_of, split_room, with_room
-from sglang_mm_conn.sglang_plugin.news import PromptComes, news_in
+from sglang_mm_conn.sglang_plugin.dispatch import (
+    RoomDispatcher,
+    dispatch_each,
+    forget_requests,
+    rooms_of,
+    split_room,
+    with_room,
+)
+from sglang_mm_conn.sglang_plugin.news import PromptComes, PromptOver, news_in
 
 
 @pytest.mark.parametrize("url", ["http://encoder:30000", "http://[::1]:1/path"])
@@ -71,13 +78,26 @@ def test_each_prompt_of_a_batch_is_dispatched_and_its_samples_are_announced(samp
             self.encoder_dispatch_ready[prompt.rid] = threading.Event()
 
     dispatch_each(original, manager, request)
-    if samples == 1:
-        assert list(manager.encoder_dispatch_ready) == ["a"] and manager.sent == []
-        return
     (message,) = manager.sent
     rooms = [("http://encoder:1", part_room(bases["a"], 0))]
-    assert news_in(message) == PromptComes(bases["a"], "a", rooms, samples + 1)
+    assert news_in(message) == PromptComes(bases["a"], "a", rooms, samples + 1 if samples > 1 else 1)
     assert not manager.encoder_dispatch_ready, "nothing is left of ids that are not heard of again"
+
+
+def test_what_sglang_forgets_is_over_for_the_dispatcher_and_for_a_scheduler_that_waits_for_it() -> None:
+    manager = Manager()
+    gone: list[list[str]] = []
+    manager.mm_receiver.endpoint = SimpleNamespace(clients_gone=gone.append)  # type: ignore[assignment]
+    first, second = new_room_base(new_id()), new_room_base(new_id())
+
+    def state(base: str, *, finished: bool) -> SimpleNamespace:
+        urls = [with_room("http://encoder:1", base)] if base else None
+        return SimpleNamespace(obj=SimpleNamespace(encoder_urls=urls), finished=finished)
+
+    forget_requests(None, manager, {"text": state("", finished=True)})
+    assert gone == [] and manager.sent == []
+    forget_requests(None, manager, {"a": state(first, finished=True), "b": state(second, finished=False)})
+    assert gone == [[first, second]] and [news_in(one) for one in manager.sent] == [PromptOver(second)]
 
 
 def test_the_tokenizers_side_does_not_import_the_schedulers() -> None:

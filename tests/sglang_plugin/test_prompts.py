@@ -13,7 +13,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality
 
 from sglang_mm_conn.core.dispatch.actions import GiveUp, Redispatched
-from sglang_mm_conn.core.errors import ConnError
+from sglang_mm_conn.core.errors import ConnError, TransferFailed
 from sglang_mm_conn.core.outcomes import SUCCEEDED, Outcome
 from sglang_mm_conn.core.rooms import new_id, new_room_base, part_room
 from sglang_mm_conn.core.settings import Settings
@@ -145,6 +145,20 @@ def test_a_part_that_cannot_be_expected_fails_the_prompt_and_not_the_scheduler(
     with pytest.raises(ConnError, match="before"):
         prompts.expect(new_room_base(new_id()), "rid", ROOMS, requests=1)
     assert len(prompts) == 1
+
+
+def test_a_room_that_fails_before_its_request_has_come_is_asked_about_at_once(endpoint: Endpoint) -> None:
+    asked: list[Any] = []
+    manager: Any = SimpleNamespace(language_endpoint=endpoint, args=SimpleNamespace(timeout=60.0, settings=Settings()))
+    prompts = Prompts(manager, "qwen2_5_vl", report=asked.append)
+    prompts.expect(BASE, "rid", ROOMS, requests=1)
+    endpoint.fail(ROOMS[0][1], 502)
+    prompts.sweep(0.0)
+    assert [one.room for one in asked] == [ROOMS[0][1]]
+    endpoint.fail(ROOMS[1][1], 413)
+    prompts.sweep(0.1)
+    with pytest.raises(TransferFailed):
+        prompts.use(BASE, "rid", lambda: []).poll(0.2)
 
 
 def test_requests_that_never_come_keep_nothing(prompts: Prompts, endpoint: Endpoint) -> None:

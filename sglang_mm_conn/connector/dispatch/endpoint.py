@@ -134,9 +134,9 @@ class DispatcherEndpoint:
             self._hand_over(actions)
         return placed
 
-    def clients_gone(self, rids: Collection[str]) -> None:
-        """Nobody waits for the requests with these ids any more."""
-        self._perform_later(partial(self.core.clients_gone, rids))
+    def clients_gone(self, room_bases: Collection[str]) -> None:
+        """Nobody waits for these requests any more."""
+        self._perform_later(partial(self.core.clients_gone, room_bases))
 
     @property
     def caches_items(self) -> bool:

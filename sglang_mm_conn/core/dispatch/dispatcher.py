@@ -15,7 +15,7 @@ Pure; time is an argument. Every event returns actions, to be carried out in ord
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 
 from sglang_mm_conn.core.dispatch.actions import (
@@ -63,7 +63,6 @@ class DispatchCore:
         self._placement = Placement(self.fleet, tries)
         self._tries = tries
         self._wait_seconds = wait_seconds
-        self._peer_timeout = peer_timeout
         self._new_room_base = new_room_base
         self._open: dict[str, tuple[Request, Part]] = {}  # by the room of the try that is under way
         self._delivered: dict[str, tuple[Request, Part]] = {}  # by the room that it arrived in
@@ -131,12 +130,9 @@ class DispatchCore:
         self.fleet.know(urls)
         return self._settle([], now)
 
-    def clients_gone(self, rids: Collection[str], now: float) -> list[DispatchAction]:
-        """Nobody waits for the requests with these ids any more."""
-        actions: list[DispatchAction] = []
-        for request in [one for one in self.requests.values() if one.rid in rids]:
-            actions += self._finish(request)
-        return actions + self._settle([], now)
+    def clients_gone(self, room_bases: Iterable[str], now: float) -> list[DispatchAction]:
+        """Nobody waits for these requests any more."""
+        return self._forget([one for base in room_bases if (one := self.requests.get(base)) is not None], now)
 
     def probed(self, url: str, *, draining: bool, prefix_cache: bool, now: float) -> list[DispatchAction]:
         """The encoder has answered a Probe."""
@@ -152,14 +148,8 @@ class DispatchCore:
 
     def tick(self, now: float) -> list[DispatchAction]:
         """Send probes that are due, give up what waits too long, forget requests that nobody waits for."""
-        actions: list[DispatchAction] = []
-        changes: list[StateChange] = []
-        for request in [one for one in self.requests.values() if one.is_over(now)]:
-            for attempt in request.overdue(self._peer_timeout):
-                reason = "a part was not delivered by its deadline"
-                changes += self.fleet.lost(attempt.url, None, reason, began=attempt.began, now=now)
-            actions += self._finish(request)
-        return actions + self._settle(changes, now)
+        over = [one for one in self.requests.values() if one.is_over(now)]
+        return self._forget(over, now) or self._settle([], now)
 
     def report(self, now: float) -> dict[str, object]:
         """What operators see: the encoders, and how many requests are under way."""
@@ -204,6 +194,16 @@ class DispatchCore:
         else:
             changes = self.fleet.lost(attempt.url, PROVES[end.verdict], end.reason, began=attempt.began, now=now)
         return [cancel, *self._settle(changes, now)]
+
+    def _forget(self, requests: Sequence[Request], now: float) -> list[DispatchAction]:
+        """Nobody waits for ``requests`` any more. Returns nothing if there are none."""
+        actions: list[DispatchAction] = []
+        changes: list[StateChange] = []
+        for request in requests:
+            for attempt in request.unanswered:
+                changes += self.fleet.held(attempt.url, began=attempt.began, now=now)
+            actions += self._finish(request)
+        return actions + self._settle(changes, now) if requests else []
 
     def _close(self, part: Part, now: float) -> Try:
         attempt = part.tries[-1]

@@ -65,6 +65,7 @@ class Encoder:
         probe_at: the next probe is due then.
         probe_delay: seconds from the next probe to the one after it.
         heard_at: time of the last sign of life.
+        delivered_at: time of the last embedding.
         connected_at: when the scheduler's side last said that it is connected, which is true of a frozen one, too.
         errors: errors in a row, each of a part posted when the one before was known: a batch fails together.
         losses: parts lost in a row, each posted when the one before was lost (``lost_at``): one death is one loss.
@@ -90,6 +91,7 @@ class Encoder:
     probe_at: float = -math.inf
     probe_delay: float = FIRST_PROBE_SECONDS
     heard_at: float = -math.inf
+    delivered_at: float = -math.inf
     connected_at: float = -math.inf
     errors: int = 0
     losses: int = 0

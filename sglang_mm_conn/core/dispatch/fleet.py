@@ -188,7 +188,7 @@ class Fleet:
         one = self.encoders.get(url)
         if one is None:
             return []
-        one.heard_at = now
+        one.heard_at = one.delivered_at = now
         self._answers(one)
         one.errors, one.losses, one.trial_at, one.trial_delay = 0, 0, math.inf, FIRST_TRIAL_SECONDS
         return self._become(one, EncoderState.UP, "it delivers") if one.state is EncoderState.SUSPECT else []
@@ -229,6 +229,17 @@ class Fleet:
         if to is None or (to is EncoderState.SUSPECT and one.state is not EncoderState.UP):
             return []
         return self._become(one, to, reason)
+
+    def held(self, url: str, *, began: float, now: float) -> list[StateChange]:
+        """A part that was posted at ``began`` is given up while ``url`` has it.
+
+        If it has delivered nothing since, for the peer timeout or longer, its HTTP loop may hang while its heartbeats
+        go on: the part counts as lost there.
+        """
+        one = self.encoders.get(url)
+        if one is None or one.delivered_at >= began or now < began + self._peer_timeout:
+            return []
+        return self.lost(url, None, f"it has delivered nothing for {now - began:.0f} s", began=began, now=now)
 
     def _well(self, one: Encoder, draining: bool, reason: str) -> list[StateChange]:
         if one.status is not None and one.status.refusal:

@@ -98,13 +98,10 @@ class Request:
     parts: list[Part]
     delivered_at: float | None = None
 
-    def overdue(self, least: float) -> list[Try]:
-        """Tries that are still under way at its deadline, and have been for ``least`` seconds or more."""
-        tries = [part.current for part in self.parts]
-        return [
-            one for one in tries
-            if one is not None and one.aborted_at is None and one.began + least <= self.deadline
-        ]  # fmt: skip
+    @property
+    def unanswered(self) -> list[Try]:
+        """The tries that are under way and of which their encoders have said nothing."""
+        return [one for part in self.parts if (one := part.current) is not None and one.aborted_at is None]
 
     def is_over(self, now: float) -> bool:
         """Whether nobody waits for it any more."""

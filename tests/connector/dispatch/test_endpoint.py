@@ -480,7 +480,7 @@ def test_a_part_whose_client_has_gone_leaves_its_encoder(encoder: MakeEncoder, s
     wait_for(lambda: one.bodies, "the post")
     dispatcher.endpoint.clients_gone(["another"])
     assert request.room_base in dispatcher.endpoint._dispatched
-    dispatcher.endpoint.clients_gone(["rid"])
+    dispatcher.endpoint.clients_gone([request.room_base])
     dispatcher.wait_until_over(request)
     wait_for(lambda: one.left == 1, "the connection to end")
     assert request.news == []

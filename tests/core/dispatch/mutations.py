@@ -76,8 +76,14 @@ MUTATIONS: dict[str, Change] = {
     "the look at each encoder ends": change(
         DispatchCore, "_serve", ("now < part.waits_since + LOOK_SECONDS", "True")
     ),
+    "an encoder that holds parts and delivers nothing loses them": change(
+        DispatchCore, "_forget", ("changes += self.fleet.held(attempt.url, began=attempt.began, now=now)", "pass")
+    ),
+    "an encoder that delivers is not blamed for a part that is given up": change(
+        Fleet, "held", ("one.delivered_at >= began or ", "")
+    ),
     "a request whose client has gone is posted no more": change(
-        DispatchCore, "clients_gone", ("actions += self._finish(request)", "pass")
+        DispatchCore, "clients_gone", ("is not None], now)", "is not None and False], now)")
     ),
     "a try that is over is open no more": change(
         DispatchCore, "answered", ("found = self._open.get(room)", "found = self._open.get(room) or next(\n"

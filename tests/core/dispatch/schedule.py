@@ -53,6 +53,7 @@ class Model:
     sign_at: float = -math.inf  # of the newest sign of life
     losses: int = 0  # in a row; parts that were at it at the same time are lost once
     lost_at: float = -math.inf  # of the last one that counted
+    delivered_at: float = -math.inf
     rests_from: float = -math.inf  # when it had lost several, or got a part as a trial
     trial_of: str = ""  # the request of that part
 
@@ -199,6 +200,7 @@ class Schedule:
         for url in self.models.keys() - core.fleet.encoders.keys():  # nothing is known of it
             model = self.models[url]
             model.probed_at, model.losses, model.lost_at = math.inf, 0, -math.inf
+            model.delivered_at = -math.inf
         assert set(self.sent) - self.over == set(core.requests), "a request is forgotten, or not forgotten"
         at: dict[str, tuple[int, float]] = {}
         open_rooms, arrived = set(), set()
@@ -231,6 +233,7 @@ class Schedule:
             count, work = at.get(url, (0, 0.0))
             assert one.load.parts == count and abs(one.load.work - work) < 1e-6, "the load is not that of the tries"
             assert not (count and one.state is EncoderState.DOWN), "a part stays with an encoder that is down"
+            assert one.losses <= self.models[url].losses, "an encoder is blamed for a loss that there was not"
             trusted = self.models[url].losses < FAILURES_IN_A_ROW
             assert one.state is not EncoderState.UP or trusted, "an encoder that loses every part is up"
 
@@ -329,7 +332,7 @@ class Schedule:
         if verdict in (Verdict.DELIVERED, Verdict.ERROR):
             model.sign_at = self.now
         if verdict is Verdict.DELIVERED:
-            model.losses = 0
+            model.losses, model.delivered_at = 0, self.now
             sent.arrived[post.part] = self.now
         elif verdict is Verdict.INPUT:
             sent.blamed = True
@@ -344,6 +347,16 @@ class Schedule:
             model.rests_from, model.trial_of = self.now, ""
             self.seen["loses every part"] += 1
 
+    def gives_up(self, base: str) -> None:
+        """Nobody waits for ``base`` any more: encoders that hold parts of it and deliver nothing are blamed."""
+        for room in self.sent[base].rooms:
+            if room not in self.core._open or room in self.sent[base].aborted:
+                continue
+            model, posted_at = self.models[self.rooms[room].url], self.posted_at[room]
+            if model.delivered_at < posted_at and self.now >= posted_at + PEER_TIMEOUT:
+                self.seen["held, and nothing delivered"] += 1
+                self.loses(model, posted_at)
+
     def client_goes(self) -> None:
         """The client of a request has gone."""
         if self.core.requests:
@@ -351,7 +364,8 @@ class Schedule:
             self.note(f"the client of {base} has gone")
             self.sent[base].failed = True
             self.seen["client gone"] += 1
-            self.carry_out(self.core.clients_gone([f"rid of {base}", "another"], self.now))
+            self.gives_up(base)
+            self.carry_out(self.core.clients_gone([base, "another"], self.now))
             assert base in self.over
 
     def again(self, room: str) -> None:
@@ -437,13 +451,9 @@ class Schedule:
 
     def tick(self) -> None:
         self.note("tick")
-        for base, request in self.core.requests.items():
-            if self.now > request.deadline and self.may_be_over(self.sent[base]):
-                for part in request.parts:
-                    room = self.sent[base].rooms[part.number]
-                    if room in self.running and self.posted_at[room] + PEER_TIMEOUT <= request.deadline:
-                        self.seen["not delivered by the deadline"] += 1
-                        self.loses(self.models[self.rooms[room].url], self.posted_at[room])
+        for base in self.core.requests:
+            if self.may_be_over(self.sent[base]):
+                self.gives_up(base)
         self.carry_out(self.core.tick(self.now))
         assert not [base for base in self.core.requests if self.may_be_over(self.sent[base])], "an overdue request"
         for request, part in self.core._waiting.values():

@@ -602,25 +602,45 @@ def test_a_look_at_encoders_that_do_not_answer_takes_no_longer_than_half_a_secon
     assert len(driver.probes) == 0 or driver.probes.count(B) == 1, "one look is enough"
 
 
-def test_an_encoder_that_holds_parts_until_their_deadline_is_blamed() -> None:
+def hold(driver: Driver, seconds: float, *, leaves: bool, delivers: bool = False) -> None:
+    """A part is at A until its client leaves, or until its deadline has passed."""
+    driver.core.fleet.encoders[B].load.add(9.0, driver.now)  # so that A is chosen
+    base = driver.dispatch(seconds=60.0 if leaves else seconds)
+    other = driver.dispatch() if delivers else ""
+    driver.core.fleet.encoders[B].load.remove(9.0)
+    driver.now += seconds
+    if delivers:
+        driver.answer(driver.at(other).room, Verdict.DELIVERED)
+    if leaves:
+        driver.carry_out(driver.core.clients_gone([base], driver.now))
+    driver.tick(6.0)
+    assert base in driver.forgotten
+    for url in (B, A):
+        driver.well(url)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_an_encoder_that_holds_parts_and_delivers_nothing_is_blamed(leaves: bool) -> None:
     driver = Driver(A, B)
     for _ in range(FAILURES_IN_A_ROW):
-        driver.core.fleet.encoders[B].load.add(9.0, driver.now)  # so that A is chosen
-        driver.dispatch(seconds=30.0)
-        driver.tick(36.0)
-        driver.core.fleet.encoders[B].load.remove(9.0)
-        driver.well(B)
-        driver.well(A)
-    assert driver.state(A) is EncoderState.SUSPECT and "deadline" in driver.core.fleet.encoders[A].reason
+        hold(driver, 30.0, leaves=leaves)
+    assert driver.state(A) is EncoderState.SUSPECT and "delivered nothing for" in driver.core.fleet.encoders[A].reason
 
 
-def test_a_part_that_was_posted_shortly_before_its_deadline_blames_nobody() -> None:
-    driver = Driver(A)
+def test_an_encoder_that_delivers_or_had_little_time_is_not_blamed() -> None:
+    driver = Driver(A, B)
     for _ in range(FAILURES_IN_A_ROW):
-        driver.dispatch(seconds=5.0)
-        driver.tick(11.0)
-        driver.well(A)
+        hold(driver, 30.0, leaves=True, delivers=True)
+        hold(driver, 9.0, leaves=True)
     assert driver.state(A) is EncoderState.UP and driver.core.fleet.encoders[A].failed == 0
+
+
+def test_a_client_that_leaves_takes_no_other_request_of_its_id_along() -> None:
+    driver = Driver(A)
+    first, second = driver.dispatch(rid="same"), driver.dispatch(rid="same")
+    driver.carry_out(driver.core.clients_gone([first], driver.now))
+    assert driver.forgotten == [first] and driver.at(second)
+    assert driver.core.clients_gone([first, "another"], driver.now) == []
 
 
 def test_a_part_leaves_an_encoder_that_was_taken_off_the_list_and_falls_silent() -> None:
