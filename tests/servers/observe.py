@@ -13,6 +13,7 @@ from typing import Any
 
 import requests
 
+from sglang_mm_conn.control.draining import ask_status
 from sglang_mm_conn.demo.servers import Server
 from sglang_mm_conn.memory.segment import PREFIX
 
@@ -46,10 +47,9 @@ def _get(url: str) -> Any:
     return answer.json()
 
 
-def encodes_answered(encoder: Server) -> int:
-    """Requests to /encode that have ended: an encoder holds each until the embedding is delivered or given up. Those
-    whose asker is dead are not in its log."""
-    return _this_life(encoder).count('"POST /encode HTTP')
+def encodes_held(encoder: Server) -> int:
+    """Requests to /encode that have not ended: an encoder holds each until the embedding is delivered or given up."""
+    return ask_status(encoder.url, None).held
 
 
 def rooms_ended(encoder: Server) -> int:

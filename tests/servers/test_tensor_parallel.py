@@ -135,7 +135,8 @@ def test_two_ranks_on_shared_memory_answer_like_one_and_fail_together(
     second = _second_rank(language)
     with _no_descriptor_left(second):  # the embedding is there, and one rank cannot map it
         answer = ask(language.url, ONE_IMAGE)
-    assert answer.status == 500 and "rank 1 cannot read its leader's result" in answer.error, answer
+    assert answer.status == 500 and "could not take the embeddings" in answer.error, answer
+    assert "rank 1 cannot read its leader's result" in language.log() and "rank" not in answer.error
     broken = ask(language.url, Question("broken", "what is this?", (NotAnImage(1),)))
     assert broken.status >= 400, broken
     _check_all(language.url, right, (TEXT, ONE_IMAGE))

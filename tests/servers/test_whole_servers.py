@@ -26,8 +26,8 @@ from tests.faults.baseline import Segments
 from tests.servers.clients import BackgroundAsk, ConcurrentRequests, LeavingClient
 from tests.servers.observe import (
     Holdings,
-    encodes_answered,
     encodes_begun,
+    encodes_held,
     is_idle,
     report,
     rooms_ended,
@@ -102,8 +102,7 @@ def frozen_in_transfer(group: ServerGroup) -> Iterator[None]:
 def wait_settled(group: ServerGroup, seconds: float = SLACK) -> None:
     """Nothing is left of any request: on the language server, and on the encoder, which holds no /encode any more."""
     wait_until(lambda: is_idle(group.language), f"idle: {report(group.language)}", seconds)
-    encoder = group.encoder
-    wait_until(lambda: encodes_answered(encoder) == encodes_begun(encoder), "every /encode has ended", seconds)
+    wait_until(lambda: encodes_held(group.encoder) == 0, "every /encode has ended", seconds)
 
 
 def wait_encoder_is_used(group: ServerGroup) -> None:
@@ -195,11 +194,12 @@ def test_request_aborted_at_any_moment_is_answered_at_once_and_leaves_nothing_be
 def test_request_refused_after_dispatch_is_released_by_the_claim_timeout(
     group: ServerGroup, right: Callable[[Question], Answer]
 ) -> None:
-    before = encodes_answered(group.encoder)
+    before = encodes_begun(group.encoder)
     refused = ask(group.language.url, LARGE, more={"temperature": -1})
     assert refused.status == 400 and "temperature" in refused.error
     wait_until(lambda: report(group.language)["unclaimed"] == 1, "the encoder announced it", SLACK)
-    wait_until(lambda: encodes_answered(group.encoder) == before + 1, "released", CLAIM_TIMEOUT + SLACK)
+    wait_until(lambda: encodes_begun(group.encoder) == before + 1, "the encode begins", SLACK)
+    wait_until(lambda: encodes_held(group.encoder) == 0, "released", CLAIM_TIMEOUT + SLACK)
     assert "no request claimed the room" in group.encoder.log()
 
     too_long = ask(group.language.url, replace(LARGE, text="word " * 3000))
