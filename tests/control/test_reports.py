@@ -223,7 +223,7 @@ def test_a_directory_that_cannot_be_locked_serves_all_the_same(tmp_path: Path, m
     assert len(list(tmp_path.iterdir())) == 2, "nothing is removed that cannot be locked"
 
 
-def test_the_directory_of_a_killed_process_goes_with_the_next_start_and_no_other_does(
+def test_the_directory_of_a_killed_process_and_no_other_goes_with_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "import os, sys; from sglang_mm_conn.control import reports; " + (

@@ -84,7 +84,7 @@ def test_each_prompt_of_a_batch_is_dispatched_and_its_samples_are_announced(samp
     assert not manager.encoder_dispatch_ready, "nothing is left of ids that are not heard of again"
 
 
-def test_what_sglang_forgets_is_over_for_the_dispatcher_and_for_a_scheduler_that_waits_for_it() -> None:
+def test_what_sglang_forgets_is_over_for_dispatcher_and_scheduler() -> None:
     manager = Manager()
     gone: list[list[str]] = []
     manager.mm_receiver.endpoint = SimpleNamespace(clients_gone=gone.append)  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from sglang.srt.disaggregation.encoder.receiver import EmbeddingData, MultiModal
 from sglang.srt.managers.schedule_batch import Modality
 from sglang_mm_conn.connector.metadata import decode_metadata, encode_metadata
 from sglang_mm_conn.sglang_plugin.encoder import metadata_of
-from sglang_mm_conn.sglang_plugin.scheduler import _embedding_data
+from sglang_mm_conn.sglang_plugin.prompts import _embedding_data
 
 LIMIT = 1 << 20
 

@@ -74,6 +74,7 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
     from sglang_mm_conn.connector.language import follower
     from sglang_mm_conn.memory.results import read_result
     from sglang_mm_conn.sglang_plugin.dispatch import with_room
+    from sglang_mm_conn.sglang_plugin.prompts import Prompts
     from sglang_mm_conn.sglang_plugin.scheduler import SchedulerReceiver
 
     distributed.init_process_group("gloo", init_method=f"tcp://{HOST}:{port}", rank=rank, world_size=2)
@@ -103,12 +104,13 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
     receiver.encode_urls, receiver.wait_timeout, receiver.hostname = [encoder_url], RECV_TIMEOUT, HOST
     receiver.model_type, receiver.waiting_list, receiver.waiting_by_rid = "qwen2_5_vl", [], {}
     receiver.scheduler_recv_socket = receiver.scheduler_context = receiver.scheduler_embedding_port = None
-    receiver._joined_scheduler, receiver._reports = True, None
+    receiver._joined_scheduler = True
     ranks: dict[str, Any] = {"rank": rank, "size": 2, "ranks_per_host": 2}
     receiver.manager = EmbeddingManager(
         EmbeddingArgs(SETTINGS, torch.float32, WIDTH * 4, HOST, RECV_TIMEOUT, server=server, **ranks),
         EmbeddingMode.LANGUAGE,
     )
+    receiver.prompts = Prompts(receiver.manager, receiver.model_type, report=None)
     eyes = "open"
 
     def look(room: str, host_index: int = 0) -> Any:
@@ -284,7 +286,7 @@ def test_a_rank_that_cannot_map_fails_the_request_on_both_and_says_why(ranks: Ra
     ranks.eyes("broken")
     for tick in ranks.tick_to_end("broken"):
         text, code = tick.aborted["broken"]
-        assert "rank 1 cannot read its leader's result: out of everything" in text and code == 500
+        assert "could not take the embeddings" in text and code == 500
         assert not tick.ready
     assert not has_name(request)
 

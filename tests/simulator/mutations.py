@@ -195,7 +195,7 @@ OF_THE_DISPATCHER: dict[str, tuple[Change, ...]] = {
         change(DispatchCore, "_settle", ("if change.loses:", "if False:")),
     ),
     "a process that fell silent is reported": (
-        change(Registrations, "tick", ("encoder.silences += process.registered_once", "pass")),
+        change(Registrations, "_fell_silent", ("encoder.silences += process.registered_once", "pass")),
     ),
     "no encoder gets a part again without a sign of life": (
         change(Placement, "able", ("(ended is None or one.heard_at >= ended)", "True")),

@@ -132,7 +132,7 @@ def test_a_part_that_has_arrived_has_arrived_also_from_an_encoder_that_drains() 
 
 
 @pytest.mark.parametrize("code", [*FailureCode, 503])
-def test_a_client_is_told_no_server_rank_or_room_by_a_failure_that_is_no_encoders_answer(code: int) -> None:
+def test_a_client_is_told_no_server_rank_or_room_by_a_failed_transfer(code: int) -> None:
     reason = "encoder http://10.0.0.1:30000 (process e25d86) lost: room 933d0cf5-8e750bf5, rank 1"
     told = for_client(of_failure(code, reason))
     assert 400 <= told[0] < 600

@@ -65,7 +65,7 @@ def test_a_process_that_falls_silent_is_counted_once_for_each_of_its_urls() -> N
     assert status(core, OTHER) == EncoderStatus(OTHER, False, silences=1)
 
 
-def test_an_encoder_whose_control_port_is_silent_is_refused_until_it_is_registered() -> None:
+def test_an_encoder_whose_control_port_is_silent_is_refused_until_registered() -> None:
     core, _ = known()  # its HTTP port answers look-ups
     assert not status(core).refusal
     for now in (100.0 + PEER_TIMEOUT + 0.1, 100.2 + 2 * PEER_TIMEOUT):

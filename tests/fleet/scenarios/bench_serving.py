@@ -26,7 +26,7 @@ WHAT = "python -m sglang.bench_serving, three images a request, two encoders, be
 BUILT_IN = "zmq_to_scheduler"
 BACKENDS = (OUR_BACKEND, BUILT_IN)
 TURNS = 6  # of each
-MOST_OF_P99_TTFT = 0.85
+MOST_OF_SLOWEST = 0.85
 IMAGES = 3
 SERVERS = "2 encoders"
 _LIMIT_SECONDS = 900.0
@@ -59,14 +59,14 @@ def run(fleet: Fleet) -> list[Outcome]:
     goals = [
         at_least(f"requests/s, times those of {BUILT_IN}:", rate[0] / rate[1], 1.0),
         at_most(
-            f"P99 of the time to the first token, times that of {BUILT_IN}:",
-            quantile(first[0], 0.99) / quantile(first[1], 0.99), MOST_OF_P99_TTFT, "",
+            f"time to the first token of the slowest 1 %, times that of {BUILT_IN}:",
+            quantile(first[0], 0.99) / quantile(first[1], 0.99), MOST_OF_SLOWEST, "",
         ),
     ]  # fmt: skip
     figures = [f"requests/s: {rate[0]:.2f}, {BUILT_IN} {rate[1]:.2f}"]
     for share in (0.5, 0.9, 0.99):
         mine, other = (1000 * quantile(some, share) for some in first)
-        figures.append(f"time to the first token, P{100 * share:g}: {mine:.0f} ms, {BUILT_IN} {other:.0f} ms")
+        figures.append(f"time to the first token, {100 * share:g} %: {mine:.0f} ms, {BUILT_IN} {other:.0f} ms")
     return [fleet.outcome(NAME, SERVERS, tally, goals, figures)]
 
 
