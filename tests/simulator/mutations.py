@@ -232,7 +232,7 @@ OF_THE_DISPATCHER: dict[str, tuple[Change, ...]] = {
         change(Request, "is_over", ("now > self.deadline + OVERDUE_SECONDS", "False")),
     ),
     "an encoder that drains gets no work": (
-        change(Fleet, "usable", ("one.state is EncoderState.UP]", "one.state.value in ('up', 'draining')]")),
+        change(Fleet, "usable", ("one.state is EncoderState.UP", "one.state.value in ('up', 'draining')")),
     ),
     "a request waits while the dispatcher decides": (
         change(WaitingParts, "_ask_about", ("not may_be_tried_again(error.code)", "True")),
