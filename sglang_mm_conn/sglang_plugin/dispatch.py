@@ -162,15 +162,14 @@ def forget_requests(result: None, self: Any, request_states: dict[str, Any]) -> 
     sglang calls it after most successful requests, too: their handler drops the generator that ran them.
     """
     dispatcher = getattr(self, "mm_receiver", None)
-    bases = {split_room(urls[0])[1]: rid for rid, state in request_states.items()
-             if (urls := getattr(state.obj, "encoder_urls", None))}  # fmt: skip
-    if not bases or not isinstance(dispatcher, RoomDispatcher):
+    dispatched = [(split_room(urls[0])[1], rid, state.finished) for rid, state in request_states.items()
+                  if (urls := getattr(state.obj, "encoder_urls", None))]  # fmt: skip
+    if not dispatched or not isinstance(dispatcher, RoomDispatcher):
         return
-    dispatcher.endpoint.clients_gone(list(bases))
-    unfinished = {split_room(state.obj.encoder_urls[0])[1] for state in request_states.values()
-                  if getattr(state.obj, "encoder_urls", None) and not state.finished}  # fmt: skip
-    for base in unfinished:
-        self._dispatch_to_scheduler(news_request(bases[base], PromptOver(base)))
+    dispatcher.endpoint.clients_gone(list(dict.fromkeys(base for base, _, _ in dispatched)))
+    unfinished = {base: rid for base, rid, finished in dispatched if not finished}
+    for base, rid in unfinished.items():
+        self._dispatch_to_scheduler(news_request(rid, PromptOver(base)))
 
 
 async def report_encoders(original: Callable[[Any], Awaitable[list[Any]]], self: Any) -> list[Any]:

@@ -123,7 +123,6 @@ NEEDED = (
     f"{_ENCODER}.receiver.WaitingMMRequestBase.release_resources",  # after an abort or a failure; overridden
     f"{_ENCODER}.receiver.WaitingMMRequestBase.close_recv_socket",  # at every end; overridden
     f"{_ENCODER}.receiver.MultiModalEmbeddingData.from_embedding_data",
-    f"{_ENCODER}.receiver.calculate_modality_num_parts",
     # A scheduler process: its sleep, and its part of GET /server_info.
     f"{_SCHEDULER}.idle_sleeper.IdleSleeper.maybe_sleep",
     f"{_SCHEDULER}.ipc_channels.SchedulerIpcChannels",

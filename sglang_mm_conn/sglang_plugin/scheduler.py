@@ -108,13 +108,12 @@ class SchedulerReceiver(MMReceiverHTTP):
             server_args,
         )
         self._joined_scheduler = False
-        self._reports: ReportSender | None = None
-        send: Callable[[Report], None] | None = None
+        report: Callable[[Report], None] | None = None
         if self.tp_rank == 0 and os.environ.get(REPORTS_ENV):  # on the host of the dispatchers
-            self._reports = ReportSender(os.environ[REPORTS_ENV])
-            send = tell = self._reports.send
-            self.manager.language_endpoint.watch_encoders(lambda encoders: tell(EncoderStatuses(encoders)))
-        self.prompts = Prompts(self.manager, self.model_type, send)
+            sender = ReportSender(os.environ[REPORTS_ENV])
+            report = sender.send
+            self.manager.language_endpoint.watch_encoders(lambda encoders: sender.send(EncoderStatuses(encoders)))
+        self.prompts = Prompts(self.manager, self.model_type, report)
         for url in self.encode_urls:
             self.manager.language_endpoint.use_encoder(url)
 

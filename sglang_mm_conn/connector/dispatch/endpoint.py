@@ -126,12 +126,12 @@ class DispatcherEndpoint:
         self, rid: str, room_base: str, items: Sequence[Item], seconds: float, dispatched: Dispatched
     ) -> list[tuple[str, Part]]:
         """Dispatch ``items`` (those of one modality together) within ``seconds``. Returns (URL, part) in order."""
-        self.look_at_list()
         now = self._clock()
         with self._lock:
+            known = self._look_at_list(now)
             placed, actions = self.core.dispatch(rid, room_base, items, now + seconds, now)
             self._dispatched[room_base] = dispatched
-            self._hand_over(actions)
+            self._hand_over(known + actions)
         return placed
 
     def clients_gone(self, room_bases: Collection[str]) -> None:

@@ -46,11 +46,10 @@ class Fleet:
                 self.encoders[url] = Encoder(url)
         for one in list(self.encoders.values()):
             one.listed = one.url in listed
-            if not one.listed and not one.load.parts:
-                del self.encoders[one.url]
+            self.forget(one.url)
 
     def forget(self, url: str) -> None:
-        """Nothing is under way at ``url`` any more: drop it if it is not listed."""
+        """Drop ``url`` if it is not listed and nothing is under way there."""
         one = self.encoders.get(url)
         if one is not None and not one.listed and not one.load.parts:
             del self.encoders[url]

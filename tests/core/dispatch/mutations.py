@@ -62,7 +62,7 @@ MUTATIONS: dict[str, Change] = {
         DispatchCore, "_close", ("one.load.remove(part.work)", "pass")
     ),
     "an encoder that is not listed any more keeps its parts": change(
-        Fleet, "know", (" and not one.load.parts", "")
+        Fleet, "forget", (" and not one.load.parts", "")
     ),
     "an encoder that is not listed any more gets no part": change(
         Fleet, "usable", (" and one.listed", "")
