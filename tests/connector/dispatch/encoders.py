@@ -110,11 +110,14 @@ class FakeEncoder:
         app.router.add_post("/encode", self._encode)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self._port)
-        await site.start()
+        listener = socket.create_server(("127.0.0.1", self._port))
+        await web.SockSite(runner, listener).start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         self._started.set()
         await self._stop.wait()
+        # asyncio leaks a connection accepted just before its server closes: accept no more, and let those come in.
+        self._loop.remove_reader(listener)
+        await asyncio.sleep(0.01)
         await runner.cleanup()
 
     async def _look_up(self, _: web.Request) -> web.Response:
