@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.encoder.receiver import MMReceiverHTTP, _encoder_media_item
 from sglang.srt.environ import envs
-from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
+from sglang.srt.managers.io_struct import EncoderDispatchErrorReq, GenerateReqInput
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.runtime_context import get_disagg, get_serving
 
@@ -30,6 +30,7 @@ from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation
 from sglang_mm_conn.sglang_plugin.news import PromptComes, PromptOver, news_request
+from sglang_mm_conn.sglang_plugin.placeholders import match_media
 
 logger = logging.getLogger(__name__)
 
@@ -136,13 +137,22 @@ def rooms_of(
 
 def dispatch_each(original: Callable[[Any, Any], None], self: Any, obj: Any) -> None:
     """Around ``_handle_epd_disaggregation_encode_request`` of the tokenizer manager, which knows no batches: dispatch
-    each prompt of a batch by itself. sglang makes a batch of a prompt with ``n`` above 1, too."""
-    if obj.is_single or not isinstance(getattr(self, "mm_receiver", None), RoomDispatcher):
+    each prompt of a batch by itself. sglang makes a batch of a prompt with ``n`` above 1, too.
+
+    Raises ValueError if a prompt has more placeholders than media.
+    """
+    if not isinstance(getattr(self, "mm_receiver", None), RoomDispatcher):
+        original(self, obj)
+        return
+    prompts = [obj] if obj.is_single else [obj[number] for number in range(obj.batch_size)]
+    for prompt in prompts:
+        if isinstance(prompt, GenerateReqInput) and prompt.contains_mm_input():
+            match_media(prompt, self.mm_processor, self.tokenizer.decode)
+    if obj.is_single:
         original(self, obj)
         return
     samples = getattr(obj, "parallel_sample_num", 1)
-    for number in range(obj.batch_size):
-        prompt = obj[number]  # sglang uses this object from here on
+    for prompt in prompts:  # sglang uses these objects from here on
         prompt.is_single, prompt.batch_size = True, 1
         original(self, prompt)
         if getattr(prompt, "encoder_urls", None):

@@ -1,20 +1,22 @@
-"""Several prompts in one request, and several samples of one prompt: answered as a colocated server answers them.
-
-sglang's own embedding transports fail on each of these.
+"""Forms of requests that a colocated server takes or refuses: several prompts in one request, several samples of one,
+placeholders that do not match the media. sglang's own embedding transports fail on each of these.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import requests
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sglang_mm_conn.demo.images import Image
 from sglang_mm_conn.demo.servers import Server, ServerGroup
+from sglang_mm_conn.demo.tiny_tokenizer import TOKEN_ID, byte_alphabet
 from tests.servers.observe import encodes_begun, is_idle, rooms_ended, wait_until
 
 KIND = "qwen2_5_vl"
@@ -41,6 +43,19 @@ def chat(*seeds: int, n: int = 1, **more: Any) -> dict[str, Any]:
     return {**body, **more}
 
 
+def ids_of(text: str) -> list[int]:
+    """Token ids of ``text`` in the tiny tokenizer, which has one per byte."""
+    alphabet, letters = byte_alphabet(), bytes_to_unicode()
+    pieces = re.split(f"({'|'.join(map(re.escape, TOKEN_ID))})", text)
+    return [
+        number
+        for piece in pieces
+        for number in (
+            [TOKEN_ID[piece]] if piece in TOKEN_ID else [alphabet.index(letters[byte]) for byte in piece.encode()]
+        )
+    ]
+
+
 GENERATE, CHAT = "/generate", "/v1/chat/completions"
 ONE, TWO, NONE = prompt(1, "what is this?"), prompt(2, "what are these?"), prompt(0, "who are you?")
 # form: (path, body, images of it)
@@ -56,12 +71,18 @@ FORMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "two samples of a prompt": (GENERATE, {**generate([], [uri(16)], n=2), "text": ONE}, 1),
     "a list of prompts as a stream": (GENERATE, generate([ONE, ONE], [[uri(17)], [uri(18)]], stream=True), 2),
     "a list of prompts with ids": (GENERATE, generate([ONE, ONE], [[uri(19)], [uri(20)]], rid=["a", "b"]), 2),
+    "an image without a placeholder": (GENERATE, {**generate([], [uri(22)]), "text": NONE}, 0),
+    "an image more than placeholders": (GENERATE, {**generate([], [uri(23), uri(24)]), "text": ONE}, 1),
+    "placeholders among token ids": (GENERATE, {**generate([], [uri(25)]), "text": None, "input_ids": ids_of(ONE)}, 1),
+    "an image more than placeholders in a list": (GENERATE, generate([ONE, NONE], [[uri(26), uri(27)], [uri(28)]]), 1),
     "the same image in two prompts": (GENERATE, generate([ONE, TWO], [[uri(21)], [uri(21), uri(21)]]), 3),
 }  # fmt: skip
 BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "a broken image in a list": (GENERATE, generate([ONE, ONE], [[uri(30)], ["data:image/png;base64,AAAA"]])),
     "a broken image with two samples": (GENERATE, {**generate([], ["data:image/png;base64,AAAA"], n=2), "text": ONE}),
     "fewer images than prompts": (GENERATE, generate([ONE, ONE], [[uri(31)]])),
+    "fewer images than placeholders": (GENERATE, {**generate([], [uri(34)]), "text": TWO}),
+    "fewer images than placeholders in a list": (GENERATE, generate([ONE, TWO], [[uri(35)], [uri(36)]])),
     "an id twice": (GENERATE, generate([ONE, ONE], [[uri(32)], [uri(33)]], rid=["a", "a"])),
 }
 
@@ -73,14 +94,14 @@ def send(server: Server, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         return response.status_code, None
     if body.get("stream"):
         return 200, joined(response, path)
-    found = response.json()
+    found: Any = response.json()
     if path == CHAT:
         return 200, [[(one["index"], one["message"]["content"], one["finish_reason"]) for one in found["choices"]],
                      found["usage"]]  # fmt: skip
     return 200, [
         (one["text"], one["meta_info"]["finish_reason"], one["meta_info"]["prompt_tokens"],
          one["meta_info"]["completion_tokens"])
-        for one in found
+        for one in (found if isinstance(found, list) else [found])
     ]  # fmt: skip
 
 
