@@ -334,11 +334,6 @@ _FROM_ENCODER: msgspec.msgpack.Decoder[FromEncoder] = msgspec.msgpack.Decoder(Fr
 _VERSION = bytes([PROTOCOL_VERSION])
 
 
-def as_text(value: str, limit: int = 1000) -> str:
-    """``value`` cut to ``limit`` characters, without lone surrogates: a client's JSON can put them into an error."""
-    return value[:limit].encode("utf-8", "replace").decode()
-
-
 def encode(message: Message) -> bytes:
     """One frame: the version byte and the message."""
     return _VERSION + _ENCODER.encode(message)

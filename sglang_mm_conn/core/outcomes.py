@@ -7,6 +7,8 @@ from http import HTTPStatus
 
 import msgspec
 
+from sglang_mm_conn.core.texts import as_text
+
 
 class FailureCode(IntEnum):
     """HTTP statuses of failed rooms. A failed encode may set another one."""
@@ -49,7 +51,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 def failure(reason: str, code: int) -> Outcome:
     """The outcome of a failed room. A ``code`` that is none of a failure becomes GONE."""
-    return Outcome(reason, code if 400 <= code <= 599 else FailureCode.GONE)
+    return Outcome(as_text(reason), code if 400 <= code <= 599 else FailureCode.GONE)
 
 
 SUCCEEDED = Outcome("", int(HTTPStatus.OK))

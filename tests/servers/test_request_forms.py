@@ -4,8 +4,10 @@ placeholders that do not match the media. sglang's own embedding transports fail
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -171,3 +173,21 @@ def test_both_ranks_of_a_server_have_every_sample_of_every_prompt(
         path, body, _ = FORMS[form]
         assert send(group.language, path, body) == send(colocated, path, body)
     wait_until(lambda: is_idle(group.language), "the language server holds nothing", 10)
+
+
+@pytest.mark.parametrize("form", [CHAT, GENERATE])
+def test_a_broken_image_of_six_megabytes_is_refused_in_few_words(
+    form: str, colocated: Server, group: ServerGroup
+) -> None:
+    broken = "data:image/png;base64," + base64.b64encode(random.Random(6).randbytes(6 << 20)).decode()
+    body = chat(1) if form == CHAT else {**generate([], [broken]), "text": ONE}
+    if form == CHAT:
+        body["messages"][0]["content"][0]["image_url"]["url"] = broken
+    before = {server.name: len(server.log()) for server in group.servers}
+    response, theirs = (requests.post(one.url + form, json=body, timeout=120) for one in (group.language, colocated))
+    assert response.status_code == theirs.status_code == 400
+    assert len(response.content) <= 1500 and broken[1000:1100] not in response.text
+    assert send(group.language, *FORMS["two samples"][:2])[0] == 200, "the encoders are well"
+    for server in group.servers:
+        grown = server.log()[before[server.name] :]
+        assert len(grown) <= 20_000 and broken[1000:1100] not in grown, server.name

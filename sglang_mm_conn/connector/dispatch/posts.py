@@ -42,7 +42,8 @@ class Posts:
                 headers={"Content-Type": "application/json"},
                 allow_redirects=False,
             ) as answer:
-                content = await read_at_most(answer.content, _MOST_ANSWER_BYTES)
+                # sglang's answer to bad media repeats them.
+                content = await read_at_most(answer.content, _MOST_ANSWER_BYTES + 2 * len(body))
                 return of_answer(room, answer.status, content, answer.headers.get(STATE_HEADER, ""))
         except (aiohttp.ClientResponseError, aiohttp.InvalidURL) as error:
             return _bad_gateway(Verdict.STRANGER, f"no encoder answers there ({type(error).__name__}: {error})")

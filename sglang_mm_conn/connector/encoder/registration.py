@@ -23,8 +23,9 @@ from sglang_mm_conn.control.rate_limited_log import RateLimitedLog
 from sglang_mm_conn.core.actions import Ended
 from sglang_mm_conn.core.encoder.sender import RegisteredSession, SenderCore
 from sglang_mm_conn.core.errors import DataPathUnavailable, ProtocolError, WriterSlotTaken
-from sglang_mm_conn.core.messages import RefusalKind, Refused, Register, Registered, as_text
+from sglang_mm_conn.core.messages import RefusalKind, Refused, Register, Registered
 from sglang_mm_conn.core.settings import Settings
+from sglang_mm_conn.core.texts import as_text
 
 logger = logging.getLogger(__name__)
 

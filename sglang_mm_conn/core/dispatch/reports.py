@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
 from sglang_mm_conn.core.errors import ProtocolError
-from sglang_mm_conn.core.messages import as_text
+from sglang_mm_conn.core.texts import as_text
 
 MOST_BYTES = 1 << 20
 _MOST_ENCODERS = 4096

@@ -7,9 +7,9 @@ from http import HTTPStatus
 
 import msgspec
 
-from sglang_mm_conn.core.messages import as_text
 from sglang_mm_conn.core.outcomes import FailureCode
 from sglang_mm_conn.core.states import EncoderState
+from sglang_mm_conn.core.texts import as_text
 
 DRAINING = "draining"  # value of the header STATE_HEADER while an encoder drains
 STATE_HEADER = "X-Mm-Conn-State"

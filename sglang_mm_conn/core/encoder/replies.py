@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from sglang_mm_conn.core.actions import Action, Send
 from sglang_mm_conn.core.encoder.sender_room import RegisteredSession, SenderRoom, TransferEmbeddingInfo
-from sglang_mm_conn.core.messages import Announce, Done, Failed, Message, Progress, as_text
+from sglang_mm_conn.core.messages import Announce, Done, Failed, Message, Progress
 from sglang_mm_conn.core.outcomes import FailureCode, Outcome, failure
 from sglang_mm_conn.core.rooms import server_of
 from sglang_mm_conn.core.states import WindowState
+from sglang_mm_conn.core.texts import as_text
 from sglang_mm_conn.core.tombstones import Tombstones
 
 # Limits of the completions (and, by number, of the failures) that are kept, to be repeated if a connection lost one.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.actions import EncoderRefused, Log, LookUp, RegistrationAction
 from sglang_mm_conn.core.dispatch.encoders import EncoderStatus
-from sglang_mm_conn.core.messages import Registered, as_text
+from sglang_mm_conn.core.messages import Registered
 from sglang_mm_conn.core.states import (
     LOOK_UP_TRANSITIONS,
     REGISTRATION_TRANSITIONS,
@@ -14,6 +14,7 @@ from sglang_mm_conn.core.states import (
     RegistrationState,
     StateMachine,
 )
+from sglang_mm_conn.core.texts import as_text
 
 # Back-off of look-ups, in seconds: the first delay, the factor from one delay to the next, the longest delay.
 FIRST_DELAY_SECONDS = 0.5

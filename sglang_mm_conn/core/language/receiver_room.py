@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sglang_mm_conn.core.actions import CopyOut, Send
-from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Progress, as_text
+from sglang_mm_conn.core.messages import Abort, Announce, Done, Drained, Failed, Progress
 from sglang_mm_conn.core.outcomes import Outcome
 from sglang_mm_conn.core.states import RECEIVER_TRANSITIONS, Poll, ReceiverState, StateMachine
+from sglang_mm_conn.core.texts import as_text
 
 RoomMessage = Announce | Progress | Done | Failed | Drained
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sglang_mm_conn.core.language.receiver_room import Peer
-from sglang_mm_conn.core.messages import Announce, Failed, as_text
+from sglang_mm_conn.core.messages import Announce, Failed
 from sglang_mm_conn.core.outcomes import FailureCode, Outcome
+from sglang_mm_conn.core.texts import as_text
 
 # The limit per encoder process. A process that announces nonsense leaves capacity for the others.
 UNCLAIMED_LIMIT = 8192
