@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from sglang_mm_conn.sglang_plugin.internals import HOOKS, NEEDED, SPAWN_TARGETS, SUPPORTED
+from sglang_mm_conn.sglang_plugin.log_lines import shorten_log_lines
 
 # Returns what the bootstrap route on the encoder's HTTP server answers.
 _BOOTSTRAP_SOURCE = "sglang_mm_conn.sglang_plugin.encoder:bootstrap_info"
@@ -82,6 +83,7 @@ def apply_and_verify() -> None:
     if not problems:
         HookRegistry.apply_hooks()
         _add_route()
+        shorten_log_lines()
         unhooked = [hook.target for hook in HOOKS if not hasattr(_load(hook.target), "__wrapped__")]
         problems += [f"{target} could not be hooked (see the log)" for target in unhooked]
     if problems:
