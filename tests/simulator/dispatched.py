@@ -428,8 +428,10 @@ class DispatchedSchedule(Schedule):
             self._silent_since.pop(at, None)
             return
         known = tokenizer.server.ranks[0].endpoint._encoders.registrations.encoders.get(encoder.url)
-        registered = known is not None and any(one.registered_once for one in known.processes.values())
-        since = self._silent_since.setdefault(at, now if registered else math.inf)
+        heard = [one.last_seen for one in known.processes.values() if one.registered_once] if known is not None else []
+        # A message that was on its way may come long after the cut.
+        since = max(self._silent_since.get(at, now if heard else math.inf), *heard, -math.inf)
+        self._silent_since[at] = since
         if now - since < PEER_TIMEOUT + NOTICED_WITHIN or tokenizer.loses_reports:
             return
         for request in tokenizer.core.requests.values():
