@@ -28,7 +28,7 @@ from sglang_mm_conn.core.states import EncoderState
 from tests.simulator.network import Pair
 from tests.simulator.processes import DTYPE, ROW_BYTES, EncoderProcess, LanguageProcess
 from tests.simulator.requests import Request, Try
-from tests.simulator.schedule import LONG_DEADLINE, PEER_TIMEOUT, RECOVERY, Schedule, Server
+from tests.simulator.schedule import LONG_DEADLINE, PEER_TIMEOUT, RECOVERY, TWISTED, Schedule, Server
 from tests.simulator.scheduler import Lane, Process, Violation
 from tests.simulator.tokenizer import Tokenizer
 
@@ -237,6 +237,8 @@ class DispatchedSchedule(Schedule):
             return "it was lost long after its delivery"
         if request.room_base not in tokenizer.core.requests and tokenizer.loses_reports:
             return "that it still waited was said too late"
+        if any(TWISTED in attempt.touched for tries in request.tries.values() for attempt in tries):
+            return "a falsified message has failed a part of it"
         well = {url for url in tokenizer.known if now - self._unwell[request.server.name, url] > WELL}
         for _, part in request.placed:
             if part.delivered or part.current is not None:

@@ -36,6 +36,7 @@ from tests.simulator.processes import DTYPE, ROW_BYTES, EncoderProcess, Language
 from tests.simulator.scheduler import Kernel, Process, Violation, attribute
 
 FRAME_LIMIT = 1 << 24
+TWISTED = "a message about it was twisted"
 HEARTBEAT, PEER_TIMEOUT, CLAIM_TIMEOUT, DOUBT_PATIENCE = 3.0, 12.0, 25.0, 3.0
 # Two processes that were kept apart for so long in all may have given each other up.
 APART_TOO_LONG = 5.0
@@ -558,7 +559,7 @@ class Schedule:
         if twisted == message:
             return None
         self._twists -= 1
-        self._touch_room(message.room, "a message about it was twisted")
+        self._touch_room(message.room, TWISTED)
         self.kernel.note(f"twisted: {twisted}")
         return twisted
 
