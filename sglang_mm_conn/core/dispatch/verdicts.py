@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from http import HTTPStatus
 
@@ -93,12 +94,14 @@ _TOLD: dict[int, str] = {
     FailureCode.TIMED_OUT: "the images, video or audio of this request were not encoded in time",
     FailureCode.RANK_FAILED: "the language server could not take the embeddings of this request",
 }
+# What sglang puts before the words of a rank of an encoder.
+_WHERE = re.compile(r"^[\w ]{1,64} failed on TP rank \d+: ")
 
 
 def for_client(end: TryEnd) -> tuple[int, str]:
     """Code and reason of a try that failed, as clients get them."""
     if end.verdict in (Verdict.ERROR, Verdict.INPUT):
-        return end.code, _TOLD.get(end.code, end.reason)
+        return end.code, _TOLD.get(end.code) or _WHERE.sub("", end.reason)
     code = end.code if end.code >= 500 else int(HTTPStatus.BAD_GATEWAY)
     return code, "the connection to the encoder of this request was lost"
 
