@@ -28,9 +28,10 @@ from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.rooms import new_room_base, part_room
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
+from sglang_mm_conn.sglang_plugin.media_items import as_posted, can_be_posted, check_media, listed, only_embeddings
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation
 from sglang_mm_conn.sglang_plugin.news import PromptComes, PromptOver, news_request
-from sglang_mm_conn.sglang_plugin.placeholders import match_media
+from sglang_mm_conn.sglang_plugin.placeholders import has_rules_of_qwen, match_media
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,10 @@ class RoomDispatcher(MMReceiverHTTP):
         modality = Modality[part.modality]
         of_modality = [one for one in media if one["modality"] is modality]
         return {
-            "mm_items": [_encoder_media_item(one) for one in of_modality[part.first : part.first + part.count]],
+            "mm_items": [
+                _encoder_media_item({**one, "url": as_posted(one["url"])})
+                for one in of_modality[part.first : part.first + part.count]
+            ],
             "num_parts": part.of,
             "part_idx": part.number,
             "req_id": room,
@@ -139,20 +143,23 @@ def dispatch_each(original: Callable[[Any, Any], None], self: Any, obj: Any) -> 
     """Around ``_handle_epd_disaggregation_encode_request`` of the tokenizer manager, which knows no batches: dispatch
     each prompt of a batch by itself. sglang makes a batch of a prompt with ``n`` above 1, too.
 
-    Raises ValueError if a prompt has more placeholders than media.
+    Raises ValueError if a colocated sglang would refuse the media of a prompt.
     """
     if not isinstance(getattr(self, "mm_receiver", None), RoomDispatcher):
         original(self, obj)
         return
     prompts = [obj] if obj.is_single else [obj[number] for number in range(obj.batch_size)]
     for prompt in prompts:
+        # Without an encoder sglang processes the media in this process.
+        prompt.need_wait_for_mm_inputs = False
         if isinstance(prompt, GenerateReqInput) and prompt.contains_mm_input():
-            match_media(prompt, self.mm_processor, self.tokenizer.decode)
+            prompt.need_wait_for_mm_inputs = _for_encoders(self, prompt)
     if obj.is_single:
-        original(self, obj)
+        if obj.need_wait_for_mm_inputs:
+            original(self, obj)
         return
     samples = getattr(obj, "parallel_sample_num", 1)
-    for prompt in prompts:  # sglang uses these objects from here on
+    for prompt in [one for one in prompts if one.need_wait_for_mm_inputs]:  # sglang uses these objects from here on
         prompt.is_single, prompt.batch_size = True, 1
         original(self, prompt)
         if getattr(prompt, "encoder_urls", None):
@@ -164,6 +171,20 @@ def dispatch_each(original: Callable[[Any, Any], None], self: Any, obj: Any) -> 
             self._dispatch_to_scheduler(news_request(prompt.rid, PromptComes(bases[0], prompt.rid, rooms, requests)))
             # The scheduler knows the prompt. (Samples get ids of their own, so sglang never sets this event.)
             self.encoder_dispatch_ready.pop(prompt.rid).set()
+
+
+def _for_encoders(manager: Any, prompt: GenerateReqInput) -> bool:
+    """Whether ``prompt`` has media for encoders. Raises ValueError if a colocated sglang would refuse the media."""
+    if not can_be_posted(prompt):
+        if not has_rules_of_qwen(manager.mm_processor) and not only_embeddings(prompt):
+            raise ValueError("this model takes images, videos and audio as data or URLs, and embeddings, and no others")
+        return False
+    prompt.image_data = listed(prompt.image_data) or None
+    manager._validate_mm_limits(prompt)
+    manager._normalize_mm_content_hashes(prompt)
+    check_media(prompt)
+    match_media(prompt, manager.mm_processor)
+    return bool(prompt.contains_mm_input())
 
 
 def forget_requests(result: None, self: Any, request_states: dict[str, Any]) -> None:

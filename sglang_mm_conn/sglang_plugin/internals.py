@@ -62,6 +62,30 @@ HOOKS = (
         f"{_PLUGIN}.dispatch:forget_requests",
         "AFTER",
     ),
+    # The tokenizer process: the answer of a request that the scheduler has ended with an error.
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
+        ("self", "out", "state", "is_stream"),
+        f"{_PLUGIN}.answers:raise_input_error",
+    ),
+    # The tokenizer process: the token ids of a prompt, for a client that wants them.
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
+        ("self", "obj"),
+        f"{_PLUGIN}.answers:keep_prompt_ids",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response",
+        ("self", "obj", "request"),
+        f"{_PLUGIN}.answers:give_prompt_ids",
+        "AFTER",
+    ),
+    # A scheduler process: embeds the media of a batch.
+    Hook(
+        "sglang.srt.managers.mm_utils.prepare_mm_inputs",
+        ("input_ids", "forward_batch"),
+        f"{_PLUGIN}.mixed_batches:embed_apart",
+    ),
     # Loads the encoder's model.
     Hook(
         f"{_ENCODER}.server.MMEncoder.__init__",
@@ -109,10 +133,15 @@ NEEDED = (
     f"{_ENCODER}.receiver.MMReceiverBase._extract_url_data",  # the images, video and audio of a request
     f"{_ENCODER}.receiver._encoder_media_item",  # an item as it is posted to /encode
     f"{_ENCODER}.receiver.MMReceiverBase._send_encode_request",  # starts the dispatch; overridden
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_mm_limits",  # --limit-mm-data-per-request
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._normalize_mm_content_hashes",  # and checks how many
     "sglang.srt.managers.io_struct.EncoderDispatchErrorReq",  # from the tokenizer to every rank of the scheduler
     # A scheduler process: base class of SchedulerReceiver.
     f"{_ENCODER}.receiver.MMReceiverBase._init_mm_processor",  # creates the multimodal processor
     f"{_ENCODER}.receiver.MMReceiverBase._process_waiting_requests",  # one tick, in step with the other ranks
+    f"{_ENCODER}.receiver.MMReceiverBase.abort_waiting_requests",  # an abort has come; overridden
+    "sglang.srt.managers.scheduler.Scheduler.send_abort_output",  # the answer for a request that did not run
+    "sglang.srt.managers.utils.compute_num_reserved_tokens",
     f"{_ENCODER}.receiver.MMReceiverBase.create_req",  # the scheduler's request for a failed one; overridden
     # A scheduler process: base class of WaitingEmbeddingRequest, and what it makes of the parts.
     f"{_ENCODER}.receiver.WaitingMMRequestBase.send_encode_request",  # called once, at the start; overridden

@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from sglang.srt.disaggregation.encoder.receiver import (
     WaitingMMRequestStatus,
 )
 from sglang.srt.environ import envs
-from sglang.srt.managers.io_struct import EncoderDispatchErrorReq
+from sglang.srt.managers.io_struct import AbortReq, EncoderDispatchErrorReq
+from sglang.srt.managers.utils import compute_num_reserved_tokens
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 
 from sglang_mm_conn.conn_multimodal import EmbeddingArgs, EmbeddingManager, EmbeddingMode
@@ -27,7 +29,7 @@ from sglang_mm_conn.core.dispatch.actions import Redispatched
 from sglang_mm_conn.core.dispatch.reports import EncoderStatuses, Report
 from sglang_mm_conn.core.dispatch.verdicts import for_client, of_failure
 from sglang_mm_conn.core.errors import ConnError, TransferFailed
-from sglang_mm_conn.core.outcomes import known_http_status
+from sglang_mm_conn.core.outcomes import FailureCode, known_http_status
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.memory.malloc import raise_trim_threshold
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
@@ -35,11 +37,15 @@ from sglang_mm_conn.sglang_plugin.device import compute_device
 from sglang_mm_conn.sglang_plugin.dispatch import RoomDispatcher, rooms_of, split_room
 from sglang_mm_conn.sglang_plugin.idle import wake_on
 from sglang_mm_conn.sglang_plugin.internals import extend_internal_state, widest_row
+from sglang_mm_conn.sglang_plugin.lengths import Context, PromptTooLong
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation, uses_connector
 from sglang_mm_conn.sglang_plugin.news import News, PromptComes, PromptOver, news_in
 from sglang_mm_conn.sglang_plugin.prompts import Prompt, Prompts, RequestGivenUp
 
 logger = logging.getLogger(__name__)
+
+# What fails a request that somebody has aborted while it waited. No client reads it.
+_ABORTED = "aborted before its embeddings came"
 
 
 def create_receiver(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,6 +113,12 @@ class SchedulerReceiver(MMReceiverHTTP):
             EmbeddingMode.LANGUAGE,
             server_args,
         )
+        self.context = (
+            None
+            if get_serving().allow_auto_truncate  # then sglang cuts
+            else Context(scheduler.model_config.context_len, compute_num_reserved_tokens())
+        )
+        self.aborted: dict[str, Any] = {}  # why, by the ids of requests that somebody has aborted
         self._joined_scheduler = False
         report: Callable[[Report], None] | None = None
         if self.tp_rank == 0 and os.environ.get(REPORTS_ENV):  # on the host of the dispatchers
@@ -134,7 +146,9 @@ class SchedulerReceiver(MMReceiverHTTP):
         received, news = split_news(recv_reqs)
         for coming in [one for one in news if isinstance(one, PromptComes)]:
             self._heed(coming)
-        requests, aborted = self._process_waiting_requests(received, WaitingEmbeddingRequest, prompts=self.prompts)
+        requests, aborted = self._process_waiting_requests(
+            received, WaitingEmbeddingRequest, prompts=self.prompts, context=self.context
+        )
         for one in [one for one in news if not isinstance(one, PromptComes)]:  # afterwards: they may be about requests
             self._heed(one)  # that have come in this tick
         self.prompts.sweep(time.monotonic())
@@ -143,7 +157,22 @@ class SchedulerReceiver(MMReceiverHTTP):
         if any(request.status == WaitingMMRequestStatus.SUCCESS for request in self.waiting_list):
             # Another rank still waits, and nothing will notify this one when that rank is done: poll again at once.
             completions.notify()
-        return ready_first(requests, received), aborted
+        return ready_first(requests, received), self._answer_aborted(aborted)
+
+    def abort_waiting_requests(self, recv_req: Any) -> None:
+        """Abort by id or of all: every rank gets it in the same tick."""
+        for waiting in self.waiting_list:
+            if recv_req.abort_all or waiting.rid.startswith(recv_req.rid):
+                self.aborted[waiting.rid] = recv_req.finished_reason
+                waiting.abort()
+
+    def _answer_aborted(self, failed: list[tuple[Any, str, int | None]]) -> list[tuple[Any, str, int | None]]:
+        """Answer those that somebody has aborted as sglang answers for its waiting queue. Returns the others."""
+        for request, reason, _ in failed:
+            why = self.aborted.pop(request.rid, None)
+            if reason == _ABORTED:
+                self.scheduler.send_abort_output(AbortReq(rid=request.rid, finished_reason=why), request)
+        return [one for one in failed if one[1] != _ABORTED]
 
     def _heed(self, news: News) -> None:
         """Requests are found by their room base: a later one, or one of another tokenizer process, may have the same
@@ -173,14 +202,21 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
     """A request that waits for the embeddings of its prompt."""
 
     def __init__(
-        self, rid: str, recv_req: Any, mm_processor: Any, encoder_urls: list[str], prompts: Prompts, **_: Any
+        self,
+        rid: str,
+        recv_req: Any,
+        mm_processor: Any,
+        encoder_urls: list[str],
+        prompts: Prompts,
+        context: Context | None,
+        **_: Any,
     ) -> None:
         # Does not call super().__init__, which opens a socket per request.
         self.rid = rid
         self.recv_req = recv_req
         self.mm_processor = mm_processor
         self.num_items_assigned = recv_req.num_items_assigned
-        self._prompts = prompts
+        self._prompts, self._context = prompts, context
         self._prompt: Prompt | None = None
         self._prompt_ids = recv_req.input_ids
         self.status = WaitingMMRequestStatus.PENDING
@@ -219,18 +255,34 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
             if joined is not None:
                 self.recv_embedding_data, embeddings = joined
                 self._finish_assemble(dict(embeddings))
+                if self._context is not None:
+                    self._context.check(len(self.recv_req.input_ids), self.recv_req.sampling_params.max_new_tokens)
         except RequestGivenUp as error:
             self._fail_and_release(error.reason, error.code)
         except TransferFailed as error:
-            code, reason = for_client(of_failure(error.code, error.reason))
-            logger.warning("Request %s fails with room %s (%d): %s", self.rid, error.room, error.code, error.reason)
-            self._fail_and_release(reason, code)
+            self._fail(error.code, f"with room {error.room} ({error.code}): {error.reason}", error.reason)
+        except ConnError as error:
+            self._fail(FailureCode.RANK_FAILED, f"on this rank: {error}", "")
+        except PromptTooLong as error:
+            self._fail_and_release(str(error), int(HTTPStatus.BAD_REQUEST))
         except Exception as error:
             self._fail_assemble(error)
+
+    def _fail(self, code: int, told: str, reason: str) -> None:
+        """``told`` is for the log: a client learns nothing of rooms and ranks."""
+        logger.warning("Request %s fails %s", self.rid, told)
+        code, reason = for_client(of_failure(code, reason))
+        self._fail_and_release(reason, code)
 
     def _fail_and_release(self, error_msg: str, error_code: int | None = None) -> None:
         # sglang's scheduler converts the code to HTTPStatus, and an unknown code (499) would end the whole server.
         super()._fail_and_release(error_msg, None if error_code is None else known_http_status(error_code))
+
+    def abort(self) -> None:
+        """Somebody has aborted it: nobody wants the embeddings."""
+        if self.status in (WaitingMMRequestStatus.PENDING, WaitingMMRequestStatus.SUCCESS):
+            self._fail_and_release(_ABORTED)
+            self.release_resources()
 
     def release_resources(self) -> None:
         """Called by sglang on abort, failure and timeout, possibly more than once."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.schedule_batch import Modality
 
 from sglang_mm_conn.core.rooms import new_id, new_room_base, part_room
@@ -50,16 +51,19 @@ class Manager:
 
     def __init__(self) -> None:
         self.mm_receiver = RoomDispatcher.__new__(RoomDispatcher)
+        self.mm_processor = None
+        self.limits_checked: list[Any] = []
+        self._validate_mm_limits = self._normalize_mm_content_hashes = self.limits_checked.append
         self.encoder_dispatch_ready: dict[str, threading.Event] = {}
         self.sent: list[Any] = []
         self._dispatch_to_scheduler = self.sent.append
 
 
 def batch(samples: int) -> SimpleNamespace:
-    prompts = [SimpleNamespace(rid=rid) for rid in "ab"]
+    prompts = [GenerateReqInput(rid="a", text="what?", image_data=["c"]), GenerateReqInput(rid="b", text="who?")]
 
     class Batch(SimpleNamespace):
-        def __getitem__(self, number: int) -> SimpleNamespace:
+        def __getitem__(self, number: int) -> GenerateReqInput:
             return prompts[number]
 
     return Batch(is_single=False, batch_size=2, parallel_sample_num=samples)
@@ -72,16 +76,31 @@ def test_each_prompt_of_a_batch_is_dispatched_and_its_samples_are_announced(samp
 
     def original(self: Any, prompt: Any) -> None:
         assert prompt.is_single and prompt.batch_size == 1
-        if prompt.rid in bases:  # "b" has no image
-            prompt.encoder_urls = [with_room("http://encoder:1", bases[prompt.rid])]
-            prompt.num_items_assigned = {Modality.IMAGE: [2]}
-            self.encoder_dispatch_ready[prompt.rid] = threading.Event()
+        prompt.encoder_urls = [with_room("http://encoder:1", bases[prompt.rid])]
+        prompt.num_items_assigned = {Modality.IMAGE: [2]}
+        self.encoder_dispatch_ready[prompt.rid] = threading.Event()
 
     dispatch_each(original, manager, request)
     (message,) = manager.sent
     rooms = [("http://encoder:1", part_room(bases["a"], 0))]
     assert news_in(message) == PromptComes(bases["a"], "a", rooms, samples + 1 if samples > 1 else 1)
+    assert [one.rid for one in manager.limits_checked] == ["a", "a"], "sglang's limits of media and hashes"
     assert not manager.encoder_dispatch_ready, "nothing is left of ids that are not heard of again"
+
+
+@pytest.mark.parametrize("media", [[{"format": "precomputed_embedding"}], None])
+def test_a_prompt_without_media_for_encoders_is_not_dispatched(media: Any) -> None:
+    prompt = GenerateReqInput(rid="a", text="what?", image_data=media)
+    prompt.is_single = True
+    dispatch_each(lambda *_: pytest.fail("dispatched"), Manager(), prompt)
+    assert prompt.need_wait_for_mm_inputs is False, "sglang processes the media in the tokenizer process"
+
+
+def test_what_only_a_model_of_this_server_could_take_is_refused_where_there_may_be_none() -> None:
+    prompt = GenerateReqInput(rid="a", text="what?", image_data=[{"format": "processor_output"}])
+    prompt.is_single = True
+    with pytest.raises(ValueError, match="no others"):
+        dispatch_each(lambda *_: None, Manager(), prompt)
 
 
 def test_what_sglang_forgets_is_over_for_dispatcher_and_scheduler() -> None:

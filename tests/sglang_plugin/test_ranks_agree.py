@@ -96,15 +96,17 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
 
     class Receiver(SchedulerReceiver):
         def create_req(self, recv_req: Any) -> Any:
-            return recv_req.rid
+            return SimpleNamespace(rid=recv_req.rid)
 
     receiver = Receiver.__new__(Receiver)
-    receiver.scheduler, receiver.mm_processor = SimpleNamespace(), Processor()
+    given_up: list[str] = []
+    receiver.scheduler = SimpleNamespace(send_abort_output=lambda answer, _: given_up.append(answer.rid))
+    receiver.mm_processor = Processor()
     receiver.tp_rank, receiver.tp_size, receiver.tp_group = rank, 2, Group()
     receiver.encode_urls, receiver.wait_timeout, receiver.hostname = [encoder_url], RECV_TIMEOUT, HOST
     receiver.model_type, receiver.waiting_list, receiver.waiting_by_rid = "qwen2_5_vl", [], {}
     receiver.scheduler_recv_socket = receiver.scheduler_context = receiver.scheduler_embedding_port = None
-    receiver._joined_scheduler = True
+    receiver._joined_scheduler, receiver.context, receiver.aborted = True, None, {}
     ranks: dict[str, Any] = {"rank": rank, "size": 2, "ranks_per_host": 2}
     receiver.manager = EmbeddingManager(
         EmbeddingArgs(SETTINGS, torch.float32, WIDTH * 4, HOST, RECV_TIMEOUT, server=server, **ranks),
@@ -132,13 +134,15 @@ def run_rank(rank: int, port: int, server: str, encoder_url: str, commands: Conn
         return made
 
     def tick(requests: list[Request], abort: str) -> Tick:
+        given_up.clear()
         if abort:
-            receiver.abort_waiting_requests(SimpleNamespace(abort_all=False, rid=abort))
+            receiver.abort_waiting_requests(SimpleNamespace(abort_all=False, rid=abort, finished_reason=None))
         ready, aborted = receiver.process_waiting_requests([incoming(one) for one in requests])
         completions = receiver.manager.language_endpoint.completions
         return Tick(
             {one.rid: zlib.crc32(one.mm_inputs.embedding.numpy().tobytes()) for one in ready},
-            {rid: (text, int(code or 500)) for rid, text, code in aborted},
+            {one.rid: (text, int(code or 500)) for one, text, code in aborted}
+            | dict.fromkeys(given_up, ("aborted by id", 200)),
             {one.rid: theirs.WaitingMMRequestStatus(one.status).name for one in receiver.waiting_list},
             bool(select.select([completions.fileno()], [], [], 0)[0]),
         )
@@ -308,6 +312,6 @@ def test_a_client_that_goes_away_leaves_nothing_on_either_rank(ranks: Ranks) -> 
     assert has_name(late)
     for rid in ("early", "late"):
         for tick in ranks.tick(abort=rid):
-            assert "Aborted" in tick.aborted[rid][0]
+            assert tick.aborted[rid] == ("aborted by id", 200)
     assert not has_name(early) and not has_name(late)
     assert [tick.waiting for tick in ranks.tick()] == [{}, {}]
