@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test unit lint coverage simulate faults fuzz soak fleet gpu-kit clean
+.PHONY: help install demo bench test unit lint coverage simulate faults fuzz soak fleet parity gpu-kit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ soak: install ## 100,000 rooms through a pool that is short, with aborts: minute
 
 fleet: install ## Whole sglang servers whose encoders end, freeze, lie or are slow: an hour (options: ARGS="--help")
 	@$(PYTHON) -m tests.fleet $(ARGS)
+
+parity: install ## Forms of requests, asked of a colocated sglang and of encoders and a language server (ARGS="--help")
+	@$(PYTHON) -m tests.parity $(ARGS)
 
 gpu-kit: install ## Collect what ci/gpu.sh needs on a machine with a GPU and no network (docs/gpu.md)
 	@$(PYTHON) ci/gpu/kit.py $(ARGS)

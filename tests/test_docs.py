@@ -22,6 +22,7 @@ from tests.fleet import __main__ as fleet
 from tests.fuzz import __main__ as fuzz
 from tests.gpu import document as gpu
 from tests.pages import DEPLOYMENTS, GENERATED, ROOT, named_block, sglang_commands, shell_blocks
+from tests.parity import __main__ as parity
 from tests.simulator import __main__ as simulator
 from tests.soak import __main__ as soak
 
@@ -53,6 +54,7 @@ _GENERATED = {
     "fuzz --flood": (fuzz.DOCUMENT, *fuzz.FLOOD_MARKERS),
     "soak": (soak.DOCUMENT, *soak.MARKERS),
     "fleet": (fleet.DOCUMENT, *fleet.MARKERS),
+    "parity": (parity.DOCUMENT, *parity.MARKERS),
 }
 
 

@@ -4,6 +4,7 @@ CPU_BED_FORBID_BUILTIN_TRANSPORT=1  sglang's own embedding transports raise when
 CPU_BED_HOST_POOL=1               sglang's Mooncake embedding transport receives into host memory (see host_pool.py)
 CPU_BED_PREFILL_DECODE=1          prefill and decode servers run without an accelerator (see prefill_decode.py)
 CPU_BED_MEDIA_METADATA=1          a colocated server sees video and audio as an encoder does (see media_metadata.py)
+CPU_BED_PIN_NOTHING=1             LoRA runs without an accelerator (see pinned.py)
 CPU_BED_POISON=61x67              an image of this size kills every encoder that loads it (see poison.py)
 CPU_BED_ENCODE_SLEEP=0.1          an encoder takes so many seconds more for each image (see slow_encoder.py)
 """
@@ -28,6 +29,10 @@ def register() -> None:
         from cpu_bed.media_metadata import use_the_encoders_metadata
 
         use_the_encoders_metadata()
+    if _asked("CPU_BED_PIN_NOTHING"):
+        from cpu_bed.pinned import pin_nothing
+
+        pin_nothing()
     if size := os.environ.get("CPU_BED_POISON"):
         from cpu_bed.poison import kill_encoders_by
 
