@@ -69,12 +69,13 @@ def replied(ask: Callable[[EngineClient], Any], client: EngineClient) -> Reply:
 
 def compare_engines(forms: Sequence[Form], model: Path, logs: Path, data_path: str) -> Iterator[Compared]:
     """Run the program twice: colocated, and with an encoder server."""
+    metadata = {"CPU_BED_MEDIA_METADATA": "1"}  # of videos that a program processes by itself: as of those of encoders
     env = {"CPU_BED_FORBID_BUILTIN_TRANSPORT": "1", "SGLANG_MM_CONN_DATA_PATH": data_path}
     began = time.monotonic()
-    there = _program(Launch("colocated", model, env={"CPU_BED_MEDIA_METADATA": "1"}), logs / "engine-colocated.log")
+    there = _program(Launch("colocated", model, env=metadata), logs / "engine-colocated.log")
     with Server(Launch("encoder", model, env=env), logs) as encoder:
         wait_ready([encoder])
-        here = _program(Launch("language", model, env=env), logs / "engine.log", encoder.url)
+        here = _program(Launch("language", model, env={**env, **metadata}), logs / "engine.log", encoder.url)
     seconds = (time.monotonic() - began) / max(len(forms), 1)
     for form in forms:
         mine, theirs = here.get(form.name, _NONE), there.get(form.name, _NONE)

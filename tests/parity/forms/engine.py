@@ -93,7 +93,7 @@ FORMS.ask("a batch", _generate([ONE, TWO, NONE], [[P[2]], [P[3], P[4]], None]))
 FORMS.ask("a batch as a stream", _generate([ONE, ONE], [P[2], P[3]], stream=True))
 FORMS.ask("two samples", _generate(ONE, P[5], sampling={"n": 2}))
 FORMS.ask("log-probabilities", _generate(ONE, P[5], return_logprob=True, logprob_start_len=0))
-FORMS.ask("hidden states", _generate(ONE, P[5], return_hidden_states=True))
+FORMS.ask("hidden states", _generate(ONE, picture(160), return_hidden_states=True))  # not in the cache
 FORMS.ask("token ids", lambda client: client.generate(None, P[6], input_ids=ids_of(ONE)))
 FORMS.ask("a batch of token ids", lambda client: client.generate(None, [P[6], P[7]], input_ids=[ids_of(ONE)] * 2))
 FORMS.ask("too few images", _generate(TWO, [P[0]]))
