@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -27,7 +24,7 @@ from tests.parity.files import Files
 from tests.parity.form import Form
 from tests.parity.lora import write_adapter
 from tests.parity.pictures import ALL as MEDIA
-from tests.parity.table import in_markdown, summary
+from tests.parity.table import Row, Table
 
 DOCUMENT = ROOT / "docs" / "requests.md"
 MARKERS = ("<!-- parity:begin -->", "<!-- parity:end -->")
@@ -59,7 +56,11 @@ Ends with 1 where something differs without a known reason; the servers' logs ar
     parser.add_argument("--data-path", choices=[*PATHS, "all"], default="shm", help="default: %(default)s")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="forms with TEXT in group or name")
     parser.add_argument("--servers", choices=list(SERVERS), action="append", help="forms for these servers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
+    parser.add_argument(
+        "--and", action="append", default=[], dest="and_", type=Path, metavar="FILE",
+        help="put the rows of an earlier run, which --json wrote, into the table, too",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--write", action="store_true", help="put the table into docs/requests.md")
     return parser
 
@@ -101,33 +102,30 @@ def run(forms: Sequence[Form], kind: str, data_path: str, logs: Path, console: C
 
 def main() -> int:
     options = arguments().parse_args()
-    console = Console()
+    console, table = Console(), Table(FORMS)
+    for earlier in options.and_:
+        table.read(earlier)
     kinds = options.kind or [DEFAULT]
     kinds = list(tiny_models.KINDS) if "all" in kinds else kinds
     paths = PATHS if options.data_path == "all" else (options.data_path,)
     logs = Path(tempfile.mkdtemp(prefix="parity-", dir=_made(WORK)))
-    began, found = time.monotonic(), []
     for kind in kinds:
         for path in paths:
             for one in run(chosen(options, kind), kind, path, logs, console):
-                found.append((kind, path, one))
+                table.rows.append(Row.of(kind, path, one))
                 if one.difference:
                     mark = "differs, as known" if one.ok else "DIFFERS"
-                    console.print(f"{mark}: {one.form.group}: {one.form.name}: {one.difference}", markup=False,
-                                  highlight=False)  # fmt: skip
+                    line = f"{mark}: {one.form.group}: {one.form.name}: {one.difference}"
+                    console.print(line, markup=False, highlight=False)
     sweep_stale_segments()
-    console.print(summary(found, time.monotonic() - began))
+    console.print(table.summary())
     if options.json:
-        rows = [{"kind": kind, "data_path": path, "group": one.form.group, "name": one.form.name,
-                 **{key: value for key, value in asdict(one).items() if key != "form"}}
-                for kind, path, one in found]  # fmt: skip
-        options.json.write_text(json.dumps(rows, indent=1))
+        table.save(options.json)
     if options.write:
-        write(in_markdown(found, time.monotonic() - began, sys.argv[1:]), DOCUMENT, MARKERS)
-    bad = [one for _, _, one in found if not one.ok]
-    if bad:
+        write(table.in_markdown(sys.argv[1:]), DOCUMENT, MARKERS)
+    if table.bad(table.rows):
         console.print(f"logs of the servers: {logs}")
-    return 1 if bad else 0
+    return 1 if table.bad(table.rows) else 0
 
 
 def _made(directory: Path) -> Path:
