@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.parity.form import CHAT, COMPLETIONS, GENERATE, Forms, chat, generate, image, parts, picture, prompt
+from tests.parity.form import CHAT, COMPLETIONS, GENERATE, Ask, Forms, chat, generate, image, parts, picture, prompt
 
 FORMS = Forms("Endpoints")
 
@@ -23,6 +23,12 @@ def response(*content: dict[str, Any], **more: Any) -> dict[str, Any]:
 def message(*content: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"model": "m", "max_tokens": 6, "temperature": 0, "messages": [{"role": "user", "content": [*content]}],
             **more}  # fmt: skip
+
+
+def ollama(path: str, *, stream: bool, **content: Any) -> Ask:
+    """Of a stream the status only: sglang loses the text that comes with the end, so that it is chance how much."""
+    body = {"model": "m", "stream": stream, "options": {"temperature": 0, "num_predict": 6}, **content}
+    return lambda client: client.post(path, body).status if stream else client.post(path, body)
 
 
 def _source(seed: int) -> dict[str, Any]:
@@ -47,16 +53,10 @@ for stream in (False, True):
     FORMS.post(f"/v1/responses of a text{how}", "/v1/responses", response(_INPUT_TEXT, stream=stream))
     FORMS.post(f"/v1/messages{how}", "/v1/messages", message(_source(4), _SAY, stream=stream))
     FORMS.post(f"/v1/messages of a text{how}", "/v1/messages", message(_SAY, stream=stream))
-    FORMS.post(
-        f"/api/chat{how}", "/api/chat",
-        {"model": "m", "stream": stream, "options": {"temperature": 0, "num_predict": 6}, "messages": [
-            {"role": "user", "content": "what is this?", "images": [picture(5).partition(",")[2]]}]},
-    )  # fmt: skip
-    FORMS.post(
-        f"/api/generate{how}", "/api/generate",
-        {"model": "m", "stream": stream, "options": {"temperature": 0, "num_predict": 6}, "prompt": "what is this?",
-         "images": [picture(5).partition(",")[2]]},
-    )  # fmt: skip
+    images = [picture(5).partition(",")[2]]
+    message_with_image = {"role": "user", "content": "what is this?", "images": images}
+    FORMS.ask(f"/api/chat{how}", ollama("/api/chat", stream=stream, messages=[message_with_image]))
+    FORMS.ask(f"/api/generate{how}", ollama("/api/generate", stream=stream, prompt="what is this?", images=images))
 
 FORMS.post(
     "chat completion with usage in the stream", CHAT,
