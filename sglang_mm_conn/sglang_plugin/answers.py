@@ -6,9 +6,11 @@ only the scheduler learns of either.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import Any
+
+from sglang.srt.multimodal.transport.cuda_ipc import CudaIpcTensorTransportProxy
 
 _IDS = "conn_multimodal_prompt_ids"
 
@@ -18,9 +20,12 @@ async def raise_input_error(
 ) -> Any:
     """Around ``_handle_abort_finish_reason`` of the tokenizer manager: a stream that has not begun ends with the status
     of the error, if the input is at fault."""
-    refused = out["meta_info"]["finish_reason"].get("status_code") == HTTPStatus.BAD_REQUEST
+    reason = out["meta_info"]["finish_reason"]
+    # A request that waited for encoders. What the scheduler refuses later has a type, and what it refuses by itself is
+    # an event of the stream in a colocated sglang, too.
+    waited = bool(getattr(state.obj, "encoder_urls", None)) and reason.get("err_type") is None
     begun = bool(out["meta_info"].get("completion_tokens"))
-    waited = bool(getattr(state.obj, "encoder_urls", None))
+    refused = reason.get("status_code") == HTTPStatus.BAD_REQUEST
     return await original(self, out, state, is_stream and not (waited and refused and not begun))
 
 
@@ -36,8 +41,17 @@ async def keep_prompt_ids(original: Callable[[Any, Any], Awaitable[Any]], self: 
         image_data=obj.image_data, audio_data=obj.audio_data, input_text=obj.text or obj.input_ids, request_obj=obj,
         max_req_input_len=self.max_req_input_len,
     )  # fmt: skip
+    _release(self.mm_processor, processed.mm_items)
     setattr(obj, _IDS, [int(one) for one in processed.input_ids])  # copies of obj, one a sample, have it, too
     return tokenized
+
+
+def _release(processor: Any, items: Iterable[Any]) -> None:
+    """Give back the memory of features that go to no scheduler."""
+    pool = getattr(processor, "cudaipc_mmfeature_pool", None)
+    for item in items:
+        if pool is not None and isinstance(item.feature, CudaIpcTensorTransportProxy):
+            pool.cancel_proxy(item.feature)
 
 
 def give_prompt_ids(result: Any, self: Any, obj: Any, request: Any = None) -> Any:

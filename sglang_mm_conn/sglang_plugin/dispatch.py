@@ -11,8 +11,10 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
+from fastapi import HTTPException
 from sglang.srt.disaggregation.encoder.receiver import MMReceiverHTTP, _encoder_media_item
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import EncoderDispatchErrorReq, GenerateReqInput
@@ -28,7 +30,14 @@ from sglang_mm_conn.core.errors import ConnError
 from sglang_mm_conn.core.rooms import new_room_base, part_room
 from sglang_mm_conn.core.settings import Settings
 from sglang_mm_conn.sglang_plugin.addresses import reached_at
-from sglang_mm_conn.sglang_plugin.media_items import as_posted, can_be_posted, check_media, listed, only_embeddings
+from sglang_mm_conn.sglang_plugin.media_items import (
+    as_posted,
+    can_be_posted,
+    check_media,
+    check_preprocessed,
+    has_images_in_memory,
+    listed,
+)
 from sglang_mm_conn.sglang_plugin.names import BACKEND, REPORTS_ENV, server_incarnation
 from sglang_mm_conn.sglang_plugin.news import PromptComes, PromptOver, news_request
 from sglang_mm_conn.sglang_plugin.placeholders import has_rules_of_qwen, match_media
@@ -64,6 +73,9 @@ class RoomDispatcher(MMReceiverHTTP):
             settings, server=self._server, report_address=os.environ.get(REPORTS_ENV) or None, urls=self._urls
         )
 
+    def knows_encoders(self) -> bool:
+        return bool(self._urls())
+
     def _urls(self) -> list[str]:
         """The encoders of ``--encoder-urls``, for good, and those that are registered now."""
         return list(dict.fromkeys([*self._static, *map(normalized, list(self.encode_urls))]))
@@ -92,6 +104,7 @@ class RoomDispatcher(MMReceiverHTTP):
             content=partial(self._content, media, time_stats_json),
             tell=partial(_tell, obj.rid, on_dispatch_error),
             reached=threading.Event(),
+            slow=has_images_in_memory(obj),
         )
         placed = self.endpoint.dispatch(obj.rid, room_base, items, self._seconds, dispatched)
         obj.need_wait_for_mm_inputs = True
@@ -151,7 +164,7 @@ def dispatch_each(original: Callable[[Any, Any], None], self: Any, obj: Any) -> 
     prompts = [obj] if obj.is_single else [obj[number] for number in range(obj.batch_size)]
     for prompt in prompts:
         # Without an encoder sglang processes the media in this process.
-        prompt.need_wait_for_mm_inputs = False
+        prompt.need_wait_for_mm_inputs, prompt.encoder_urls = False, None
         if isinstance(prompt, GenerateReqInput) and prompt.contains_mm_input():
             prompt.need_wait_for_mm_inputs = _for_encoders(self, prompt)
     if obj.is_single:
@@ -174,16 +187,26 @@ def dispatch_each(original: Callable[[Any, Any], None], self: Any, obj: Any) -> 
 
 
 def _for_encoders(manager: Any, prompt: GenerateReqInput) -> bool:
-    """Whether ``prompt`` has media for encoders. Raises ValueError if a colocated sglang would refuse the media."""
+    """Whether ``prompt`` has media for encoders; otherwise sglang processes the media, if any, in this process.
+
+    Raises ValueError if a colocated sglang would refuse the media, or this server cannot process them. Raises
+    HTTPException (503) if it cannot and no encoder is registered.
+    """
+    # Other models than Qwen's have no vision model, or one without weights, with --language-only. And sglang's
+    # scheduler ends if a session has media of both ways.
+    by_itself = has_rules_of_qwen(manager.mm_processor) and not prompt.session_params
     if not can_be_posted(prompt):
-        if not has_rules_of_qwen(manager.mm_processor) and not only_embeddings(prompt):
-            raise ValueError("this model takes images, videos and audio as data or URLs, and embeddings, and no others")
+        if not by_itself:
+            raise ValueError("here images, videos and audio must be data or URLs, not embeddings or preprocessed")
+        check_preprocessed(prompt)
         return False
     prompt.image_data = listed(prompt.image_data) or None
     manager._validate_mm_limits(prompt)
     manager._normalize_mm_content_hashes(prompt)
     check_media(prompt)
     match_media(prompt, manager.mm_processor)
+    if prompt.contains_mm_input() and not by_itself and not manager.mm_receiver.knows_encoders():
+        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "no encoder is registered")
     return bool(prompt.contains_mm_input())
 
 

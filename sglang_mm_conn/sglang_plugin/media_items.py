@@ -6,6 +6,7 @@ import base64
 import io
 from typing import Any
 
+import torch
 from PIL import Image
 from sglang.srt.utils import ImageData, VideoData
 
@@ -23,13 +24,24 @@ def listed(data: Any) -> list[Any]:
 def can_be_posted(prompt: Any) -> bool:
     """Whether encoders can take all media of ``prompt``, sglang's GenerateReqInput. The language server itself takes
     embeddings, what the client has preprocessed, and frames as arrays, and refuses what is none of these."""
-    return all(isinstance(item, _POSTED) for field in _FIELDS for item in listed(getattr(prompt, field)))
+    return all(isinstance(item, _POSTED) for item in _items(prompt))
 
 
-def only_embeddings(prompt: Any) -> bool:
-    """Whether all media of ``prompt`` are embeddings, for which no model has to be run."""
-    items = [item for field in _FIELDS for item in listed(getattr(prompt, field))]
-    return all(isinstance(item, dict) and item.get("format") == "precomputed_embedding" for item in items)
+def check_preprocessed(prompt: Any) -> None:
+    """Raise ValueError, which sglang answers with 400, for preprocessed media that hold no tensor: sglang would end the
+    scheduler. They come from JSON, which has none."""
+    for item in _items(prompt):
+        if isinstance(item, dict) and not any(isinstance(value, torch.Tensor) for value in item.values()):
+            raise ValueError("preprocessed images, videos and audio, and embeddings, must hold tensors")
+
+
+def has_images_in_memory(prompt: Any) -> bool:
+    """Whether ``as_posted`` has to encode images of ``prompt``."""
+    return any(isinstance(item, Image.Image) for item in listed(prompt.image_data))
+
+
+def _items(prompt: Any) -> list[Any]:
+    return [item for field in _FIELDS for item in listed(getattr(prompt, field))]
 
 
 def check_media(prompt: Any) -> None:

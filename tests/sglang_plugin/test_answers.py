@@ -15,8 +15,9 @@ async def told(self: Any, out: Any, state: Any, is_stream: bool) -> bool:
     return is_stream
 
 
-def out(code: int | None, tokens: int = 0) -> dict[str, Any]:
-    return {"meta_info": {"finish_reason": {"type": "abort", "status_code": code}, "completion_tokens": tokens}}
+def out(code: int | None, tokens: int = 0, kind: str | None = None) -> dict[str, Any]:
+    reason = {"type": "abort", "status_code": code, "err_type": kind}
+    return {"meta_info": {"finish_reason": reason, "completion_tokens": tokens}}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,11 @@ def test_a_stream_that_has_not_begun_ends_with_the_status_of_bad_input(
     assert asyncio.run(raise_input_error(told, None, out(code, tokens), state, False)) is False
 
 
+def test_what_the_scheduler_refuses_later_stays_an_event_of_the_stream() -> None:
+    state = SimpleNamespace(obj=SimpleNamespace(encoder_urls=["a"]))
+    assert asyncio.run(raise_input_error(told, None, out(400, kind="BadRequestError"), state, True))
+
+
 class Manager:
     """What the hooks use of sglang's tokenizer manager."""
 
@@ -49,7 +55,7 @@ class Manager:
 
     async def process_mm_data_async(self, **_: Any) -> Any:
         self.processed += 1
-        return SimpleNamespace(input_ids=[1, 2, 3])
+        return SimpleNamespace(input_ids=[1, 2, 3], mm_items=[])
 
 
 async def tokenized(self: Any, obj: Any) -> str:

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from fastapi import HTTPException
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.schedule_batch import Modality
 
@@ -51,7 +53,8 @@ class Manager:
 
     def __init__(self) -> None:
         self.mm_receiver = RoomDispatcher.__new__(RoomDispatcher)
-        self.mm_processor = None
+        self.mm_receiver._static, self.mm_receiver.encode_urls = [], ["http://encoder:1"]
+        self.mm_processor: Any = None
         self.limits_checked: list[Any] = []
         self._validate_mm_limits = self._normalize_mm_content_hashes = self.limits_checked.append
         self.encoder_dispatch_ready: dict[str, threading.Event] = {}
@@ -88,19 +91,40 @@ def test_each_prompt_of_a_batch_is_dispatched_and_its_samples_are_announced(samp
     assert not manager.encoder_dispatch_ready, "nothing is left of ids that are not heard of again"
 
 
-@pytest.mark.parametrize("media", [[{"format": "precomputed_embedding"}], None])
+class QwenVLImageProcessor:
+    """sglang's processor of this name: its model processes media by itself, too."""
+
+
+EMBEDDING = [{"format": "precomputed_embedding", "feature": torch.zeros(1)}]
+
+
+@pytest.mark.parametrize("media", [EMBEDDING, None])
 def test_a_prompt_without_media_for_encoders_is_not_dispatched(media: Any) -> None:
-    prompt = GenerateReqInput(rid="a", text="what?", image_data=media)
-    prompt.is_single = True
-    dispatch_each(lambda *_: pytest.fail("dispatched"), Manager(), prompt)
+    manager, prompt = Manager(), GenerateReqInput(rid="a", text="what?", image_data=media, encoder_urls=["forged"])
+    prompt.is_single, manager.mm_processor = True, QwenVLImageProcessor()
+    dispatch_each(lambda *_: pytest.fail("dispatched"), manager, prompt)
     assert prompt.need_wait_for_mm_inputs is False, "sglang processes the media in the tokenizer process"
+    assert prompt.encoder_urls is None, "a client does not say what was dispatched"
 
 
-def test_what_only_a_model_of_this_server_could_take_is_refused_where_there_may_be_none() -> None:
-    prompt = GenerateReqInput(rid="a", text="what?", image_data=[{"format": "processor_output"}])
-    prompt.is_single = True
-    with pytest.raises(ValueError, match="no others"):
-        dispatch_each(lambda *_: None, Manager(), prompt)
+@pytest.mark.parametrize(
+    ("processor", "session", "media"),
+    [(None, None, EMBEDDING), (QwenVLImageProcessor(), {"id": "s"}, EMBEDDING),
+     (QwenVLImageProcessor(), None, [{"format": "precomputed_embedding", "feature": [[0.0]], "hash": 1}])],
+)  # fmt: skip
+def test_what_would_end_the_scheduler_is_refused(processor: Any, session: Any, media: Any) -> None:
+    manager, prompt = Manager(), GenerateReqInput(rid="a", text="what?", image_data=media, session_params=session)
+    prompt.is_single, manager.mm_processor = True, processor
+    with pytest.raises(ValueError, match=r"tensors|URLs"):
+        dispatch_each(lambda *_: pytest.fail("dispatched"), manager, prompt)
+
+
+def test_a_model_without_weights_for_media_is_not_asked_while_no_encoder_is_registered() -> None:
+    manager, prompt = Manager(), GenerateReqInput(rid="a", text="what?", image_data=["c"])
+    prompt.is_single, manager.mm_receiver.encode_urls = True, []
+    with pytest.raises(HTTPException) as refused:
+        dispatch_each(lambda *_: pytest.fail("dispatched"), manager, prompt)
+    assert refused.value.status_code == 503
 
 
 def test_what_sglang_forgets_is_over_for_dispatcher_and_scheduler() -> None:

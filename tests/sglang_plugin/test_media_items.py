@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 from sglang.srt.utils import ImageData
 
 from sglang_mm_conn.demo.images import pixels
-from sglang_mm_conn.sglang_plugin.media_items import as_posted, can_be_posted, check_media, only_embeddings
+from sglang_mm_conn.sglang_plugin.media_items import as_posted, can_be_posted, check_media, check_preprocessed
 
 
 def prompt(**media: Any) -> SimpleNamespace:
@@ -67,7 +68,7 @@ def test_an_image_that_cannot_be_read_is_refused_at_once() -> None:
     check_media(prompt(image_data=picture("RGB")))
 
 
-def test_embeddings_alone_need_no_model() -> None:
-    ready, processed = {"format": "precomputed_embedding"}, {"format": "processor_output"}
-    assert only_embeddings(prompt(image_data=ready, video_data=[ready]))
-    assert not only_embeddings(prompt(image_data=[ready, processed])) and not only_embeddings(prompt(image_data="a"))
+def test_preprocessed_media_without_a_tensor_are_refused() -> None:
+    check_preprocessed(prompt(image_data=[{"format": "precomputed_embedding", "feature": torch.zeros(1)}]))
+    with pytest.raises(ValueError, match="tensors"):
+        check_preprocessed(prompt(video_data=[{"format": "precomputed_embedding", "feature": [[0.0]], "hash": 1}]))

@@ -57,11 +57,13 @@ class Dispatched:
         content: (part, room) -> the JSON content of the post; None once the items were freed.
         tell: sends news of the request to its scheduler.
         reached: set as soon as the request itself has been sent to its scheduler, which ignores earlier news.
+        slow: whether ``content`` takes long, and so is called on a thread of its own.
     """
 
     content: Callable[[Part, str], dict[str, Any]] | None
     tell: Callable[[Redispatched | GiveUp], None]
     reached: threading.Event
+    slow: bool = False
 
 
 class DispatcherEndpoint:
@@ -249,7 +251,8 @@ class DispatcherEndpoint:
             dispatched = self._dispatched.get(post.room_base)
             if request is None or dispatched is None or dispatched.content is None:
                 return  # over
-            body = json_body(dispatched.content(request.parts[post.part], post.room))
+            make = partial(dispatched.content, request.parts[post.part], post.room)
+            body = json_body(await asyncio.to_thread(make) if dispatched.slow else make())
             end = await self._posts.post(post.url, post.room, body)
         except Exception as error:
             logger.exception("Part %d of room base %s cannot be posted", post.part, post.room_base)

@@ -58,7 +58,7 @@ def _end(reply: Any) -> Any:
 
 def _paused(client: Client, mode: str) -> Any:
     """A pause while one is generated and another comes."""
-    running = client.beside(_long(60 if mode != "abort" else 600))
+    running = client.beside(_long(300 if mode != "abort" else 600))
     client.wait_busy()
     paused = client.post("/pause_generation", {"mode": mode}).status
     coming = None if mode == "abort" else client.beside(_ONE)
