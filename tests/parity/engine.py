@@ -101,7 +101,7 @@ def _program(launch: Launch, log: Path, encoder_url: str = "") -> dict[str, Repl
 def main() -> None:
     import sglang
 
-    from tests.parity.forms.engine import FORMS
+    from tests.parity.forms.engine import ALL
 
     parser = argparse.ArgumentParser(prog="python -m tests.parity.engine", description=__doc__)
     parser.add_argument("model", type=Path)
@@ -120,7 +120,8 @@ def main() -> None:
     )  # fmt: skip
     with Files(options.media, MEDIA) as files:
         client = EngineClient(engine, options.model, files)
-        for form in FORMS:
+        kind = json.loads((options.model / tiny_models.STAMP).read_text())["kind"]
+        for form in [one for one in ALL if not one.kinds or kind in one.kinds]:
             reply = replied(form.ask, client)
             line = {"name": form.name, "status": reply.status, "content": reply.content, "cause": reply.cause}
             sys.stdout.write(f"{_MARK}{json.dumps(line)}\n")

@@ -217,9 +217,9 @@ class DispatchedSchedule(Schedule):
         request = self.requests[news.room_base]
         self.kernel.note(f"request {request.number} is given up: {news.code} {news.reason}")
         self.seen["given up"] += 1
-        if request.given_up not in ("", news.reason):  # only repeated for other parts of a request that was forgotten
+        request.times_given_up += 1
+        if request.times_given_up > len(request.placed):  # again for another part of a request that was forgotten
             raise Violation(f"request {request.number} is given up again: {news}")
-        request.given_up = news.reason
         if not news.reason or not 400 <= news.code <= 599:
             raise Violation(f"request {request.number} is given up without a reason: {news}")
         if "http:" in news.reason or "process" in news.reason:

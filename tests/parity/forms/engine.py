@@ -65,21 +65,23 @@ FORMS.ask("bytes and a data URI", lambda client: client.generate(TWO, [jpeg(), P
 FORMS.ask("a video as bytes", lambda client: client.generate(
     prompt("what?", media="<|vision_start|><|video_pad|><|vision_end|>"),
     video_data=client.files.data("video.mp4")))  # fmt: skip
-# As sglang's documents have it: a placeholder for each row. Fewer end a colocated program.
+# As sglang's documents have it: a placeholder for each row. Fewer end a colocated program, and so does an embedding for
+# any of these models but Qwen2.5-VL.
+EMBEDDINGS = Forms("Engine", servers="engine", kinds=("qwen2_5_vl",))
 ROWS = ONE.replace("<|image_pad|>", "<|image_pad|>" * 12)
-FORMS.ask("a video as frames", lambda client: client.generate(
+EMBEDDINGS.ask("a video as frames", lambda client: client.generate(
     prompt("what?", media="<|vision_start|><|video_pad|><|vision_end|>"),
     video_data=[[pil(seed=seed) for seed in range(4)]]))  # fmt: skip
-FORMS.ask("precomputed embeddings", lambda client: client.generate(ROWS, [precomputed(client)]))
-FORMS.ask("precomputed embeddings, token ids", lambda client: client.generate(
+EMBEDDINGS.ask("precomputed embeddings", lambda client: client.generate(ROWS, [precomputed(client)]))
+EMBEDDINGS.ask("precomputed embeddings, token ids", lambda client: client.generate(
     None, [precomputed(client)], input_ids=ids_of(ROWS)))  # fmt: skip
-FORMS.ask("precomputed embeddings, two samples", lambda client: client.generate(
+EMBEDDINGS.ask("precomputed embeddings, two samples", lambda client: client.generate(
     ROWS, [precomputed(client)], sampling={"n": 2}))  # fmt: skip
-FORMS.ask("precomputed embeddings in a batch with a text", lambda client: client.generate(
+EMBEDDINGS.ask("precomputed embeddings in a batch with a text", lambda client: client.generate(
     [ROWS, NONE], [[precomputed(client)], None]))  # fmt: skip
-FORMS.ask("precomputed embeddings in a batch with an image", lambda client: client.generate(
+EMBEDDINGS.ask("precomputed embeddings in a batch with an image", lambda client: client.generate(
     [ROWS, ONE], [[precomputed(client)], [P[0]]]))  # fmt: skip
-FORMS.ask("precomputed embeddings beside an image", lambda client: client.generate(
+EMBEDDINGS.ask("precomputed embeddings beside an image", lambda client: client.generate(
     TWO, [precomputed(client), P[0]]))  # fmt: skip
 FORMS.ask("what a processor returns", lambda client: client.generate(
     None, [processed(client)], input_ids=processed(client)["input_ids"][0].tolist()))  # fmt: skip
@@ -127,3 +129,5 @@ async def _left(client: EngineClient) -> Any:
 for name, ask in {"async": _one, "async, four at once": _at_once, "async, a stream": _stream,
                   "async, cancelled": _left}.items():  # fmt: skip
     FORMS.ask(name, partial(EngineClient.run, ask=ask))
+
+ALL = [*FORMS, *EMBEDDINGS]
