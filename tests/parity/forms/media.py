@@ -98,9 +98,11 @@ FORMS.post(
     differs="sglang's encoder checks the hash; a colocated sglang does with some models only",
 )
 FORMS.post("a bad content_hash", CHAT, chat(image(picture(1), content_hash="12"), "what?"))
-FORMS.post("mm_hashes", GENERATE, generate(ONE, picture(1), mm_hashes=["ab12"]))
-FORMS.post("mm_hashes, one too many", GENERATE, generate(ONE, picture(1), mm_hashes=["ab12", "cd34"]))
-FORMS.post("mm_hashes that are none", GENERATE, generate(ONE, picture(1), mm_hashes=["not hex"]))
+# A colocated Qwen3-VL ends at these.
+HASHES = Forms("Media", kinds=("qwen2_vl", "qwen2_5_vl"))
+HASHES.post("mm_hashes", GENERATE, generate(ONE, picture(1), mm_hashes=["ab12"]))
+HASHES.post("mm_hashes, one too many", GENERATE, generate(ONE, picture(1), mm_hashes=["ab12", "cd34"]))
+HASHES.post("mm_hashes that are none", GENERATE, generate(ONE, picture(1), mm_hashes=["not hex"]))
 
 # -- videos and sound ----------------------------------------------------------------------------------------------
 
@@ -163,4 +165,4 @@ NO_SOUND.post("sound for a model without", CHAT, lambda c: chat(audio(c.files.ur
 NO_SOUND.post("sound for a model without, /generate", GENERATE, lambda c: generate(
     ONE, picture(1), audio_data=c.files.uri("sound.m4a", _M4A)))  # fmt: skip
 
-ALL = [*FORMS, *VIDEOS, *SOUND, *NO_SOUND]
+ALL = [*FORMS, *HASHES, *VIDEOS, *SOUND, *NO_SOUND]
