@@ -50,6 +50,8 @@ for way, name in (
 ):  # fmt: skip
     far = way in ("status/", "cut/")
     FORMS.post(f"image by http: {way}{name}", CHAT, partial(_served, way, name), differs=_QWEN3 if far else "")
+FORMS.post("image by https from a server that speaks http", CHAT, lambda client: chat(
+    image(client.files.url("photo.png").replace("http:", "https:")), "what?"), differs=_QWEN3)  # fmt: skip
 for name, data in {
     "a number": 5, "a list of numbers": [1, 2], "an object": {"a": 1}, "a list of none": [None], "a boolean": True,
     "an unknown format": [{"format": "no_such", "feature": [1]}],

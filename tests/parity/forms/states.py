@@ -91,6 +91,18 @@ def _aborted_batch(client: Client) -> Any:
     return aborted, ended, _ONE(client)
 
 
+def _aborted_one(client: Client) -> Any:
+    """The others of a batch go on."""
+    bodies = generate([ONE] * 3, P[5:8], sampling={"max_new_tokens": 200}, rid=[f"parity-{n}" for n in range(3)])
+    running = client.beside(posting(GENERATE, bodies))
+    client.wait_busy()
+    aborted = client.post("/abort_request", {"rid": "parity-1"}).status
+    reply = running.result()
+    ends = [one["meta_info"]["finish_reason"]["type"] for one in reply.content] if reply.status == 200 else reply
+    texts = [one["text"] for one in reply.content[::2]] if reply.status == 200 else []
+    return aborted, ends, texts, _ONE(client)
+
+
 def _left(client: Client, body: dict[str, Any], seconds: float, path: str = CHAT) -> Any:
     client.leave(path, body, seconds)
     client.wait_idle()
@@ -102,6 +114,7 @@ FORMS.ask("abort all", lambda client: _aborted(client, abort_all=True))
 FORMS.ask("abort an unknown id", lambda client: [
     client.post("/abort_request", {"rid": "parity-none"}).status, _ONE(client)])  # fmt: skip
 FORMS.ask("abort of a batch", _aborted_batch)
+FORMS.ask("abort of one of a batch", _aborted_one)
 _LONG: dict[str, Any] = {"max_tokens": 600}
 FORMS.ask("a client leaves at once", lambda client: _left(client, chat(image(P[7]), "what?", **_LONG), 0.01))
 FORMS.ask("a client leaves soon", lambda client: _left(client, chat(image(P[7]), "what?", **_LONG), 0.1))
