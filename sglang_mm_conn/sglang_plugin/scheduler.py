@@ -79,6 +79,13 @@ def split_news(recv_reqs: list[Any]) -> tuple[list[Any], list[News]]:
     return received, news
 
 
+def context_of(scheduler: Any) -> Context | None:
+    """The context that prompts must fit into; None if sglang cuts those that do not."""
+    if get_serving().allow_auto_truncate:
+        return None
+    return Context(scheduler.model_config.context_len, compute_num_reserved_tokens())
+
+
 class SchedulerReceiver(MMReceiverHTTP):
     """In place of sglang's receiver in a scheduler process: owns the manager and the waiting requests."""
 
@@ -113,11 +120,7 @@ class SchedulerReceiver(MMReceiverHTTP):
             EmbeddingMode.LANGUAGE,
             server_args,
         )
-        self.context = (
-            None
-            if get_serving().allow_auto_truncate  # then sglang cuts
-            else Context(scheduler.model_config.context_len, compute_num_reserved_tokens())
-        )
+        self.context = context_of(scheduler)
         self.aborted: dict[str, Any] = {}  # why, by the ids of requests that somebody has aborted
         self._joined_scheduler = False
         report: Callable[[Report], None] | None = None
