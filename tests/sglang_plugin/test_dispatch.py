@@ -119,7 +119,7 @@ def test_what_would_end_the_scheduler_is_refused(processor: Any, session: Any, m
         dispatch_each(lambda *_: pytest.fail("dispatched"), manager, prompt)
 
 
-def test_a_model_without_weights_for_media_is_not_asked_while_no_encoder_is_registered() -> None:
+def test_a_model_without_weights_for_media_needs_a_registered_encoder() -> None:
     manager, prompt = Manager(), GenerateReqInput(rid="a", text="what?", image_data=["c"])
     prompt.is_single, manager.mm_receiver.encode_urls = True, []
     with pytest.raises(HTTPException) as refused:

@@ -10,9 +10,7 @@ from sglang_mm_conn.sglang_plugin.lengths import Context, PromptTooLong
 @pytest.mark.parametrize(("prompt", "new", "told"), [
     (100, 1, "The input"), (90, 20, "Requested token count"), (80, 20, ""), (80, None, ""), (80, 128, ""), (99, 1, ""),
 ])  # fmt: skip
-def test_a_prompt_that_does_not_fit_is_refused_unless_the_client_left_the_length_open(
-    prompt: int, new: int | None, told: str
-) -> None:
+def test_a_prompt_that_does_not_fit_is_refused(prompt: int, new: int | None, told: str) -> None:
     if not told:
         Context(100).check(prompt, new)
         return
