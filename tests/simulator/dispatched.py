@@ -217,8 +217,8 @@ class DispatchedSchedule(Schedule):
         request = self.requests[news.room_base]
         self.kernel.note(f"request {request.number} is given up: {news.code} {news.reason}")
         self.seen["given up"] += 1
-        request.times_given_up += 1
-        if request.times_given_up > len(request.placed):  # again for another part of a request that was forgotten
+        request.given_up.add(news.reason)
+        if len(request.given_up) > len(request.placed):  # again only for other parts of a request that was forgotten
             raise Violation(f"request {request.number} is given up again: {news}")
         if not news.reason or not 400 <= news.code <= 599:
             raise Violation(f"request {request.number} is given up without a reason: {news}")

@@ -53,7 +53,7 @@ class Request:
     outcome: tuple[int, str] | None = None
     placed: list[tuple[str, CorePart]] = field(default_factory=list)
     tries: dict[int, list[Try]] = field(default_factory=dict)  # by the number of the part
-    times_given_up: int = 0  # by the dispatcher
+    given_up: set[str] = field(default_factory=set)  # why, by the dispatcher
     sent: bool = False  # to the scheduler
     unsent: list[Redispatched | GiveUp] = field(default_factory=list)
 
