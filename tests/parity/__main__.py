@@ -45,6 +45,8 @@ names nothing of the servers' inside. After each form the language server must h
 examples:
   python -m tests.parity                               one model, shared memory: minutes
   python -m tests.parity --kind all --data-path all    every tiny model, both data paths
+  python -m tests.parity --only none --and a.json --and b.json --write
+                                                       the table of two runs that --json wrote
   python -m tests.parity --only "a batch"              the forms with this in their name or group
   python -m tests.parity --write                       the table goes into docs/requests.md
 
@@ -122,7 +124,7 @@ def main() -> int:
     if options.json:
         table.save(options.json)
     if options.write:
-        write(table.in_markdown(sys.argv[1:]), DOCUMENT, MARKERS)
+        write(table.in_markdown(), DOCUMENT, MARKERS)
     if table.bad(table.rows):
         console.print(f"logs of the servers: {logs}")
     return 1 if table.bad(table.rows) else 0

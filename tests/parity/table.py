@@ -59,9 +59,9 @@ class Table:
             f"{len(self.rows) - same - bad} differ for a reason that is known, {bad} differ without."
         )
 
-    def in_markdown(self, options: Sequence[str]) -> str:
+    def in_markdown(self) -> str:
         """One line a form. One that was asked of several models, or over several paths, is the same if all are."""
-        lines = [f"`{' '.join(['python -m tests.parity', *options])}` printed this: {self.summary()}"]
+        lines = [f"`python -m tests.parity` printed this: {self.summary()}"]
         groups: dict[str, dict[str, list[Row]]] = {}
         for row in self.rows:
             groups.setdefault(row.group, {}).setdefault(row.name, []).append(row)

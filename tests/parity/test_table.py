@@ -25,13 +25,10 @@ def table(*rows: Row) -> Table:
 
 def test_a_form_is_the_same_if_it_is_on_every_model() -> None:
     text = table(row("same"), row("same", "b"), row("known", difference="x"), row("bad | <b>", "a"),
-                 row("bad | <b>", "b", "y", "500")).in_markdown(["--kind", "all"])  # fmt: skip
+                 row("bad | <b>", "b", "y", "500")).in_markdown()  # fmt: skip
     assert "| same | 200 | 200 | yes |" in text and "| known | 200 | 200 | no: sglang errs |" in text
     assert "| bad \\| &lt;b> | 200 | 200 or 500 | no: y |" in text
-    assert (
-        "`python -m tests.parity --kind all` printed this: 5 forms (a over shm, b over shm) in 5 s: 3 same, 1 differ"
-        in text
-    )
+    assert "`python -m tests.parity` printed this: 5 forms (a over shm, b over shm) in 5 s: 3 same, 1 differ" in text
 
 
 def test_rows_of_an_earlier_run_are_added(tmp_path: Path) -> None:
