@@ -212,6 +212,8 @@ def test_two_hosts_get_a_copy_each(
         # A killed encoder's parts go to the other one, in rooms that both hosts change to.
         with ConcurrentRequests(first.url, (TEXT, *CONCURRENT), clients=4, timeout=60) as concurrent:
             concurrent.wait_for_more(8)
+            group.encoders[0].signal(signal.SIGSTOP)
+            time.sleep(1.0)  # meanwhile it gets parts that it does not answer
             group.encoders[0].signal(signal.SIGKILL)
             concurrent.wait_for_more(24)
         for one in concurrent.asked:
