@@ -199,7 +199,7 @@ def test_request_refused_after_dispatch_leaves_nothing_behind(
     wait_settled(group, CLAIM_TIMEOUT + SLACK)  # the encoder may have got it before its dispatcher gave it up
 
     too_long = ask(group.language.url, replace(LARGE, text="word " * 3000))
-    assert too_long.status == 400 and "too long" in too_long.error
+    assert too_long.status == 400 and "is longer than the model's context" in too_long.error
     no_image = ask(group.language.url, TEXT, more={"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,bm90IGFuIGltYWdl"}},
     ]}]})  # fmt: skip
