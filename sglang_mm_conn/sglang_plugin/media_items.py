@@ -37,7 +37,11 @@ def check_preprocessed(prompt: Any) -> None:
 
 def has_images_in_memory(prompt: Any) -> bool:
     """Whether ``as_posted`` has to encode images of ``prompt``."""
-    return any(isinstance(item, Image.Image) for item in listed(prompt.image_data))
+    return bool(_images_in_memory(prompt))
+
+
+def _images_in_memory(prompt: Any) -> list[Image.Image]:
+    return [item for item in listed(prompt.image_data) if isinstance(item, Image.Image)]
 
 
 def _items(prompt: Any) -> list[Any]:
@@ -47,12 +51,11 @@ def _items(prompt: Any) -> list[Any]:
 def check_media(prompt: Any) -> None:
     """Raise ValueError, which sglang answers with 400, if Pillow cannot read an image of ``prompt``. Encoding it as PNG
     comes later, on another thread."""
-    for item in listed(prompt.image_data):
-        if isinstance(item, Image.Image):
-            try:
-                item.load()
-            except OSError as error:
-                raise ValueError(f"Error while loading an image: {error}") from error
+    for image in _images_in_memory(prompt):
+        try:
+            image.load()
+        except OSError as error:
+            raise ValueError(f"Error while loading an image: {error}") from error
 
 
 def as_posted(media: Any) -> Any:

@@ -285,7 +285,6 @@ class WaitingEmbeddingRequest(WaitingMMRequestBase):
         """Somebody has aborted it: nobody wants the embeddings."""
         if self.status in (WaitingMMRequestStatus.PENDING, WaitingMMRequestStatus.SUCCESS):
             self._fail_and_release(_ABORTED)
-            self.release_resources()
 
     def release_resources(self) -> None:
         """Called by sglang on abort, failure and timeout, possibly more than once."""

@@ -8,13 +8,12 @@ from typing import Any
 
 import requests
 
-from sglang_mm_conn.demo.servers import Server
 from tests.parity.client import Client
 from tests.parity.deployments import Pair
 from tests.parity.files import Files
 from tests.parity.form import Form
 from tests.parity.replies import Reply, difference, replies_in, unfit_cause
-from tests.servers.observe import report, requests_in
+from tests.servers.observe import is_idle
 
 _IDLE_SECONDS = 20.0
 
@@ -66,18 +65,11 @@ def _left_behind(pair: Pair) -> str:
     if ended:
         return f"{', '.join(ended)} ended"
     until = time.monotonic() + _IDLE_SECONDS
-    while not _is_idle(pair.group.language):
+    while not is_idle(pair.group.language, but_for_views=True):
         if time.monotonic() > until:
             return f"the language server still holds something after {_IDLE_SECONDS:g} s"
         time.sleep(0.02)
     return ""
-
-
-def _is_idle(language: Server) -> bool:
-    """But for a view of the newest request, which sglang's scheduler keeps."""
-    now = report(language)
-    free = now["free"] + now["views"]
-    return not now["rooms"] and not now["unclaimed"] and free == now["blocks"] and not requests_in(language)
 
 
 def statuses(found: Any) -> str:

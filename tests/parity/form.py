@@ -96,6 +96,9 @@ def prompt(text: str, *, images: int = 0, media: str = "") -> str:
     return f"<|im_start|>user\n{IMAGE * images}{media}{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
+ONE, TWO, NONE = prompt("what?", images=1), prompt("which?", images=2), prompt("who are you?")
+
+
 def image(url: str, **options: Any) -> Body:
     """A part of a chat message."""
     return {"type": "image_url", "image_url": {"url": url, **options}}

@@ -67,10 +67,12 @@ def _this_life(server: Server) -> str:
     return server.log().rpartition("\n$ ")[2]
 
 
-def is_idle(language: Server) -> bool:
-    """No request, no room, no announcement, every block free."""
+def is_idle(language: Server, *, but_for_views: bool = False) -> bool:
+    """No request, no room, no announcement, every block free. ``but_for_views``: sglang's scheduler may keep a view of
+    the newest request."""
     now = report(language)
-    return not now["rooms"] and not now["unclaimed"] and now["free"] == now["blocks"] and not requests_in(language)
+    free = now["free"] + (now["views"] if but_for_views else 0)
+    return not now["rooms"] and not now["unclaimed"] and free == now["blocks"] and not requests_in(language)
 
 
 def cpu_seconds(server: Server) -> float:

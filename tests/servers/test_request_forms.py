@@ -14,11 +14,10 @@ import pytest
 import requests
 
 from sglang_mm_conn.demo.servers import Server, ServerGroup
-from tests.parity.form import CHAT, GENERATE, chat, generate, image, picture, prompt
+from tests.parity.form import CHAT, GENERATE, NONE, ONE, TWO, chat, generate, image, picture
 from tests.servers.observe import encodes_begun, is_idle, rooms_ended, wait_until
 
 KIND = "qwen2_5_vl"
-ONE, TWO, NONE = prompt("what?", images=1), prompt("which?", images=2), prompt("who are you?")
 P = [picture(seed) for seed in range(400, 420)]
 # form: (path, body, images of it)
 COUNTED: dict[str, tuple[str, dict[str, Any], int]] = {

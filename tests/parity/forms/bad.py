@@ -6,10 +6,23 @@ from functools import partial
 from typing import Any
 
 from tests.parity.client import Client
-from tests.parity.form import CHAT, COMPLETIONS, GENERATE, Forms, audio, chat, generate, image, picture, prompt, turn
+from tests.parity.form import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    ONE,
+    TWO,
+    Forms,
+    audio,
+    chat,
+    generate,
+    image,
+    picture,
+    prompt,
+    turn,
+)
 
 FORMS = Forms("Bad input")
-ONE, TWO, NONE = prompt("what?", images=1), prompt("which?", images=2), prompt("who are you?")
 P = [picture(seed) for seed in range(130, 140)]
 
 # -- media ---------------------------------------------------------------------------------------------------------

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from tests.parity.engine import EngineClient
-from tests.parity.form import GREEDY, Forms, picture, prompt
+from tests.parity.form import GREEDY, NONE, ONE, TWO, Forms, picture, prompt
 from tests.parity.tokens import ids_of
 
 FORMS = Forms("Engine", servers="engine")
-ONE, TWO, NONE = prompt("what?", images=1), prompt("which?", images=2), prompt("who are you?")
 P = [picture(seed) for seed in range(150, 160)]
 
 

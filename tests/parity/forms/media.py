@@ -7,11 +7,24 @@ from functools import partial
 from typing import Any
 
 from tests.parity.client import Client
-from tests.parity.form import AUDIO, CHAT, GENERATE, VIDEO, Forms, audio, chat, generate, image, picture, prompt, video
+from tests.parity.form import (
+    AUDIO,
+    CHAT,
+    GENERATE,
+    ONE,
+    VIDEO,
+    Forms,
+    audio,
+    chat,
+    generate,
+    image,
+    picture,
+    prompt,
+    video,
+)
 from tests.parity.pictures import NO_PICTURES, PICTURES
 
 FORMS = Forms("Media")
-ONE = prompt("what?", images=1)
 _MP4, _M4A = "video/mp4", "audio/mp4"
 SEEING_TIME = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_omni_moe")
 

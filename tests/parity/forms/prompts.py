@@ -9,6 +9,9 @@ from tests.parity.form import (
     CHAT,
     GENERATE,
     IMAGE,
+    NONE,
+    ONE,
+    TWO,
     Forms,
     at_once,
     chat,
@@ -22,7 +25,6 @@ from tests.parity.form import (
 from tests.parity.tokens import ids_of
 
 FORMS = Forms("Prompts")
-ONE, TWO, NONE = prompt("what?", images=1), prompt("which?", images=2), prompt("who are you?")
 P = [picture(seed) for seed in range(40, 80)]
 
 # -- batches and samples -------------------------------------------------------------------------------------------

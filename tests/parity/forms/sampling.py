@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from tests.parity.client import Client
-from tests.parity.form import CHAT, GENERATE, Body, Forms, chat, generate, image, picture, prompt
+from tests.parity.form import CHAT, GENERATE, ONE, Body, Forms, chat, generate, image, picture
 
 FORMS = Forms("Sampling and returns")
-ONE = prompt("what?", images=1)
 P = [picture(seed) for seed in range(80, 100)]
 
 _SAMPLING: dict[str, Body] = {

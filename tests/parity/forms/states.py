@@ -9,6 +9,9 @@ from tests.parity.client import Client
 from tests.parity.form import (
     CHAT,
     GENERATE,
+    NONE,
+    ONE,
+    TWO,
     Forms,
     at_once,
     chat,
@@ -16,13 +19,11 @@ from tests.parity.form import (
     image,
     picture,
     posting,
-    prompt,
     turn,
     uncached,
 )
 
 FORMS = Forms("States of the server")
-ONE, TWO, NONE = prompt("what?", images=1), prompt("which?", images=2), prompt("who are you?")
 P = [picture(seed) for seed in range(100, 130)]
 _ONE = posting(CHAT, chat(image(P[0]), "what?"))
 
